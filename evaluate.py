@@ -1,0 +1,221 @@
+r"""COCO mask and box AP of a checkpoint, per class.
+
+    python evaluate.py runs/<name>/checkpoint.pt
+    python evaluate.py CHECKPOINT --json J --images D [--who student] [--save-predictions F]
+
+The numbers are pycocotools' own, all twelve of them, for masks and for boxes. Two
+details keep them right:
+
+* mask results carry no box, since pycocotools would take their area from it and file
+  them under the wrong size;
+* each image is evaluated exactly once, by whichever process (a sampler that pads to
+  equal shares counts some images twice).
+
+Read next: `ssis/audit.py`, the same question about pseudo-labels.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
+
+from ssis import UserError, checkpoint, data, distributed, model, teacher
+from ssis.config import Config
+
+# The order of COCOeval's twelve numbers.
+NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+@torch.no_grad()
+def predictions(net, dataset, indices: list[int], device, batch: int = 8,
+                progress: bool = False) -> list[dict]:  # fmt: skip
+    """What a model finds in some images, as COCO results in the original frame.
+
+    Args:
+        net: a `model.MaskRCNN` in evaluation mode.
+        dataset: a `data.Dataset`.
+        indices: the images.
+        device: of the model.
+        batch: images at a time.
+        progress: draw a bar.
+
+    Returns:
+        Dicts with image_id (the index), category_id (the label), score, bbox (xywh) and
+        segmentation (compressed RLE, counts as str).
+    """
+    results = []
+    for start in tqdm(range(0, len(indices), batch), disable=not progress, unit="batch"):
+        part = indices[start : start + batch]
+        images = [dataset.image(i).to(device).float() / 255 for i in part]
+        for index, output in zip(part, net(images), strict=True):
+            # One copy from the device for each image, and Fortran order for encode.
+            masks = (output["masks"][:, 0] > 0.5).cpu().numpy().astype(np.uint8)
+            boxes = output["boxes"].cpu()
+            boxes[:, 2:] -= boxes[:, :2]
+            for mask, box, label, score in zip(
+                masks, boxes.tolist(), output["labels"].tolist(), output["scores"].tolist(),
+                strict=True,
+            ):  # fmt: skip
+                rle = mask_utils.encode(np.asfortranarray(mask))
+                rle["counts"] = rle["counts"].decode()
+                results.append(dict(image_id=int(index), category_id=label, score=score,
+                                    bbox=box, segmentation=rle))  # fmt: skip
+    return results
+
+
+def average_precision(truth: COCO, results: list[dict], kind: str) -> tuple[dict, list]:
+    """COCO's twelve numbers and the AP of each class, in percent.
+
+    Args:
+        truth: with category ids 1..C.
+        results: of `predictions`.
+        kind: "segm" or "bbox".
+
+    Returns:
+        {"AP": .., .., "ARl": ..} and a list of C numbers; None where there is no truth to
+        judge by.
+    """
+    keys = ("image_id", "category_id", "score", dict(segm="segmentation", bbox="bbox")[kind])
+    # pycocotools prints its progress; the numbers are what we return.
+    with contextlib.redirect_stdout(io.StringIO()):
+        if results:
+            found = truth.loadRes([{key: result[key] for key in keys} for result in results])
+        else:
+            # loadRes([]) is an IndexError; no detection is a legal answer.
+            found = COCO()
+            found.dataset = dict(truth.dataset, annotations=[])
+            found.createIndex()
+        judge = COCOeval(truth, found, kind)
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    # Precision is (IoU, recall, class, area, detections); all areas, 100 detections.
+    precision = judge.eval["precision"][:, :, :, 0, -1]
+    classes = [percent(p[p > -1].mean() if (p > -1).any() else -1)
+               for p in precision.transpose(2, 0, 1)]  # fmt: skip
+    numbers = dict(zip(NUMBERS, map(percent, judge.stats), strict=True))
+    return numbers, classes
+
+
+def percent(value: float) -> float | None:
+    """A share in percent; None for pycocotools' -1, "nothing to judge"."""
+    return None if value < 0 else round(100 * float(value), 3)
+
+
+def evaluate(net, dataset, device, rank: int = 0, world: int = 1, progress: bool = False):
+    """Mask and box AP of a model on a whole dataset, over all processes.
+
+    Returns:
+        ({"mask": numbers, "box": numbers, "mask_per_class": {name: AP}}, results); the
+        same on every process.
+    """
+    share = predictions(net, dataset, list(range(len(dataset)))[rank::world], device,
+                        progress=progress and rank == 0)  # fmt: skip
+    results = [result for part in distributed.gather(share) for result in part]
+    # In image order, whatever the number of processes: AP breaks ties by position.
+    results.sort(key=lambda result: result["image_id"])
+    truth = dataset.coco(range(len(dataset)))
+    mask, mask_classes = average_precision(truth, results, "segm")
+    box, _ = average_precision(truth, results, "bbox")
+    per_class = dict(zip(dataset.names, mask_classes, strict=True))
+    return dict(mask=mask, box=box, mask_per_class=per_class), results
+
+
+def save_predictions(path: Path, dataset, results: list[dict]) -> Path:
+    """Write COCO results files with the dataset's own image and category ids.
+
+    `path` gets the masks, and a second file beside it the boxes: in one file
+    pycocotools would take the masks' areas from the boxes.
+
+    Returns:
+        The path of the second file.
+    """
+    boxes = path.with_name(f"{path.stem}_boxes.json")
+    for target, key in ((path, "segmentation"), (boxes, "bbox")):
+        lines = [
+            {
+                "image_id": dataset.image_ids[r["image_id"]],
+                "category_id": dataset.category_ids[r["category_id"] - 1],
+                "score": r["score"],
+                key: r[key],
+            }
+            for r in results
+        ]
+        try:
+            target.write_text(json.dumps(lines))
+        except OSError as error:
+            raise UserError(f"{target}: cannot be written ({error.strerror})") from error
+    return boxes
+
+
+def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str]]:
+    """A checkpoint's teacher or student, in evaluation mode; its config and classes."""
+    state = checkpoint.load(path)
+    # The weights are in the checkpoint: none are to be fetched.
+    config = Config(**{**state["config"], "backbone_weights": "none"})
+    frozen = state["config"]["backbone_weights"] != "none"
+    net = model.build(config, len(state["names"]) + 1, frozen_norm=frozen)
+    if who == "teacher":
+        averaged = teacher.make_teacher(net, config.ema_decay)
+        checkpoint.load_weights(averaged, state["teacher"], path)
+        net = averaged.module
+    else:
+        checkpoint.load_weights(net, state["student"], path)
+    return net.eval(), config, state["names"]
+
+
+def run(argv: list[str] | None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="COCO mask and box AP of a checkpoint.")
+    parser.add_argument("checkpoint", type=Path, help="runs/<name>/checkpoint.pt")
+    parser.add_argument("--json", default="", help="COCO JSON; default: the run's test part")
+    parser.add_argument("--images", default="", help="its image folder")
+    parser.add_argument("--who", choices=("teacher", "student"), default="teacher")
+    parser.add_argument("--save-predictions", type=Path, metavar="F", help="COCO results JSON")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args(argv)
+    if bool(args.json) != bool(args.images):
+        raise UserError("--json and --images go together: give both, or neither")
+    net, config, names = load_model(args.checkpoint, args.who)
+    source, folder = (args.json, args.images) if args.json else data.part_paths(config, "test")
+    dataset = data.load_coco(source, folder, names)
+    dataset.check_files()
+    rank, world, device = distributed.start(args.device)
+    report, results = evaluate(net.to(device), dataset, device, rank, world, progress=True)
+    if rank == 0:
+        print(f"{args.who} of {args.checkpoint} on {source}, {len(dataset)} images")
+        print(f"{'':8}" + "".join(f"{name:>7}" for name in NUMBERS))
+        for kind in ("mask", "box"):
+            print(f"{kind:8}" + "".join(f"{text(report[kind][n]):>7}" for n in NUMBERS))
+        print("mask AP per class")
+        for name, value in report["mask_per_class"].items():
+            print(f"  {name:<20} {text(value):>6}")
+        if args.save_predictions:
+            boxes = save_predictions(args.save_predictions, dataset, results)
+            print(f"masks in {args.save_predictions}, boxes in {boxes}")
+    distributed.stop()
+
+
+def text(value: float | None) -> str:
+    """A number for a table."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`run`, with one line and status 2 for what the user did wrong."""
+    try:
+        run(argv)
+    except UserError as error:
+        distributed.give_up(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+r"""Save and resume, atomically and exactly.
+
+*Atomically*: a checkpoint is written beside the old one, forced to disk, and renamed
+over it. Whenever the machine dies, there is one complete file, the old or the new.
+
+*Exactly*: it holds all that the next step depends on: student, teacher, optimiser,
+schedule, loss scaler, the step (from which the data streams follow, `ssis/data.py`) and
+the states of the random generators. On a CPU a resumed run ends bit-identical.
+
+A checkpoint is tensors and plain containers only, and is read with
+`weights_only=True`: loading a stranger's checkpoint must not run the stranger's code.
+
+Read next: `ssis/distributed.py`.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ssis import UserError, distributed
+
+# Raised when the meaning of a field changes.
+FORMAT = 1
+
+
+def save(path: Path, state: dict) -> None:
+    """Write a checkpoint; the one before stays until this one is complete.
+
+    Raises:
+        UserError: disk full or folder not writable; the old checkpoint is untouched.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(dict(state, format=FORMAT), file)
+            # Rename first, power cut, data never written: a complete name on an empty
+            # file. fsync forbids that order.
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    # torch.save reports a full disk as a RuntimeError of its zip writer.
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        kept = "the one before is kept" if path.exists() else "there is none yet"
+        raise UserError(
+            f"{path}: the checkpoint cannot be written ({short(error)}); {kept}; "
+            "make room or choose another --output, then run the same command again"
+        ) from error
+
+
+def short(error: BaseException) -> str:
+    """The first line of an error's text."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.strip().splitlines()[0]
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        UserError: not there, damaged, not a checkpoint of this project, or with code.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: checkpoint not found") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: cannot be read as a checkpoint ({short(error)[:120]})") from error
+    if not isinstance(state, dict) or not {"format", "config", "names"} <= state.keys():
+        raise UserError(f"{path}: not a checkpoint of this project")
+    if state["format"] != FORMAT:
+        raise UserError(f"{path}: format {state['format']}, this version reads {FORMAT}")
+    return state
+
+
+def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
+    """Load weights that must fit exactly.
+
+    Raises:
+        UserError: they belong to another model; names the first misfit.
+    """
+    own = model.state_dict()
+    misfit = sorted(own.keys() ^ weights.keys()) or [
+        name for name in own if own[name].shape != weights[name].shape
+    ]
+    if misfit:
+        raise UserError(f"{path}: checkpoint of another model: {misfit[0]!r} does not fit")
+    model.load_state_dict(weights)
+
+
+def snapshot(run, names: list[str], step: int, results: dict, seconds: float) -> dict:
+    """All that the next step depends on; every process must call this.
+
+    Args:
+        run: `train.Run`.
+        names: class names, so that the checkpoint can be evaluated on its own.
+        step: steps done, and so the position in the data streams.
+        results: evaluations that cannot be repeated later.
+        seconds: time spent so far.
+    """
+    gpu = torch.cuda.get_rng_state() if run.device.type == "cuda" else None
+    return dict(
+        config=dataclasses.asdict(run.config),
+        names=names,
+        step=step,
+        results=results,
+        seconds=seconds,
+        student=run.net.state_dict(),
+        # With the EMA's own counter, which says whether the next update is a copy.
+        teacher=run.teacher.state_dict(),
+        optimizer=run.optimizer.state_dict(),
+        schedule=run.schedule.state_dict(),
+        scaler=run.scaler.state_dict(),
+        # torch's generators, from which anchors and proposals are sampled: one state for
+        # each process.
+        random=distributed.gather(dict(cpu=torch.get_rng_state(), gpu=gpu)),
+    )
+
+
+def restore(run, path: Path) -> dict:
+    """Put a snapshot back into a `train.Run`, and return it."""
+    state = load(path)
+    load_weights(run.net, state["student"], path)
+    load_weights(run.teacher, state["teacher"], path)
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.schedule.load_state_dict(state["schedule"])
+    run.scaler.load_state_dict(state["scaler"])
+    # With another number of processes there is no state for each; the run is then as
+    # good as any other, only not the same bit for bit.
+    if len(state["random"]) == run.world:
+        mine = state["random"][run.rank]
+        torch.set_rng_state(mine["cpu"])
+        if mine["gpu"] is not None and run.device.type == "cuda":
+            torch.cuda.set_rng_state(mine["gpu"])
+    return state

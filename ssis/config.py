@@ -1,0 +1,237 @@
+r"""Every setting once: a dataclass with a reason per field; presets; the command line.
+
+There is one `Config`. Its fields are the command line (`--tau-class 0.7` sets
+`tau_class`), its defaults are the preset `shapes`, and the other presets are the same
+fields with other values. The order of precedence: a flag, then the preset, then the
+default. Nothing else in the project reads the command line, an environment variable or
+a configuration file.
+
+Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
+(arXiv 2505.11075).
+
+Read next: `train.py`, which uses every field.
+"""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssis import UserError
+
+# The methods that exist so far. `supervised` is pretraining for all the steps.
+METHODS = ("supervised", "guided-distillation")
+# Fields that may differ between a run and its resumption: they say where and how fast,
+# never what is computed.
+NOT_IN_RESULT = ("output", "resume", "workers", "checkpoint_every", "device")
+
+
+def setting(default, reason: str, choices: tuple[str, ...] = ()):
+    """A dataclass field with the sentence that says why it exists (shown by --help)."""
+    metadata = {"reason": reason, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class Config:
+    """All settings; the reasons stand beside them. Sizes in pixels, steps in updates."""
+
+    # What is trained, and where it goes.
+    preset: str = setting(
+        "shapes", "a named set of defaults: the built-in dataset, or a paper's schedule",
+        ("shapes", "custom", "coco", "cityscapes", "voc"))  # fmt: skip
+    method: str = setting(
+        "guided-distillation", f"what is compared: {', '.join(METHODS)}")  # fmt: skip
+    seed: int = setting(0, "every random choice follows from it, the split included")
+    output: str = setting("", "the run's folder; empty: runs/<preset>-<method>-<labeled>-s<seed>")
+    resume: str = setting(
+        "auto", "auto goes on where the run in the folder stopped; never starts it anew",
+        ("auto", "never"))  # fmt: skip
+
+    # Data.
+    data: str = setting("data/shapes", "folder of the preset's dataset; shapes is drawn there")
+    train_json: str = setting("", "COCO-format annotations of the training images")
+    train_images: str = setting("", "folder of the training images")
+    val_json: str = setting("", "annotations used for the curves, and to choose settings on")
+    val_images: str = setting("", "folder of the validation images")
+    test_json: str = setting("", "annotations for the final table; empty: the validation ones")
+    test_images: str = setting("", "folder of the test images")
+    unlabeled_images: str = setting("", "a bare folder of further images without annotations")
+    labeled: str = setting(
+        "5%", "labelled part of train_json: a share (5%%), a number (64), or a split's JSON")
+    unlabeled_includes_labeled: bool = setting(
+        False, "GD also uses the labelled images as unlabelled ones; leaving them out keeps "
+        "the audit honest")  # fmt: skip
+    workers: int = setting(0, "loader processes; 0 is fastest for tiny images, try 4 for real ones")
+
+    # Model.
+    model: str = setting(
+        "small", "small learns from scratch on a CPU; resnet50 is torchvision's, for real data",
+        ("small", "resnet50"))  # fmt: skip
+    backbone_weights: str = setting(
+        "none", "where resnet50 starts: none, imagenet, coco, or the PATH of a state dict")
+    short_side_min: int = setting(96, "smallest short side that a training image is resized to")
+    short_side: int = setting(96, "largest short side in training, and the one in evaluation")
+    long_side: int = setting(160, "limit of the long side, which bounds the memory")
+
+    # Schedule. Step counts are optimiser steps, all in one run.
+    pretrain_steps: int = setting(500, "labelled images only; makes the first teacher")
+    burnin_steps: int = setting(150, "teacher frozen, student learns from its pseudo-labels (GD)")
+    mutual_steps: int = setting(500, "teacher := EMA of the student, in every step (GD)")
+    burnin_init: str = setting(
+        "teacher", "the student's first weights: the teacher's (quick), or fresh (as GD)",
+        ("teacher", "fresh"))  # fmt: skip
+    labeled_batch: int = setting(8, "labelled images per step, over all processes together")
+    unlabeled_batch: int = setting(8, "unlabelled images per step, over all processes together")
+
+    # Optimiser.
+    lr: float = setting(1e-3, "AdamW step size; from scratch 1e-3, from pretrained weights 1e-4")
+    backbone_lr_factor: float = setting(1.0, "pretrained features need smaller steps: GD has 0.1")
+    weight_decay: float = setting(0.05, "AdamW's, as in GD; not on biases and norms")
+    clip_norm: float = setting(1.0, "limit of the gradient norm; GD has 0.01 (Mask2Former's)")
+    warmup_steps: int = setting(50, "linear warm-up: AdamW's second moments are noise at first")
+    decay_at: float = setting(
+        0.85, "share of pretraining, and of what follows it, after which lr drops tenfold")
+
+    # Teacher and pseudo-labels.
+    ema_decay: float = setting(0.99, "GD 0.9996 for 100k steps and more; short runs need less")
+    tau_class: float = setting(0.7, "a pseudo-label needs this class score (GD 0.7)")
+    min_area: int = setting(5, "a pseudo-label needs more mask pixels than this (GD 5)")
+    unsup_weight: float = setting(1.0, "weight of the pseudo-labelled loss (GD 2, PL-DC 1)")
+
+    # Machine.
+    device: str = setting("auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
+    amp: str = setting(
+        "off", "mixed precision: bf16 where the GPU has it, fp16 (scaled losses) elsewhere",
+        ("off", "bf16", "fp16"))  # fmt: skip
+    deterministic: bool = setting(
+        False, "refuse GPU operations whose result changes from call to call (a CPU needs no flag)")
+
+    # Bookkeeping.
+    eval_every: int = setting(250, "steps between evaluations on the validation images")
+    audit_images: int = setting(96, "unlabelled images on which each evaluation audits the teacher")
+    checkpoint_every: int = setting(100, "steps lost at most when the machine dies")
+
+    @property
+    def stage_ends(self) -> tuple[int, int, int]:
+        """Steps at which pretraining, burn-in and mutual learning end.
+
+        Supervised training is pretraining for the same number of steps in all, so that
+        methods are compared at equal numbers of updates.
+        """
+        pretrain, burnin, mutual = self.pretrain_steps, self.burnin_steps, self.mutual_steps
+        total = pretrain + burnin + mutual
+        if self.method == "supervised":
+            return total, total, total
+        return pretrain, pretrain + burnin, total
+
+    @property
+    def run_folder(self) -> Path:
+        """`output`, or a name that says what the run is."""
+        if self.output:
+            return Path(self.output)
+        share = Path(self.labeled).stem.replace("%", "pct")
+        return Path("runs") / f"{self.preset}-{self.method}-{share}-s{self.seed}"
+
+    def check(self) -> None:
+        """Raise UserError for values that no run could use."""
+        if self.method not in METHODS:
+            raise UserError(f"--method {self.method}: not there; there is {', '.join(METHODS)}")
+        if min(self.pretrain_steps, self.burnin_steps, self.mutual_steps) < 0:
+            raise UserError("--pretrain-steps, --burnin-steps, --mutual-steps: must be >= 0")
+        if self.stage_ends[-1] < 1:
+            raise UserError("--pretrain-steps, --burnin-steps, --mutual-steps: all are 0")
+        for name in ("labeled_batch", "unlabeled_batch", "eval_every", "checkpoint_every",
+                     "short_side_min", "short_side", "long_side"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
+        if not self.short_side_min <= self.short_side <= self.long_side:
+            raise UserError("--short-side-min <= --short-side <= --long-side does not hold")
+        for name in ("ema_decay", "tau_class", "decay_at"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{flag(name)} {getattr(self, name)}: must be from 0 to 1")
+        for name in ("lr", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{flag(name)} {getattr(self, name)}: must be above 0")
+        if min(self.seed, self.workers, self.min_area, self.warmup_steps, self.audit_images) < 0:
+            raise UserError("--seed, --workers, --min-area, --warmup-steps, --audit-images: "
+                            "must be >= 0")  # fmt: skip
+
+
+# ResNet-50 on photographs: what all three real presets share. The view sizes are
+# torchvision's (short side 640 to 800), the optimiser GD's.
+REAL = dict(
+    model="resnet50", backbone_weights="imagenet", workers=4, amp="bf16",
+    short_side_min=640, short_side=800, long_side=1333,
+    lr=1e-4, backbone_lr_factor=0.1, clip_norm=0.01, warmup_steps=1000,
+    ema_decay=0.9996, unsup_weight=2.0, burnin_init="fresh", labeled_batch=16, unlabeled_batch=16,
+    eval_every=5000, audit_images=500, checkpoint_every=1000,
+)  # fmt: skip
+
+PRESETS = {
+    # The defaults above: 12 minutes on two CPU cores.
+    "shapes": {},
+    # Your own data: the small model and the short schedule, until you choose otherwise.
+    "custom": dict(data="", labeled="10%", short_side_min=256, short_side=256, long_side=448),
+    # GD, section 4: 368,750 iterations after pretraining, burn-in 50k.
+    "coco": dict(REAL, data="data/coco", labeled="1%", pretrain_steps=60_000,
+                 burnin_steps=50_000, mutual_steps=318_750),
+    # GD, section 4: 90k iterations; S4M's burn-in of 15k.
+    "cityscapes": dict(REAL, data="data/cityscapes", labeled="5%", short_side_min=800,
+                       short_side=1024, long_side=2048, pretrain_steps=20_000,
+                       burnin_steps=15_000, mutual_steps=75_000),
+    # No paper of the three reports VOC; Cityscapes' schedule, COCO's image sizes.
+    "voc": dict(REAL, data="data/voc", labeled="10%", pretrain_steps=20_000,
+                burnin_steps=15_000, mutual_steps=75_000),
+}  # fmt: skip
+
+
+def flag(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """The command line into a checked `Config`; `--help` lists every field.
+
+    Raises:
+        UserError: a value that no run could use.
+    """
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Semi-supervised instance segmentation. Without arguments: guided "
+        "distillation on the built-in dataset, 5% labelled, about 10 minutes on two cores.",
+        formatter_class=argparse.RawTextHelpFormatter,
+        # A flag that is not given must not hide the preset's value.
+        argument_default=argparse.SUPPRESS,
+        # `--label` for `--labeled` would change its meaning when a field is added.
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(Config):
+        kind = type(field.default)
+        text = f"{field.metadata['reason']} [{str(field.default).replace('%', '%%')}]"
+        if kind is bool:
+            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
+        else:
+            parser.add_argument(flag(field.name), type=kind, help=text, metavar=kind.__name__,
+                                choices=field.metadata["choices"] or None)  # fmt: skip
+    given = vars(parser.parse_args(argv))
+    config = Config(**{**PRESETS[given.get("preset", "shapes")], **given})
+    config.check()
+    return config
+
+
+def save(config: Config, path: Path) -> None:
+    """Write `config.json`."""
+    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def differences(config: Config, saved: dict) -> list[str]:
+    """Fields that change the result and differ from a run's saved config, in words."""
+    now = dataclasses.asdict(config)
+    return [
+        f"{flag(name)} was {saved.get(name)}, is {value}"
+        for name, value in now.items()
+        if name not in NOT_IN_RESULT and saved.get(name) != value
+    ]

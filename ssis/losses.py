@@ -1,0 +1,113 @@
+r"""The loss table: every loss once, its weight, and how it is averaged.
+
+Mask R-CNN has five losses, and both passes of a step have the same five:
+
+    loss_objectness     RPN: is there an object at this anchor
+    loss_rpn_box_reg    RPN: where exactly
+    loss_classifier     box head: of which class, or background
+    loss_box_reg        box head: where exactly
+    loss_mask           mask head: binary cross-entropy per pixel of the 28 x 28 mask
+
+$$L = L_{labeled} + \lambda_u L_{unlabeled}$$       GD Eq. (total), lambda_u = `unsup_weight`
+
+*Averaging.* Each loss is a mean over what it was computed on: sampled anchors, sampled
+proposals, or foreground proposals. Of these a process with many instances has more than
+one with few. DDP takes the mean of the processes' gradients, which is the gradient of
+the global mean only if each process's loss is first multiplied by
+
+$$ n_{rank} \cdot world / n_{total} $$
+
+This also makes a process without pseudo-labels (n = 0) count for exactly nothing. On
+one process the factor is 1.
+
+Read next: `train.py`, where the two passes are.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ssis import UserError, distributed
+
+# Loss -> its place in the counts of `model.MaskRCNN` (anchors, proposals, foreground).
+COUNT_OF = {
+    "loss_objectness": 0,
+    "loss_rpn_box_reg": 0,
+    "loss_classifier": 1,
+    "loss_box_reg": 1,
+    "loss_mask": 2,
+}
+COUNTS = 3
+
+
+def total(losses: dict[str, Tensor], counts: Tensor, total_counts: Tensor, world: int) -> Tensor:
+    """The sum of a pass's losses, to be averaged by DDP into the global mean.
+
+    Args:
+        losses: the five scalars of this process.
+        counts: (3,) float, what they were averaged over on this process.
+        total_counts: (3,) float, the sum of `counts` over all processes.
+        world: number of processes.
+
+    Returns:
+        A scalar; the mean of it over the processes is the loss of the global batch.
+    """
+    # A batch without any instance anywhere has n = 0 and loss 0: no 0 / 0.
+    factor = counts * world / total_counts.clamp(min=1)
+    return sum(losses[name] * factor[place] for name, place in COUNT_OF.items())
+
+
+def logged(losses: dict[str, Tensor] | None, counts: Tensor, prefix: str) -> dict[str, Tensor]:
+    """The table's row of one pass on this process: sums, under fixed names.
+
+    A pass that was skipped gives zeros under the same names: every process has the same
+    keys in every step, so tables can be added up.
+
+    Returns:
+        For each loss, a (2,) tensor [loss * n, n]; the sums over processes and steps
+        give the mean.
+    """
+    row = {}
+    for name, place in COUNT_OF.items():
+        value = torch.zeros_like(counts[0]) if losses is None else losses[name].detach().float()
+        row[prefix + name] = torch.stack([value * counts[place], counts[place]])
+    return row
+
+
+def means(table: dict[str, Tensor], step: int) -> dict[str, float]:
+    """The loss table of some steps, over all processes.
+
+    Args:
+        table: sums of rows: name -> (2,) tensor [loss * n, n] of this process.
+        step: the last of the steps, for the message.
+
+    Returns:
+        name -> mean; 0 for a loss that was computed on nothing.
+
+    Raises:
+        UserError: a loss is NaN or infinite.
+    """
+    # One collective call for the whole table.
+    sums = distributed.all_sum(torch.stack([value.float() for value in table.values()]))
+    result = {
+        name: value / count if count else 0.0
+        for name, (value, count) in zip(table, sums.tolist(), strict=True)
+    }
+    bad = [name for name, value in result.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(f"step {step}: {', '.join(bad)} is not finite; the last checkpoint is "
+                        "kept; try a lower --lr, or --amp off")  # fmt: skip
+    return {name: round(value, 6) for name, value in result.items()}
+
+
+def brief(means: dict[str, float]) -> dict[str, str]:
+    """What the progress bar has room for."""
+    result = {}
+    for prefix in ("labeled", "unlabeled"):
+        parts = [value for name, value in means.items() if name.startswith(prefix + "/")]
+        if parts:
+            result[prefix] = f"{sum(parts):.2f}"
+    if "pseudo_per_image" in means:
+        result["pseudo/img"] = f"{means['pseudo_per_image']:.2f}"
+    return result

@@ -1,0 +1,204 @@
+r"""Mask R-CNN: torchvision's, with the few things the papers need added.
+
+Both papers build on a query-based segmenter (Mask2Former); this project keeps to
+torchvision's Mask R-CNN, which everyone has, and which gives the methods the same three
+things: a class distribution, a soft mask, and a stride-4 feature map. The price and the
+differences are listed in `docs/differences.md`.
+
+Two sizes:
+
+* `resnet50`: torchvision's ResNet-50-FPN, for real data, from ImageNet or COCO weights;
+* `small`: the same design, a tenth of the size, trained from scratch in minutes on a
+  CPU. It is narrower and shallower, has no stride-32 level and one sample per RoI bin:
+  four samples would take half of the step's time and, where a bin is one feature wide,
+  add nothing (docs/log.md).
+
+What is added to torchvision's model:
+
+* no resizing in training: the views (`ssis/augment.py`) have already resized the images,
+  and pseudo-labels must stay in the frame that they were predicted in;
+* counts: how many anchors, proposals and foreground proposals each loss was averaged
+  over. A batch spread over N processes can then be averaged like one batch on one
+  process; the mean of N means is something else (`ssis/losses.py`).
+
+Read next: `ssis/teacher.py`, the second copy of this model.
+"""
+
+import pickle
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet50_Weights, resnet
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights, mask_rcnn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import (
+    BackboneWithFPN,
+    _resnet_fpn_extractor,
+)
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+
+from ssis import UserError
+
+
+class CountingSampler(BalancedPositiveNegativeSampler):
+    """torchvision's sampler of foreground and background, which also counts its draw."""
+
+    def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        positive, negative = super().__call__(matched_idxs)
+        self.positives = sum(mask.sum() for mask in positive)
+        self.sampled = self.positives + sum(mask.sum() for mask in negative)
+        return positive, negative
+
+
+class MaskRCNN(mask_rcnn.MaskRCNN):
+    """torchvision's Mask R-CNN; in training it also says what it averaged over.
+
+    Called with images and targets in training mode, returns `(losses, counts)`:
+    `losses` is torchvision's dict of five scalars, `counts` a (3,) float tensor of the
+    sampled anchors, sampled proposals and foreground proposals (see
+    `losses.COUNT_OF`). In evaluation mode it is torchvision's model, unchanged.
+
+    Images are lists of (3, H, W) float tensors in [0, 1], of any sizes.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int | None = None, **settings):
+        # `_skip_resize`: torchvision's own switch for images resized beforehand.
+        super().__init__(backbone, num_classes, _skip_resize=True, **settings)
+        for part in (self.rpn, self.roi_heads):
+            old = part.fg_bg_sampler
+            part.fg_bg_sampler = CountingSampler(
+                old.batch_size_per_image, old.positive_fraction
+            )
+
+    def forward(self, images: list[Tensor], targets: list[dict] | None = None):
+        output = super().forward(images, targets)
+        if not self.training:
+            return output
+        rpn, roi = self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler
+        return output, torch.stack([rpn.sampled, roi.sampled, roi.positives]).float()
+
+
+def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
+    """A ResNet-10 Mask R-CNN for small images; random weights.
+
+    Args:
+        num_classes: C + 1, background included.
+        min_size: short side that images are resized to in evaluation, pixels.
+        max_size: limit of their long side, pixels.
+    """
+    body = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
+    # Strides 4, 8 and 16 only: at stride 32 nothing is left of a 96-pixel image.
+    backbone = BackboneWithFPN(
+        body, {"layer1": "0", "layer2": "1", "layer3": "2"}, [64, 128, 256], 64
+    )
+    levels = ["0", "1", "2"]
+    return MaskRCNN(
+        backbone,
+        min_size=min_size,
+        max_size=max_size,
+        # One size a level, four times its stride (torchvision: eight times): the
+        # objects of small images are small. The fourth level is the FPN's max-pool.
+        rpn_anchor_generator=AnchorGenerator(
+            ((16,), (32,), (64,), (96,)), ((0.5, 1.0, 2.0),) * 4
+        ),
+        rpn_pre_nms_top_n_train=400,
+        rpn_pre_nms_top_n_test=400,
+        rpn_post_nms_top_n_train=200,
+        rpn_post_nms_top_n_test=200,
+        rpn_batch_size_per_image=128,
+        box_batch_size_per_image=64,
+        box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=1),
+        box_head=TwoMLPHead(64 * 7 * 7, 256),
+        box_predictor=FastRCNNPredictor(256, num_classes),
+        mask_roi_pool=MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=1),
+        mask_head=mask_rcnn.MaskRCNNHeads(64, (64, 64), 1),
+        mask_predictor=mask_rcnn.MaskRCNNPredictor(64, 64, num_classes),
+    )
+
+
+def build_resnet50(
+    num_classes: int, min_size: int, max_size: int, weights: str, frozen_norm: bool
+) -> MaskRCNN:
+    """torchvision's ResNet-50-FPN Mask R-CNN.
+
+    Args:
+        num_classes, min_size, max_size: as for `build_small`.
+        weights: "none", "imagenet", "coco", or the path of a state dict: of a ResNet-50
+            (`fc.` keys are ignored) or of a whole Mask R-CNN (its last layers are
+            ignored where the number of classes differs).
+        frozen_norm: as torchvision does it for pretrained weights: BatchNorm's
+            statistics are frozen, since the few images of a step would estimate them
+            badly, and so are the two lowest stages.
+
+    Raises:
+        UserError: no network, no such file, or a file that does not fit.
+    """
+    norm = FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d
+    backbone = _resnet_fpn_extractor(
+        resnet.resnet50(weights=None, norm_layer=norm), 3 if frozen_norm else 5
+    )
+    model = MaskRCNN(backbone, num_classes, min_size=min_size, max_size=max_size)
+    if weights != "none":
+        state = pretrained_state(weights)
+        if any(name.startswith("backbone.") for name in state):
+            load_matching(model, state, weights)
+        else:
+            load_matching(model.backbone.body, state, weights)
+    return model
+
+
+def pretrained_state(weights: str) -> dict[str, Tensor]:
+    """The state dict that `--backbone-weights` names; see `build_resnet50`."""
+    known = {
+        "imagenet": ResNet50_Weights.IMAGENET1K_V1,
+        "coco": MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
+    }
+    if weights not in known:
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"--backbone-weights {weights}: not imagenet, coco, none or a "
+                            "readable state dict") from error  # fmt: skip
+        if not isinstance(state, dict) or not all(
+            isinstance(value, Tensor) for value in state.values()
+        ):
+            raise UserError(f"--backbone-weights {weights}: not a dict of tensors")
+        return state
+    try:
+        return known[weights].get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"--backbone-weights {weights}: {known[weights].url} cannot be downloaded; fetch "
+            "it elsewhere and pass its path, or pass none"
+        ) from error
+
+
+def load_matching(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load what has the same name and shape; UserError when the backbone does not."""
+    own = module.state_dict()
+    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    # `num_batches_tracked` has no counterpart in frozen norms. Anything else that is
+    # missing in the backbone means another architecture.
+    lacking = [k for k in own if k not in fits and "predictor" not in k]
+    if lacking:
+        raise UserError(f"--backbone-weights {source}: not of this model, lacks {lacking[0]!r}")
+    module.load_state_dict(fits, strict=False)
+
+
+def build(config, num_classes: int, frozen_norm: bool | None = None) -> MaskRCNN:
+    """The model that a config asks for, on the CPU.
+
+    Args:
+        config: `model`, `backbone_weights`, `short_side`, `long_side`.
+        num_classes: C + 1.
+        frozen_norm: of `build_resnet50`; None: whenever it starts from weights.
+    """
+    if config.model == "small":
+        return build_small(num_classes, config.short_side, config.long_side)
+    if frozen_norm is None:
+        frozen_norm = config.backbone_weights != "none"
+    return build_resnet50(
+        num_classes, config.short_side, config.long_side, config.backbone_weights, frozen_norm
+    )

@@ -1,0 +1,142 @@
+r"""The files of a run: what it was, what happened, what came out.
+
+    config.json      every setting
+    labeled.json     the split; `--labeled` takes it back
+    metrics.jsonl    a line for every ten steps, and one for every evaluation
+    checkpoint.pt    everything needed to go on, or to evaluate
+    summary.json     the result
+    *.png            pseudo-labels, predictions, curves
+
+Nothing in a folder is overwritten by a run with other settings: it is refused. Only
+rank 0 writes. Read next: `ssis/visualize.py`, which draws the pictures.
+"""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+from ssis import UserError, config
+
+
+def prepare(settings: config.Config) -> bool:
+    """Make the run's folder, or find an unfinished run of the same settings in it.
+
+    Returns:
+        Whether there is a checkpoint to go on from.
+
+    Raises:
+        UserError: another run is there, or the folder cannot be written.
+    """
+    folder = settings.run_folder
+    saved = folder / "config.json"
+    try:
+        if settings.resume == "never" and saved.exists():
+            # Only what a run writes: the folder may hold more.
+            for name in ("checkpoint.pt", "metrics.jsonl", "summary.json", "labeled.json"):
+                (folder / name).unlink(missing_ok=True)
+        elif saved.exists():
+            with contextlib.suppress(ValueError):
+                other = config.differences(settings, json.loads(saved.read_text()))
+                if other:
+                    raise UserError(
+                        f"{folder}: holds a run with other settings ({'; '.join(other[:3])}); "
+                        "give another --output, or --resume never to replace it"
+                    )
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save(settings, saved)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another "
+                        "--output") from error  # fmt: skip
+    return (folder / "checkpoint.pt").exists()
+
+
+def free_space(folder: Path, needed: int) -> None:
+    """Raise UserError when the disk cannot take a checkpoint: better now than later."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"{folder}: {free >> 20} MiB free, a checkpoint with its "
+                        f"predecessor needs {needed >> 20}; make room")  # fmt: skip
+
+
+class Metrics:
+    """`metrics.jsonl`, one JSON object a line, each with its `step`.
+
+    Args:
+        path: the file.
+        step: steps done; lines beyond are of steps that were lost and will be repeated.
+        writes: False on all processes but the first, where `add` does nothing.
+    """
+
+    def __init__(self, path: Path, step: int, writes: bool):
+        self.path, self.writes = path, writes
+        lines = [line for line in read_metrics(path) if line["step"] <= step]
+        self._write("".join(json.dumps(line) + "\n" for line in lines), "w")
+
+    def add(self, **line) -> None:
+        """Append a line."""
+        self._write(json.dumps(line) + "\n", "a")
+
+    def _write(self, text: str, mode: str) -> None:
+        if not self.writes:
+            return
+        try:
+            with open(self.path, mode, encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room or "
+                            "choose another --output, then run the same command again") from error
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a `metrics.jsonl`; one that a kill cut in half is passed over."""
+    lines = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines
+
+
+def summary(settings: config.Config, results: dict, counts: dict, test_set, seconds: float):
+    """The content of `summary.json`; AP in percent, None where there is no such model."""
+
+    def numbers(kind: str) -> dict:
+        models = ("pretrained", "student", "teacher")
+        return {who: results[who][kind]["AP"] if who in results else None for who in models}
+
+    return dict(
+        method=settings.method, preset=settings.preset, seed=settings.seed, **counts,
+        seconds=round(seconds, 1), evaluated_on=test_set.source, test_images=len(test_set),
+        mask_ap=numbers("mask"), box_ap=numbers("box"),
+        audit=results.get("audit"), audit_per_class=results.get("audit_per_class"),
+        details={who: results[who] for who in results if not who.startswith("audit")},
+    )  # fmt: skip
+
+
+def write_summary(folder: Path, summary: dict) -> None:
+    """Write `summary.json`, the last file of a run."""
+    try:
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder}/summary.json: cannot be written ({error.strerror})") from error
+
+
+def table(summary: dict, folder: Path) -> str:
+    """The small table that a run ends with."""
+    who = [name for name, value in summary["mask_ap"].items() if value is not None]
+    lines = [f"{'AP in percent':<16}" + "".join(f"{name:>12}" for name in who)]
+    for kind in ("mask_ap", "box_ap"):
+        values = "".join(f"{summary[kind][name]:12.2f}" for name in who)
+        lines.append(f"{kind.replace('_ap', ''):<16}{values}")
+    lines.append(f"on {summary['evaluated_on']} ({summary['test_images']} images), "
+                 f"{summary['seconds'] / 60:.1f} minutes")  # fmt: skip
+    if summary["audit"]:
+        audit = summary["audit"]
+        shown = ", ".join(
+            f"{key.replace('_', ' ')} {'-' if value is None else round(value, 2)}"
+            for key, value in audit.items()
+        )
+        lines.append(f"kept pseudo-labels: {shown}")
+    lines.append(f"files: {folder}/ (summary.json, checkpoint.pt, metrics.jsonl, pictures)")
+    return "\n".join(lines)

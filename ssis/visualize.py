@@ -1,0 +1,158 @@
+r"""Pictures: pseudo-labels, predictions, curves.
+
+A number says how many pseudo-labels are right; a picture says what is wrong with the
+others. Every evaluation writes `pseudo_<step>.png`, a strip for each of some unlabelled
+images: the image, everything the teacher predicts, what the filter keeps, and
+the truth that training never sees. The end of a run writes `predictions.png` (the
+teacher on test images beside the truth) and `curves.png`.
+
+Read next: back to `train.py`.
+"""
+
+import matplotlib
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.utils import draw_segmentation_masks
+
+from ssis import filters, teacher
+
+# No window: the pictures are files, also on a machine without a display.
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from ssis.run_folder import read_metrics
+
+# Colours that stay apart for colour-blind readers (Okabe and Ito, 2008), one by class.
+COLOURS = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
+           (0, 114, 178), (213, 94, 0), (204, 121, 167), (255, 255, 255)]  # fmt: skip
+TILE = 256
+ROWS = 6
+
+
+def overlay(image: Tensor, masks: Tensor, labels: Tensor, names: list[str],
+            scores: Tensor | None = None) -> Image.Image:  # fmt: skip
+    """An image with its instances: masks, class names, scores.
+
+    Args:
+        image: (3, H, W) float in [0, 1].
+        masks: (N, H, W) bool; labels: (N,), 1..C; scores: (N,) or None.
+        names: class names.
+
+    Returns:
+        A picture whose long side is TILE pixels.
+    """
+    size = image.shape[-2:]
+    scale = TILE / max(size)
+    pixels = (image.cpu() * 255).to(torch.uint8)
+    colours = [COLOURS[(label - 1) % len(COLOURS)] for label in labels.tolist()]
+    if len(masks):
+        pixels = draw_segmentation_masks(pixels, masks.cpu().bool(), alpha=0.6, colors=colours)
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    # Small images are enlarged pixel by pixel: what a mask's edge is should be seen.
+    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
+    picture = picture.resize((round(size[1] * scale), round(size[0] * scale)), how)
+    pen = ImageDraw.Draw(picture)
+    for k, mask in enumerate(masks.cpu().bool()):
+        ys, xs = torch.where(mask)
+        if len(ys):
+            score = "" if scores is None else f" {scores[k]:.2f}"
+            at = (xs.min().item() * scale, max(0, ys.min().item() * scale - 11))
+            pen.text(at, names[labels[k] - 1] + score, fill="white", stroke_width=2,
+                     stroke_fill="black")  # fmt: skip
+    return picture
+
+
+def grid(rows: list[list[Image.Image]], titles: list[str]) -> Image.Image:
+    """Pictures in rows under column titles."""
+    gap, head = 6, 22
+    height = max(picture.height for row in rows for picture in row) + gap
+    sheet = Image.new("RGB", ((TILE + gap) * len(titles), head + height * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        pen.text((column * (TILE + gap) + 4, 4), title, fill="black", font_size=13)
+        for number, row in enumerate(rows):
+            sheet.paste(row[column], (column * (TILE + gap), head + number * height))
+    return sheet
+
+
+def pseudo_labels(run, streams, folder, step: int) -> None:
+    """Write `pseudo_<step>.png` for the first unlabelled images; rank 0 only.
+
+    Args:
+        run: `train.Run`.
+        streams: `data.Streams`; without known truth the last column is left out.
+    """
+    if run.rank:
+        return
+    stream = streams.audit or streams.unlabeled
+    names, config = stream.dataset.names, run.config
+    rows = []
+    for k in range(min(ROWS, len(stream.indices))):
+        item = stream[k]
+        image = item["image"]
+        found = teacher.predict(run.teacher.module, [image.to(run.device)], 0.3)[0]
+        kept = filters.keep(found, config.tau_class, config.min_area)
+        nothing = torch.zeros(0, *image.shape[-2:])
+        row = [overlay(image, nothing, nothing, names)]
+        row += [overlay(image, p.masks, p.labels, names, p.class_quality) for p in (found, kept)]
+        if "target" in item:
+            truth = item["target"]
+            row.append(overlay(image, truth["masks"], truth["labels"], names))
+        rows.append(row)
+    titles = ["unlabelled image", "teacher, score > 0.3", f"kept, score > {config.tau_class}",
+              "truth (never seen)"][: len(rows[0])]  # fmt: skip
+    grid(rows, titles).save(folder / f"pseudo_{step:06d}.png")
+
+
+def predictions(run, dataset, folder) -> None:
+    """Write `predictions.png`: what the final model finds in test images."""
+    net = (run.net if run.config.method == "supervised" else run.teacher.module).eval()
+    rows = []
+    for index in range(min(ROWS, len(dataset))):
+        image = dataset.image(index).float() / 255
+        with torch.no_grad():
+            output = net([image.to(run.device)])[0]
+        sure = output["scores"] > 0.5
+        truth = dataset.target(index)
+        rows.append(
+            [
+                overlay(image, output["masks"][sure, 0] > 0.5, output["labels"][sure],
+                        dataset.names, output["scores"][sure]),
+                overlay(image, truth["masks"], truth["labels"], dataset.names),
+            ]
+        )  # fmt: skip
+    grid(rows, ["prediction, score > 0.5", "truth"]).save(folder / "predictions.png")
+
+
+def curves(folder) -> None:
+    """Write `curves.png` from `metrics.jsonl`: losses, validation AP, audit."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    for prefix in ("labeled", "unlabeled"):
+        points = [
+            (line["step"], sum(v for k, v in line.items() if k.startswith(prefix + "/")))
+            for line in lines
+            if f"{prefix}/loss_mask" in line
+        ]
+        if points:
+            left.plot(*zip(*points, strict=True), label=prefix)
+    left.set(title="loss", xlabel="step")
+    for who in ("student", "teacher"):
+        key = f"val_mask_ap_{who}"
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            middle.plot(*zip(*points, strict=True), marker="o", label=who)
+    middle.set(title="validation mask AP, %", xlabel="step")
+    audits = [(line["step"], line["audit"]) for line in lines if line.get("audit")]
+    for key in ("box_precision", "class_accuracy", "mask_iou", "recall"):
+        points = [(step, audit[key]) for step, audit in audits if audit[key] is not None]
+        if points:
+            right.plot(*zip(*points, strict=True), marker="o", label=key.replace("_", " "))
+    right.set(title="audit of the pseudo-labels", xlabel="step", ylim=(0, 1))
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend()
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)

@@ -1,0 +1,277 @@
+r"""The whole training loop, readable from top to bottom.
+
+    torchrun train.py                 guided distillation on the built-in dataset
+    python train.py --help            every setting, with its reason
+
+One run has three stages (Guided Distillation, arXiv 2308.02668, section 3):
+
+    pretrain           the student learns from the labelled images alone
+    guided burn-in     teacher := student, frozen; the student learns from both
+    mutual learning    teacher := EMA of the student, in every step
+
+Order of the file: one step, what happens between the steps, the run, the command line.
+B = images of a batch on this process, N = instances, C = classes; images (3, H, W).
+"""
+
+import signal
+import sys
+import time
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+import evaluate
+from ssis import (
+    UserError,
+    audit,
+    augment,
+    checkpoint,
+    config,
+    data,
+    distributed,
+    filters,
+    losses,
+    model,
+    optimizer,
+    run_folder,
+    teacher,
+    visualize,
+)
+
+LOG_EVERY = 10
+
+
+class Run:
+    """What a training step works on; built once by `main`, no behaviour of its own."""
+
+    def __init__(self, settings: config.Config, names: list[str], start: tuple):
+        self.config = settings
+        self.rank, self.world, self.device = start
+        # Same seed on all processes: the same first weights. Then one of each rank, for
+        # the sampling of anchors and proposals.
+        torch.manual_seed(settings.seed)
+        self.net = model.build(settings, len(names) + 1).to(self.device).train()
+        torch.manual_seed(settings.seed * 1000 + 1 + self.rank)
+        self.student = distributed.wrap(self.net, self.device)
+        self.teacher = teacher.make_teacher(self.net, settings.ema_decay)
+        self.optimizer = optimizer.make(self.net, settings)
+        self.schedule = LambdaLR(self.optimizer, lambda step: optimizer.lr_factor(step, settings))
+        dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=settings.amp != "off")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
+
+
+# ---------------------------------------------------------------------------- one step
+
+
+def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
+    """One optimiser step.
+
+    Args:
+        run: the models and their optimiser.
+        labeled: B items of `data.Stream`, with targets.
+        unlabeled: B items without, or None while pretraining.
+
+    Returns:
+        The row of the loss table: name -> (2,) tensor [sum, count] of this process.
+    """
+    run.optimizer.zero_grad(set_to_none=True)
+    # The unlabelled pass comes first and is freed by its own backward pass before the
+    # labelled one starts: the memory of a step is that of its larger half, not of both.
+    row = {} if unlabeled is None else unlabeled_pass(run, unlabeled)
+
+    images = [item["image"].to(run.device) for item in labeled]
+    targets = [to_device(item["target"], run.device) for item in labeled]
+    with run.autocast:
+        loss_s, counts = run.student(images, targets)
+    # GD Eq. (total): the labelled part. Its backward pass synchronises the gradients
+    # of both passes over the processes; every process always has labelled images.
+    objective = losses.total(loss_s, counts, distributed.all_sum(counts), run.world)
+    run.scaler.scale(objective).backward()
+    row |= losses.logged(loss_s, counts, "labeled/")
+
+    run.scaler.unscale_(run.optimizer)
+    nn.utils.clip_grad_norm_(run.net.parameters(), run.config.clip_norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.schedule.step()
+    return row
+
+
+def unlabeled_pass(run: Run, unlabeled: list[dict]) -> dict:
+    """Pseudo-labels for B unlabelled images, and the gradient of the loss on them."""
+    settings = run.config
+    # 1. The teacher looks at the weak view (no grad, eval mode).
+    weak = [item["image"].to(run.device) for item in unlabeled]
+    with run.autocast:
+        predictions = teacher.predict(run.teacher.module, weak, settings.tau_class)
+    # 2. GD Eq. (filter): only what it is sure of becomes a pseudo-label.
+    kept = [filters.keep(p, settings.tau_class, settings.min_area) for p in predictions]
+    # 3. An image without a pseudo-label says nothing. It is left out, never trained as
+    #    background: the teacher may just not have been sure.
+    chosen = [i for i, pseudo in enumerate(kept) if len(pseudo)]
+    # 4. The student must see the same in the strong view of the same pixels.
+    strong = [augment.strong_view(weak[i], unlabeled[i]["seed"]) for i in chosen]
+    targets = [kept[i].target() for i in chosen]
+    loss_u, counts = None, torch.zeros(losses.COUNTS, device=run.device)
+    # `no_sync`: a process with no pseudo-label skips this pass, so it must not contain
+    # anything that the others wait for. The sum of counts is outside.
+    with distributed.no_sync(run.student):
+        if chosen:
+            with run.autocast:
+                loss_u, counts = run.student(strong, targets)
+        total_counts = distributed.all_sum(counts)
+        if chosen:
+            objective = losses.total(loss_u, counts, total_counts, run.world)
+            # GD Eq. (total): the unlabelled part, lambda_u L_unlabeled.
+            run.scaler.scale(settings.unsup_weight * objective).backward()
+    row = losses.logged(loss_u, counts, "unlabeled/")
+    found = [sum(len(pseudo) for pseudo in kept), len(kept)]
+    return row | {"pseudo_per_image": torch.tensor(found, device=run.device)}
+
+
+def to_device(target: dict, device: torch.device) -> dict:
+    """A target on the device."""
+    return {key: value.to(device, non_blocking=True) for key, value in target.items()}
+
+
+# ------------------------------------------------------------------- between the steps
+
+
+def judge(run: Run, net: nn.Module, dataset: data.Dataset) -> dict:
+    """COCO AP of a model, which is left in the mode that it was in."""
+    mode = net.training
+    report, _ = evaluate.evaluate(net.eval(), dataset, run.device, run.rank, run.world)
+    net.train(mode)
+    return report
+
+
+def begin_burnin(run: Run) -> None:
+    """GD: teacher := student, frozen; the student goes on, or starts afresh."""
+    teacher.restart(run.teacher)
+    run.teacher.update_parameters(run.net)
+    if run.config.burnin_init == "fresh":
+        with torch.random.fork_rng():
+            torch.manual_seed(run.config.seed + 1)
+            fresh = model.build(run.config, run.net.roi_heads.box_predictor.cls_score.out_features)
+        run.net.load_state_dict(fresh.state_dict())
+        run.optimizer.state.clear()
+
+
+# ----------------------------------------------------------------------------- the run
+
+
+def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None:
+    """From the settings to `summary.json`."""
+    main_process, device, folder = start[0] == 0, start[2], settings.run_folder
+    torch.use_deterministic_algorithms(settings.deterministic)
+
+    # Data. Rank 0 draws the shapes, checks the files and decides the split; the others
+    # read what it wrote, so no two processes can disagree on what is labelled.
+    going_on = distributed.from_main(run_folder.prepare, settings)
+    distributed.from_main(data.prepare, settings)
+    train_set, val_set, test_set = data.open_parts(settings)
+    labeled, unlabeled = data.split(train_set, settings, folder / "labeled.json")
+    density = train_set.instances_per_image(labeled)
+    streams = data.streams(train_set, labeled, unlabeled, settings)
+
+    # Model: new, or as it was when the run was stopped.
+    run = Run(settings, train_set.names, start)
+    pretrain_end, burnin_end, total = settings.stage_ends
+    done, results, earlier = 0, {}, 0.0
+    if going_on:
+        state = checkpoint.restore(run, folder / "checkpoint.pt")
+        done, results, earlier = state["step"], state["results"], state["seconds"]
+    metrics = run_folder.Metrics(folder / "metrics.jsonl", done, writes=main_process)
+    labeled_batches = data.batches(streams.labeled, settings.labeled_batch, done, run)
+    unlabeled_batches = data.batches(
+        streams.unlabeled, settings.unlabeled_batch, max(done, pretrain_end), run)  # fmt: skip
+    # Ctrl-C and SIGTERM (what a cluster sends before it kills): finish the step, save, go.
+    stop_asked = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: stop_asked.append(number))
+
+    began, table = time.monotonic(), {}
+    bar = tqdm(total=total, initial=done, disable=not main_process, dynamic_ncols=True,
+               mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
+    for number in range(done, total):
+        if number == pretrain_end:
+            # The first teacher is complete: note how good it is, then freeze it.
+            results["pretrained"] = judge(run, run.net, test_set)
+            begin_burnin(run)
+        if number == burnin_end:
+            # GD: teacher := student. The update below, the first one, is then a copy.
+            teacher.restart(run.teacher)
+        semi, mutual = number >= pretrain_end, number >= burnin_end
+        stage = "mutual" if mutual else "burn-in" if semi else "pretrain"
+        bar.set_description(stage, refresh=False)
+
+        row = step(run, next(labeled_batches), next(unlabeled_batches) if semi else None)
+        if mutual:
+            # GD Eq. (EMA)
+            run.teacher.update_parameters(run.net)
+        done = number + 1
+        bar.update()
+
+        # The loss table is summed over steps here, over processes when it is written.
+        table = {name: table.get(name, 0) + value for name, value in row.items()}
+        asked = torch.tensor(float(bool(stop_asked)), device=device)
+        stopping = distributed.all_sum(asked).item() > 0
+        saving = done % settings.checkpoint_every == 0 or done == total or stopping
+        if done % LOG_EVERY == 0 or saving:
+            # Raises on NaN, before anything is saved: such a checkpoint is worth nothing.
+            means = losses.means(table, done)
+            table = {}
+            metrics.add(step=done, stage=stage, lr=run.schedule.get_last_lr()[-1], **means)
+            bar.set_postfix(losses.brief(means), refresh=False)
+        if done % settings.eval_every == 0 and done < total:
+            line = {"val_mask_ap_student": judge(run, run.net, val_set)["mask"]["AP"]}
+            if semi:
+                line["val_mask_ap_teacher"] = judge(run, run.teacher.module, val_set)["mask"]["AP"]
+                line |= audit.run(run, streams.audit, density)
+                audit.warn(means, density, bar.write)
+                visualize.pseudo_labels(run, streams, folder, done)
+            metrics.add(step=done, **line)
+        if saving:
+            spent = earlier + time.monotonic() - began
+            state = checkpoint.snapshot(run, train_set.names, done, results, spent)
+            distributed.from_main(checkpoint.save, folder / "checkpoint.pt", state)
+        if stopping and done < total:
+            bar.close()
+            if main_process:
+                print(f"stopped after step {done} of {total}; the same command goes on from there")
+            return
+    bar.close()
+
+    # The end: the student and, where there is one, the teacher, on the test part.
+    results["student"] = judge(run, run.net, test_set)
+    if settings.method != "supervised":
+        results["teacher"] = judge(run, run.teacher.module, test_set)
+        results |= audit.run(run, streams.audit, density)
+    spent = earlier + time.monotonic() - began
+    counts = dict(labeled=len(labeled), unlabeled=len(unlabeled), steps=total)
+    summary = run_folder.summary(settings, results, counts, test_set, spent)
+    if main_process:
+        run_folder.write_summary(folder, summary)
+        visualize.curves(folder)
+        visualize.predictions(run, test_set, folder)
+        print(run_folder.table(summary, folder))
+
+
+# -------------------------------------------------------------------- the command line
+
+
+def main(argv: list[str] | None = None) -> None:
+    """One line and status 2 for what the user did wrong, a traceback for what we did."""
+    try:
+        settings = config.parse(argv)
+        train(settings, distributed.start(settings.device))
+        distributed.stop()
+    except UserError as error:
+        distributed.give_up(error)
+
+
+if __name__ == "__main__":
+    main()

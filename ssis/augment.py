@@ -18,10 +18,10 @@ over workers and processes. Read next: `ssis/teacher.py`, who looks at the weak 
 
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+NEAREST_EXACT = v2.InterpolationMode.NEAREST_EXACT
 # GD section 4, in the order of its text. The kernel spans about three sigmas.
 STRONG = v2.Compose(
     [
@@ -52,9 +52,10 @@ def weak_view(image: Tensor, target: dict | None, config, seed: int):
     flip = torch.rand((), generator=generator).item() < 0.5
     image = resize(image, short, config.long_side)
     if target is not None:
-        # Nearest neighbour, chosen by v2 for its type: a mask must stay 0 or 1.
-        masks = F.resize(tv_tensors.Mask(target["masks"]), list(image.shape[-2:]))
-        target = dict(target, masks=masks.as_subclass(Tensor))
+        # Nearest neighbour, for a mask must stay 0 or 1; the exact one, since plain
+        # NEAREST rounds down and so shifts masks against pixels by half a pixel.
+        masks = F.resize(target["masks"], list(image.shape[-2:]), NEAREST_EXACT)
+        target = dict(target, masks=masks)
     if flip:
         image = F.horizontal_flip(image)
         target = target and dict(target, masks=target["masks"].flip(-1))

@@ -65,7 +65,7 @@ def sanitize(target: dict) -> dict:
     on a degenerate box, and a box that is looser than its mask teaches the wrong thing.
     """
     masks = target["masks"]
-    keep = masks.flatten(1).any(dim=1)
+    keep = (masks != 0).flatten(1).any(dim=1)
     kept = {key: value[keep] for key, value in target.items() if key != "boxes"}
     return {**kept, "boxes": boxes_of(kept["masks"])}
 

@@ -1,0 +1,87 @@
+"""What several tests share: small datasets in COCO format, and the real images.
+
+The real images are a folder beside the project, `../shared/data` (or the environment
+variable SSIS_TEST_DATA); tests that read it are skipped, by name, where it is absent.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+REAL = Path(os.environ.get("SSIS_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+def real(name: str) -> Path:
+    """A folder of real images, or a skipped test."""
+    folder = REAL / name
+    if not folder.is_dir():
+        pytest.skip(f"no real images: {folder} is absent")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shapes_folder(tmp_path_factory) -> Path:
+    """A small shapes dataset: 40 training, 6 validation and 6 test images."""
+    from ssis import shapes
+
+    folder = tmp_path_factory.mktemp("shapes")
+    shapes.make(folder, parts=dict(train=40, val=6, test=6))
+    return folder
+
+
+def write_coco(folder: Path, change=None) -> dict:
+    """A COCO dataset of 4 images with every kind of annotation; returns its JSON.
+
+    Category ids have a gap and start at 0; image 3 has no annotation; image 1 has a
+    polygon in two parts, image 2 a crowd as uncompressed RLE and a compressed RLE.
+
+    Args:
+        folder: gets `images/` and `coco.json`.
+        change: a function that spoils the JSON before it is written.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = np.random.RandomState(0)
+    images = []
+    for k in range(4):
+        pixels = rng.randint(0, 256, (32, 48, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{k}.png")
+        images.append(dict(id=10 * k, file_name=f"{k}.png", height=32, width=48))
+    column = [5 * 32 + 4, 8, 24, 8, 32 * 48 - 5 * 32 - 44]
+    annotations = [
+        dict(id=1, image_id=0, category_id=0, iscrowd=0, area=-1, bbox=[0, 0, 0, 0],
+             segmentation=[[4, 4, 20, 4, 20, 12, 4, 12]]),
+        dict(id=2, image_id=0, category_id=7, iscrowd=0,
+             segmentation=[[30, 20, 40, 20, 40, 28], [2, 20, 8, 20, 8, 30, 2, 30]]),
+        dict(id=3, image_id=10, category_id=7, iscrowd=0,
+             segmentation=[[1, 1, 12.5, 1, 12.5, 9.25, 1, 9]]),
+        dict(id=4, image_id=20, category_id=0, iscrowd=1,
+             segmentation=dict(size=[32, 48], counts=column)),
+        dict(id=5, image_id=20, category_id=0, iscrowd=0,
+             segmentation=dict(size=[32, 48], counts=[40, 10, 22, 10, 1454])),
+    ]  # fmt: skip
+    raw = dict(images=images, annotations=annotations,
+               categories=[dict(id=7, name="dog"), dict(id=0, name="cat"),
+                           dict(id=9, name="unused")])  # fmt: skip
+    if change:
+        raw = change(raw) or raw
+    (folder / "coco.json").write_text(json.dumps(raw))
+    return raw
+
+
+@pytest.fixture
+def coco_folder(tmp_path) -> Path:
+    write_coco(tmp_path)
+    return tmp_path

@@ -1,0 +1,77 @@
+"""A few semi-supervised steps on a fixed global batch; the body of test_distributed.
+
+    python tests/gloo_step.py OUT SHAPES             one process
+    torchrun --nproc_per_node 2 tests/gloo_step.py OUT SHAPES
+
+Random choices that would differ with the number of processes are taken out, so that the
+rest must agree: norms are frozen, all anchors and proposals are used. The threshold is
+such that the first two unlabelled images have pseudo-labels and the last two have none:
+with two processes, one of them skips the unlabelled pass in every step. SGD stands in for
+AdamW, whose first steps are the sign of the gradient, be it 1 or a rounding error.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+import train
+from ssis import config, data, distributed, teacher
+
+
+def freeze_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, FrozenBatchNorm2d(child.num_features))
+        else:
+            freeze_norms(child)
+
+
+def main(out: str, folder: str) -> None:
+    settings = config.Config(method="guided-distillation", short_side_min=64, short_side=64,
+                             long_side=64, device="cpu", labeled_batch=4, unlabeled_batch=4)  # fmt: skip
+    torch.set_num_threads(1)
+    start = distributed.start("cpu")
+    rank, world, _ = start
+    run = train.Run(settings, ["a"] * 6, start)
+    freeze_norms(run.net)
+    run.net.rpn.fg_bg_sampler.batch_size_per_image = 10**6
+    run.net.roi_heads.fg_bg_sampler.batch_size_per_image = 10**6
+    run.student = distributed.wrap(run.net, run.device)
+    run.teacher = teacher.make_teacher(run.net, 0.9)
+    run.optimizer = torch.optim.SGD(run.net.parameters(), lr=0.02)
+    run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
+
+    dataset = data.load_coco(f"{folder}/instances_train.json", f"{folder}/train")
+    labeled = data.Stream(dataset, list(range(8)), settings, 0, True)
+    unlabeled = data.Stream(dataset, list(range(8, 40)), settings, 1, False)
+    # Of eight unlabelled images take the two with the best and the two with the worst
+    # detection, and put the threshold between them.
+    items = [unlabeled[k] for k in range(8)]
+    best = [teacher.predict(run.teacher.module, [item["image"]], 0.05)[0].class_quality.max().item()
+            for item in items]  # fmt: skip
+    order = sorted(range(8), key=lambda k: -best[k])
+    run.config.tau_class = (best[order[1]] + best[order[-2]]) / 2
+    chosen = [items[k] for k in (*order[:2], *order[-2:])]
+
+    share = 4 // world
+    mine = slice(rank * share, (rank + 1) * share)
+    found = []
+    for step in range(3):
+        batch = [labeled[4 * step + k] for k in range(4)]
+        row = train.step(run, batch[mine], chosen[mine])
+        run.teacher.update_parameters(run.net) if step else None
+        found.append(row["pseudo_per_image"][0].item())
+    counts = distributed.gather(found)
+    if rank == 0:
+        torch.save(dict(found=counts, student=run.net.state_dict(),
+                        teacher=run.teacher.state_dict()), out)  # fmt: skip
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,181 @@
+"""Datasets, the split and the streams.
+
+Oracles: pycocotools reads the same JSON; permutations and shares are counted by hand;
+images are written in the odd formats that people have.
+"""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import real, write_coco
+from PIL import Image
+from pycocotools.coco import COCO
+
+from ssis import UserError, config, data
+
+pytestmark = pytest.mark.fast
+SETTINGS = config.Config(short_side_min=20, short_side=40, long_side=60)
+
+
+def load(folder) -> data.Dataset:
+    return data.load_coco(str(folder / "coco.json"), str(folder / "images"))
+
+
+def compare_with_pycocotools(dataset: data.Dataset, path) -> int:
+    """Every mask, label and crowd flag against pycocotools; returns how many."""
+    oracle, count = COCO(str(path)), 0
+    for index, image_id in enumerate(dataset.image_ids):
+        theirs = oracle.imgToAnns[image_id]
+        singles = [a for a in theirs if not a.get("iscrowd")]
+        target = dataset.target(index)
+        names = [oracle.cats[a["category_id"]]["name"] for a in singles]
+        assert [dataset.names[label - 1] for label in target["labels"].tolist()] == names
+        for mask, annotation in zip(target["masks"], singles, strict=True):
+            assert (mask.numpy() == oracle.annToMask(annotation)).all()
+            count += 1
+    return count
+
+
+def test_masks_and_labels_are_pycocotools_own(coco_folder):
+    dataset = load(coco_folder)
+    assert dataset.names == ["cat", "dog", "unused"] and dataset.category_ids == [0, 7, 9]
+    assert compare_with_pycocotools(dataset, coco_folder / "coco.json") == 4
+
+
+def test_real_coco_masks_are_pycocotools_own():
+    folder = real("coco_mini")
+    path = folder / "instances_train.json"
+    dataset = data.load_coco(str(path), str(folder / "train"))
+    assert len(dataset.names) == 80
+    assert compare_with_pycocotools(dataset, path) > 500
+
+
+def test_boxes_are_those_of_the_masks_and_never_degenerate():
+    masks = torch.zeros(4, 10, 12, dtype=torch.uint8)
+    masks[0, 2:5, 3:9] = 1
+    masks[1, 7, 4] = 1
+    masks[3, 0, :] = 1
+    target = data.sanitize(dict(masks=masks, labels=torch.arange(4)))
+    assert target["boxes"].tolist() == [[3, 2, 9, 5], [4, 7, 5, 8], [0, 0, 12, 1]]
+    assert target["labels"].tolist() == [0, 1, 3]
+    empty = data.sanitize(dict(masks=masks[2:3], labels=torch.arange(1)))
+    assert empty["boxes"].shape == (0, 4) and empty["boxes"].dtype == torch.float32
+
+
+def test_ground_truth_for_evaluation_has_recomputed_areas_and_crowds(coco_folder):
+    truth = load(coco_folder).coco(range(4))
+    annotations = truth.dataset["annotations"]
+    assert all(a["area"] > 0 and min(a["bbox"][2:]) > 0 for a in annotations)
+    assert sum(a["iscrowd"] for a in annotations) == 1
+    assert min(a["id"] for a in annotations) == 1
+
+
+def test_an_image_without_annotations_is_a_legal_negative(coco_folder):
+    target = load(coco_folder).target(3)
+    assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 32, 48)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "LA", "1", "I;16"])
+def test_images_of_all_modes_become_rgb(tmp_path, mode):
+    gray = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (30, 1))
+    if mode == "I;16":
+        Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "a.tiff")
+        path = tmp_path / "a.tiff"
+    else:
+        kind = "tiff" if mode == "CMYK" else "png"
+        path = tmp_path / f"a.{kind}"
+        Image.fromarray(gray).convert("RGB").convert(mode).save(path)
+    image = data.read_image(str(path), (30, 40))
+    assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
+    # Dark on the left, bright on the right, in each mode; 16 bits must not clip to white.
+    assert image[:, :, :8].float().mean() < 60 and image[:, :, -8:].float().mean() > 190
+
+
+def test_exif_rotation_follows_the_size_that_the_annotations_speak_of(tmp_path):
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[:, :10] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    path = str(tmp_path / "a.jpg")
+    upright = data.read_image(path, (30, 20))
+    assert upright[:, :8].float().mean() > 200 > 50 > upright[:, 12:].float().mean()
+    stored = data.read_image(path, (20, 30))
+    assert stored[:, :, :8].float().mean() > 200 > 50 > stored[:, :, 12:].float().mean()
+    with pytest.raises(UserError, match="is 20 x 30 pixels, the JSON says 33 x 44"):
+        data.read_image(path, (44, 33))
+
+
+def test_the_split_is_seeded_covers_classes_and_can_be_given_back(coco_folder, tmp_path):
+    dataset = load(coco_folder)
+    first, warnings = data.draw_split(dataset, "2", 0)
+    assert data.draw_split(dataset, "50%", 0)[0] == first
+    covered = set().union(*(dataset.present_labels(i) for i in first))
+    assert covered == {1, 2} and "unused" in warnings[0]
+    data.write_split(dataset, first, tmp_path / "split.json", 0)
+    assert data.draw_split(dataset, str(tmp_path / "split.json"), 1)[0] == first
+    (tmp_path / "list.json").write_text(json.dumps(["3.png", "1.png"]))
+    assert data.draw_split(dataset, str(tmp_path / "list.json"), 0)[0] == [1, 3]
+    seeds = {tuple(data.draw_split(dataset, "1", seed)[0]) for seed in range(20)}
+    assert len(seeds) > 1
+
+
+def test_a_bare_folder_gives_unlabelled_images_that_are_not_listed_yet(coco_folder):
+    dataset = load(coco_folder)
+    (coco_folder / "images" / "sub").mkdir()
+    Image.new("L", (50, 40)).save(coco_folder / "images" / "sub" / "new.png")
+    assert data.add_folder(dataset, str(coco_folder / "images")) == [4]
+    assert dataset.image(4).shape == (3, 40, 50)
+    assert dataset.annotated == 4 and dataset.instances_per_image([0, 3]) == 1.0
+    with pytest.raises(UserError, match="is 5 of 4 images"):
+        data.draw_split(dataset, "5", 0)
+
+
+def test_the_stream_is_a_function_of_seed_and_position(coco_folder):
+    dataset = load(coco_folder)
+    stream = data.Stream(dataset, [0, 1, 2, 3], SETTINGS, 7, True)
+    epochs = [[stream[k]["index"] for k in range(4 * e, 4 * e + 4)] for e in range(6)]
+    assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+    state = torch.get_rng_state()
+    again = data.Stream(dataset, [0, 1, 2, 3], SETTINGS, 7, True)
+    for k in (21, 3, 4):
+        assert torch.equal(stream[k]["image"], again[k]["image"])
+        assert stream[k]["seed"] == again[k]["seed"]
+    # Reading data must not touch the generator that the model draws from.
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_unlabelled_items_carry_no_truth(coco_folder):
+    stream = data.Stream(load(coco_folder), [0, 1], SETTINGS, 7, False)
+    assert set(stream[0]) == {"image", "index", "seed"}
+
+
+def test_processes_share_the_same_global_batches():
+    whole = list(data.Shard(8, 3, 6, rank=0, world=1))
+    parts = [list(data.Shard(8, 3, 6, rank=r, world=4)) for r in range(4)]
+    assert [sum((part[s] for part in parts), []) for s in range(3)] == whole
+    assert whole[0] == list(range(24, 32)) and len(data.Shard(8, 3, 6, 0, 1)) == 3
+
+
+def test_annotations_are_packed_into_few_arrays(shapes_folder):
+    dataset = data.load_coco(f"{shapes_folder}/instances_train.json", f"{shapes_folder}/train")
+    lists = [v for v in vars(dataset).values() if isinstance(v, list) and len(v) > len(dataset)]
+    assert not lists
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copy.target(5)["masks"], dataset.target(5)["masks"])
+
+
+def test_classes_are_matched_by_name_not_by_id(coco_folder, tmp_path):
+    def renumber(raw):
+        raw["categories"] = [dict(id=1, name="dog"), dict(id=2, name="cat")]
+        raw["annotations"] = [dict(raw["annotations"][0], category_id=2)]
+
+    write_coco(tmp_path / "other", renumber)
+    other = data.load_coco(str(tmp_path / "other/coco.json"), str(tmp_path / "other/images"),
+                           ["cat", "dog", "unused"])  # fmt: skip
+    assert other.target(0)["labels"].tolist() == [1]
+    assert other.category_ids == [2, 1, None]

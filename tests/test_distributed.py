@@ -1,0 +1,56 @@
+"""Two processes with gloo are one process on the same global batch.
+
+Also: a process without any pseudo-label neither hangs the other nor changes the result,
+a whole run under torchrun ends like any other, and errors stop all processes.
+"""
+
+import json
+import subprocess
+import sys
+
+import torch
+from conftest import ROOT
+from test_train import TINY, dataset_of
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def launch(command, *arguments, status=0):
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True,
+                          cwd=ROOT, timeout=240)  # fmt: skip
+    assert (done.returncode == 0) == (status == 0), done.stderr[-3000:]
+    return done
+
+
+def test_two_processes_one_without_pseudo_labels_agree_with_one(tmp_path, shapes_folder):
+    script = ROOT / "tests" / "gloo_step.py"
+    launch([sys.executable], script, tmp_path / "one.pt", shapes_folder)
+    launch(TWO, script, tmp_path / "two.pt", shapes_folder)
+    one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    # The case is the one we mean: rank 0 had pseudo-labels in each step, rank 1 never.
+    assert all(two["found"][0]) and not any(two["found"][1])
+    assert two["found"][0] == one["found"][0]
+    for who in ("student", "teacher"):
+        for name, value in one[who].items():
+            torch.testing.assert_close(two[who][name], value, atol=1e-5, rtol=1e-4, msg=name)
+    # And training did something: a teacher that lags is not the student.
+    name = "roi_heads.mask_head.0.0.weight"
+    assert (one["student"][name] - one["teacher"]["module." + name]).abs().max() > 1e-6
+
+
+def test_a_whole_run_under_torchrun_with_two_processes(tmp_path, shapes_folder):
+    arguments = [*dataset_of(shapes_folder), *TINY, "--output", tmp_path]
+    done = launch(TWO, "train.py", *arguments)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 12 and done.stdout.count("AP in percent") == 1
+    # Goes on from the end, evaluates with two processes again, and finds the same.
+    launch(TWO, "train.py", *arguments)
+    again = json.loads((tmp_path / "summary.json").read_text())
+    assert again["mask_ap"] == summary["mask_ap"] and again["audit"] == summary["audit"]
+
+
+def test_an_error_stops_all_processes_with_its_line(tmp_path, shapes_folder):
+    arguments = [*dataset_of(shapes_folder), *TINY, "--output", tmp_path, "--labeled", "99"]
+    done = launch(TWO, "train.py", *arguments, status=1)
+    assert "error: --labeled 99: that is 99 of 40 images" in done.stderr
+    assert "UserError" not in done.stderr

@@ -1,0 +1,217 @@
+"""Bad input: one clear line that names the thing and the mend, exit status 2.
+
+Each case is a whole call of train.py's or evaluate.py's `main`, in this process. What the
+data traps do is provoked for real: the files are written broken.
+"""
+
+import json
+
+import pytest
+from conftest import write_coco
+from PIL import Image
+
+import evaluate
+import train
+from ssis import checkpoint, config, model
+
+pytestmark = pytest.mark.fast
+
+
+def error_of(capsys, main, argv) -> str:
+    """The line that a program ends with; it must be the only one, with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in argv])
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning:" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+def arguments(folder) -> list[str]:
+    parts = ("train", "val")
+    return ["--preset", "custom", "--output", f"{folder}/run", "--device", "cpu", "--labeled", "2",
+            "--pretrain-steps", "1", "--burnin-steps", "1", "--mutual-steps", "0",
+            "--short-side-min", "32", "--short-side", "32", "--long-side", "64",
+            *(x for p in parts for x in (f"--{p}-json", f"{folder}/coco.json",
+                                         f"--{p}-images", f"{folder}/images"))]  # fmt: skip
+
+
+def set_record(key, k, **values):
+    def change(raw):
+        raw[key][k].update(values)
+
+    return change
+
+
+def drop(key):
+    def change(raw):
+        del raw[key]
+
+    return change
+
+
+def polygon(*numbers):
+    return set_record("annotations", 0, segmentation=[list(numbers)])
+
+
+JSON_TRAPS = {
+    "no categories": (drop("categories"), "not COCO format"),
+    "not a dict": (lambda raw: [raw], "not COCO format"),
+    "no image": (lambda raw: dict(raw, images=[]), "lists no image|which is not listed"),
+    "image without id": (lambda raw: raw["images"][0].pop("id") and None or raw, "not COCO|image"),
+    "duplicate image id": (set_record("images", 1, id=0), "two images have the id 0"),
+    "duplicate class": (set_record("categories", 1, name="dog"), "ids and names given only once"),
+    "annotation of no image": (set_record("annotations", 0, image_id=77), "not listed"),
+    "annotation of no class": (set_record("annotations", 0, category_id=5), "not listed"),
+    "file name climbs out": (set_record("images", 0, file_name="../0.png"), "leaves the image"),
+    "file name is absolute": (set_record("images", 0, file_name="/etc/a.png"), "leaves the image"),
+    "file name is a number": (set_record("images", 0, file_name=5), "must be a name"),
+    "image absent": (set_record("images", 0, file_name="no.png"), "no.png: image not found"),
+    "size mismatch": (set_record("images", 0, width=50), "is 48 x 32 pixels, the JSON says 50 x"),
+    "size missing": (set_record("images", 0, width=None), "must be whole numbers"),
+    "rle of another size": (
+        set_record("annotations", 4, segmentation=dict(size=[5, 5], counts=[25])), "RLE of size"),
+    "odd polygon": (polygon(1, 2, 3, 4, 5, 6, 7), "odd number"),
+    "polygon of words": (polygon(*"abcdef"), "not a list of numbers"),
+    "no instance anywhere": (lambda raw: dict(raw, annotations=[]), "no instance at all"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JSON_TRAPS)
+def test_a_broken_json(tmp_path, capsys, name):
+    change, expected = JSON_TRAPS[name]
+    write_coco(tmp_path, change)
+    line = error_of(capsys, train.main, arguments(tmp_path))
+    assert any(part in line for part in expected.split("|")), line
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00\x01"])
+def test_a_json_that_is_none(tmp_path, capsys, text):
+    write_coco(tmp_path)
+    (tmp_path / "coco.json").write_text(text)
+    assert "coco.json" in error_of(capsys, train.main, arguments(tmp_path))
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n half"])
+def test_an_unreadable_image(tmp_path, capsys, data):
+    write_coco(tmp_path)
+    (tmp_path / "images" / "1.png").write_bytes(data)
+    line = error_of(capsys, train.main, arguments(tmp_path))
+    assert "1.png: cannot be read as an image" in line
+
+
+def test_a_truncated_image_seen_only_in_training_in_a_loader_worker(tmp_path, capsys):
+    """The header is fine, so it is found by a worker; the line is still one line."""
+    write_coco(tmp_path)
+    for k in range(4):
+        path = tmp_path / "images" / f"{k}.png"
+        path.write_bytes(path.read_bytes()[:2000])
+    line = error_of(capsys, train.main, [*arguments(tmp_path), "--workers", "1"])
+    assert "cannot be read as an image" in line
+
+
+OPTIONS = {
+    "unknown method": (["--method", "magic"], "there is supervised, guided-distillation"),
+    "no steps": (["--pretrain-steps", 0, "--burnin-steps", 0], "all are 0"),
+    "negative steps": (["--pretrain-steps", -1], "must be >= 0"),
+    "share above one": (["--ema-decay", 1.5], "--ema-decay 1.5: must be from 0 to 1"),
+    "no step size": (["--lr", 0], "--lr 0.0: must be above 0"),
+    "sides": (["--short-side", 16], "does not hold"),
+    "labeled is no number": (["--labeled", "many"], "must be a share (5%)"),
+    "no labelled image": (["--labeled", "0"], "choose from 1 to 4"),
+    "too small a share": (["--labeled", "1%"], "that is 0 of 4 images"),
+    "too many labelled": (["--labeled", "5"], "that is 5 of 4 images"),
+    "nothing unlabelled": (["--labeled", "100%"], "no unlabelled image is left"),
+    "split absent": (["--labeled", "absent.json"], "absent.json: split not found"),
+    "json without images": (["--test-json", "x.json"], "go together"),
+    "train json absent": (["--train-json", "x.json"], "x.json: COCO JSON not found"),
+    "image folder absent": (["--train-images", "nowhere"], "nowhere: image folder not found"),
+    "unlabeled folder absent": (["--unlabeled-images", "nowhere"], "nowhere: folder of unlabelled"),
+    "backbone weights absent": (
+        ["--model", "resnet50", "--backbone-weights", "x.pth"], "not imagenet, coco, none or"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_bad_option(tmp_path, capsys, name):
+    options, expected = OPTIONS[name]
+    write_coco(tmp_path)
+    assert expected in error_of(capsys, train.main, [*arguments(tmp_path), *options])
+
+
+def test_downloads_that_fail_say_what_to_pass_instead(tmp_path, capsys, monkeypatch):
+    """The cache is empty and the host cannot be resolved: the download fails at once."""
+    write_coco(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    options = ["--model", "resnet50", "--backbone-weights", "imagenet"]
+    line = error_of(capsys, train.main, [*arguments(tmp_path), *options])
+    assert "resnet50" in line and "pass its path, or pass none" in line
+
+
+def test_an_unlabelled_folder_without_images(tmp_path, capsys):
+    write_coco(tmp_path)
+    (tmp_path / "empty").mkdir()
+    options = ["--unlabeled-images", tmp_path / "empty"]
+    assert "no image in it" in error_of(capsys, train.main, [*arguments(tmp_path), *options])
+
+
+@pytest.mark.parametrize("content, expected", [
+    (["9.png"], "names 1 images"), ([], "not a split"), ({"labeled": 3}, "not a split")])  # fmt: skip
+def test_a_split_that_does_not_fit(tmp_path, capsys, content, expected):
+    write_coco(tmp_path)
+    (tmp_path / "split.json").write_text(json.dumps(content))
+    options = ["--labeled", tmp_path / "split.json"]
+    assert expected in error_of(capsys, train.main, [*arguments(tmp_path), *options])
+
+
+def test_a_class_that_training_does_not_know(tmp_path, capsys):
+    write_coco(tmp_path)
+    write_coco(tmp_path / "v", set_record("categories", 2, name="zebra"))
+    options = ["--val-json", tmp_path / "v/coco.json", "--val-images", tmp_path / "v/images"]
+    line = error_of(capsys, train.main, [*arguments(tmp_path), *options])
+    assert "unknown class 'zebra'" in line
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    write_coco(tmp_path)
+    (tmp_path / "file").write_text("")
+    options = ["--output", tmp_path / "file" / "run"]
+    assert "choose another --output" in error_of(
+        capsys, train.main, [*arguments(tmp_path), *options]
+    )
+
+
+def test_a_run_of_other_settings_is_not_overwritten(tmp_path, capsys):
+    write_coco(tmp_path)
+    (tmp_path / "run").mkdir()
+    config.save(config.Config(seed=3), tmp_path / "run" / "config.json")
+    line = error_of(capsys, train.main, arguments(tmp_path))
+    assert "holds a run with other settings" in line and "--resume never" in line
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 3
+
+
+def test_evaluating_what_is_no_checkpoint_or_another_models(tmp_path, capsys):
+    write_coco(tmp_path)
+    data = ["--json", tmp_path / "coco.json", "--images", tmp_path / "images"]
+    path = tmp_path / "c.pt"
+    assert "checkpoint not found" in error_of(capsys, evaluate.main, [path, *data])
+    # Weights of a model with other classes than the checkpoint says it has.
+    settings = config.Config(short_side=32)
+    weights = model.build(settings, 9).state_dict()
+    state = dict(config=vars(settings), names=["cat", "dog", "unused"], student=weights)
+    checkpoint.save(path, state)
+    line = error_of(capsys, evaluate.main, [path, *data, "--who", "student"])
+    assert "checkpoint of another model" in line
+    assert "go together" in error_of(capsys, evaluate.main, [path, "--json", "x"])
+
+
+def test_what_is_unusual_but_right_passes(tmp_path, capsys):
+    """No `info`, gray and palette images, an unused class, a crowd: no error."""
+    write_coco(tmp_path)
+    for k, mode in enumerate(("L", "P")):
+        path = tmp_path / "images" / f"{k}.png"
+        Image.open(path).convert(mode).save(path)
+    train.main([*arguments(tmp_path), "--method", "supervised"])
+    assert "mask" in capsys.readouterr().out

@@ -1,0 +1,112 @@
+"""Evaluation: perfect and empty predictions, pycocotools on the saved files, order."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import evaluate
+from ssis import data, model
+
+pytestmark = pytest.mark.fast
+
+
+def perfect(dataset) -> list[dict]:
+    results = []
+    for index in range(len(dataset)):
+        truth = dataset.coco([index]).dataset["annotations"]
+        for a in truth:
+            if not a["iscrowd"]:
+                rle = dict(a["segmentation"])
+                counts = rle["counts"]
+                rle["counts"] = counts.decode() if isinstance(counts, bytes) else counts
+                results.append(dict(image_id=index, category_id=a["category_id"], score=0.9,
+                                    bbox=a["bbox"], segmentation=rle))  # fmt: skip
+    return results
+
+
+def load(folder):
+    return data.load_coco(str(folder / "coco.json"), str(folder / "images"))
+
+
+def test_perfect_predictions_score_100_and_none_score_0(coco_folder):
+    dataset = load(coco_folder)
+    truth = dataset.coco(range(len(dataset)))
+    for kind in ("segm", "bbox"):
+        numbers, classes = evaluate.average_precision(truth, perfect(dataset), kind)
+        assert numbers["AP"] == numbers["AR100"] == 100.0
+        # A class without any instance has no AP, not AP 0.
+        assert classes == [100.0, 100.0, None] and numbers["APl"] is None
+        numbers, classes = evaluate.average_precision(truth, [], kind)
+        assert numbers["AP"] == 0.0 and classes == [0.0, 0.0, None]
+
+
+def test_a_wrong_class_costs_that_class_alone(coco_folder):
+    dataset = load(coco_folder)
+    results = perfect(dataset)
+    for result in results:
+        result["category_id"] = 2
+    numbers, classes = evaluate.average_precision(dataset.coco(range(4)), results, "segm")
+    assert classes[0] == 0.0 and 0 < classes[1] < 100 and numbers["AP"] == pytest.approx(
+        classes[1] / 2, abs=0.01
+    )
+
+
+def test_saved_predictions_give_the_same_ap_to_pycocotools(coco_folder, tmp_path):
+    """The saved file, the dataset's own JSON, and nothing of this project in between."""
+    dataset = load(coco_folder)
+    rng = np.random.RandomState(0)
+    results = perfect(dataset) * 2
+    for result in results:
+        result["score"] = rng.random_sample()
+        result["category_id"] = int(rng.choice([result["category_id"], 1, 2]))
+    boxes = evaluate.save_predictions(tmp_path / "found.json", dataset, results)
+    raw = json.loads((coco_folder / "coco.json").read_text())
+    for a in raw["annotations"]:
+        a["area"], a["bbox"] = 100, a.get("bbox") or [0, 0, 1, 1]
+    raw["info"] = {}
+    ours_truth = dataset.coco(range(4))
+    for kind, path in (("segm", tmp_path / "found.json"), ("bbox", boxes)):
+        oracle = COCO()
+        # Boxes of the oracle's truth come from pycocotools' own reading of the masks.
+        with contextlib.redirect_stdout(io.StringIO()):
+            oracle.dataset = raw
+            oracle.createIndex()
+            for a in raw["annotations"]:
+                from pycocotools import mask as mask_utils
+
+                a["bbox"] = mask_utils.toBbox(oracle.annToRLE(a)).tolist()
+            judge = COCOeval(oracle, oracle.loadRes(str(path)), kind)
+            judge.evaluate()
+            judge.accumulate()
+            judge.summarize()
+        ours, _ = evaluate.average_precision(ours_truth, results, kind)
+        assert ours["AP"] == pytest.approx(100 * judge.stats[0], abs=2e-3) and ours["AP"] > 5
+
+
+def test_predictions_lie_in_the_original_frame(shapes_folder):
+    """The model resizes to 48 pixels, the results speak of 96."""
+    dataset = data.load_coco(f"{shapes_folder}/instances_val.json", f"{shapes_folder}/val")
+    net = model.build_small(7, 48, 48).eval()
+    net.roi_heads.score_thresh = 0.0
+    results = evaluate.predictions(net, dataset, [0, 3], torch.device("cpu"))
+    assert {r["image_id"] for r in results} == {0, 3}
+    assert all(r["segmentation"]["size"] == [96, 96] for r in results)
+    assert max(r["bbox"][0] + r["bbox"][2] for r in results) > 60
+
+
+def test_the_share_of_every_process_together_is_the_whole(shapes_folder):
+    dataset = data.load_coco(f"{shapes_folder}/instances_val.json", f"{shapes_folder}/val")
+    net = model.build_small(7, 96, 96).eval()
+    net.roi_heads.score_thresh = 0.1
+    device = torch.device("cpu")
+    whole = evaluate.predictions(net, dataset, list(range(6)), device, batch=1)
+    parts = [evaluate.predictions(net, dataset, list(range(6))[r::4], device, batch=1)
+             for r in range(4)]  # fmt: skip
+    merged = sorted((r for part in parts for r in part), key=lambda r: r["image_id"])
+    assert merged == whole and len(whole) > 6

@@ -1,0 +1,107 @@
+"""The model is torchvision's: same losses, counts that say what they were averaged over.
+
+Weights are files that the tests make: a ResNet-50's and a Mask R-CNN's state dict.
+"""
+
+import pytest
+import torch
+from torchvision.models import resnet50
+from torchvision.models.detection import maskrcnn_resnet50_fpn
+from torchvision.models.detection.mask_rcnn import MaskRCNN as TorchvisionMaskRCNN
+
+from ssis import UserError, config, model
+
+pytestmark = pytest.mark.fast
+
+
+def batch(instances=(2, 1)):
+    images, targets = [], []
+    for n in instances:
+        masks = torch.zeros(n, 64, 64, dtype=torch.uint8)
+        for k in range(n):
+            masks[k, 8 + 20 * k : 26 + 20 * k, 10:40] = 1
+        boxes = torch.tensor([[10.0, 8 + 20 * k, 40, 26 + 20 * k] for k in range(n)])
+        images.append(torch.rand(3, 64, 64))
+        targets.append(dict(boxes=boxes.reshape(-1, 4), labels=torch.ones(n, dtype=torch.int64),
+                            masks=masks))  # fmt: skip
+    return images, targets
+
+
+def test_losses_are_torchvisions_own():
+    """Our class with the same weights, and torchvision's forward on the same draw."""
+    net = model.build_small(4, 64, 96).train()
+    images, targets = batch()
+    torch.manual_seed(3)
+    losses, _ = net(images, targets)
+    torch.manual_seed(3)
+    theirs = TorchvisionMaskRCNN.forward(net, images, targets)
+    assert losses.keys() == theirs.keys()
+    for name, value in losses.items():
+        torch.testing.assert_close(value, theirs[name])
+
+
+def test_counts_are_what_the_losses_were_averaged_over():
+    net = model.build_small(4, 64, 96).train()
+    # So many that all anchors and proposals are taken, and the numbers can be predicted.
+    net.rpn.fg_bg_sampler.batch_size_per_image = 10**6
+    net.roi_heads.fg_bg_sampler.batch_size_per_image = 10**6
+    seen = {}
+    select = net.roi_heads.select_training_samples
+
+    def spy(*args):
+        result = select(*args)
+        seen["labels"] = torch.cat(result[2])
+        return result
+
+    net.roi_heads.select_training_samples = spy
+    _, counts = net(*batch())
+    anchors, proposals, foreground = counts.tolist()
+    assert 0 < anchors <= 2 * 3 * (16 * 16 + 8 * 8 + 4 * 4 + 2 * 2)
+    assert proposals == len(seen["labels"])
+    assert foreground == (seen["labels"] > 0).sum() >= 3
+
+
+def test_a_negative_image_is_legal_and_has_no_mask_loss():
+    net = model.build_small(4, 64, 96).train()
+    losses, counts = net(*batch(instances=(0, 0)))
+    assert counts[2] == 0 and losses["loss_mask"] == 0 and losses["loss_classifier"] > 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_training_does_not_resize():
+    net = model.build_small(4, 32, 40).train()
+    images, targets = batch()
+    assert net.transform(images, targets)[0].image_sizes == [(64, 64), (64, 64)]
+    assert net.eval().transform(images)[0].image_sizes == [(32, 32), (32, 32)]
+
+
+def test_resnet50_starts_from_a_classifiers_weights(tmp_path):
+    classifier = resnet50(weights=None)
+    torch.save(classifier.state_dict(), tmp_path / "r50.pth")
+    settings = config.Config(model="resnet50", backbone_weights=str(tmp_path / "r50.pth"))
+    net = model.build(settings, 5)
+    assert torch.equal(net.backbone.body.layer3[2].conv2.weight, classifier.layer3[2].conv2.weight)
+    assert torch.equal(net.backbone.body.bn1.weight, classifier.bn1.weight)
+    assert not net.backbone.body.conv1.weight.requires_grad
+    assert type(net.backbone.body.bn1).__name__ == "FrozenBatchNorm2d"
+
+
+def test_resnet50_starts_from_a_mask_rcnns_weights_with_other_classes(tmp_path):
+    theirs = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+    torch.save(theirs.state_dict(), tmp_path / "mask_rcnn.pth")
+    settings = config.Config(model="resnet50", backbone_weights=str(tmp_path / "mask_rcnn.pth"))
+    net = model.build(settings, 5)
+    assert torch.equal(net.roi_heads.box_head.fc7.weight, theirs.roi_heads.box_head.fc7.weight)
+    assert net.roi_heads.box_predictor.cls_score.out_features == 5
+    # Without weights nothing is downloaded, and the norms are trained.
+    fresh = model.build(config.Config(model="resnet50"), 5)
+    assert fresh.backbone.body.bn1.weight.requires_grad
+
+
+def test_weights_of_something_else_are_refused(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    for name, line in (("other.pth", "not of this model"), ("absent.pth", "readable state dict")):
+        settings = config.Config(model="resnet50", backbone_weights=str(tmp_path / name))
+        with pytest.raises(UserError, match=line):
+            model.build(settings, 5)

@@ -1,0 +1,114 @@
+"""The teacher: EMA by hand, predictions against torchvision's own, qualities by hand."""
+
+import copy
+
+import pytest
+import torch
+
+from ssis import filters, model, teacher
+
+pytestmark = pytest.mark.fast
+
+
+def small(seed: int = 0) -> model.MaskRCNN:
+    torch.manual_seed(seed)
+    return model.build_small(4, 64, 96)
+
+
+def test_ema_is_the_formula_over_parameters_and_float_buffers():
+    student = small()
+    student.train()(*batch())  # gives BatchNorm statistics other than their first values
+    ema = teacher.make_teacher(student, 0.9)
+    teacher.restart(ema)
+    ema.update_parameters(student)
+    # GD: teacher := student
+    for ours, theirs in zip(ema.module.state_dict().values(), student.state_dict().values(),
+                            strict=True):  # fmt: skip
+        assert torch.equal(ours, theirs)
+    expected = copy.deepcopy(student.state_dict())
+    for seed in range(1, 4):
+        student = small(seed)
+        student.train()(*batch())
+        ema.update_parameters(student)
+        for name, value in student.state_dict().items():
+            if value.is_floating_point():
+                expected[name] = 0.9 * expected[name] + 0.1 * value
+    names = [name for name, value in expected.items() if value.is_floating_point()]
+    assert any("running_var" in name for name in names)
+    for name in names:
+        torch.testing.assert_close(ema.module.state_dict()[name], expected[name])
+
+
+def test_the_teacher_is_frozen_and_never_in_training_mode():
+    ema = teacher.make_teacher(small().train(), 0.9)
+    assert not ema.module.training
+    assert not any(p.requires_grad for p in ema.parameters())
+
+
+def batch():
+    boxes = torch.tensor([[8.0, 8.0, 40.0, 40.0], [30.0, 20.0, 60.0, 50.0]])
+    masks = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    masks[0, 8:40, 8:40] = 1
+    masks[1, 20:50, 30:60] = 1
+    target = dict(boxes=boxes, labels=torch.tensor([1, 3]), masks=masks)
+    return [torch.rand(3, 64, 64), torch.rand(3, 64, 64)], [target, target]
+
+
+def test_predictions_are_torchvisions():
+    """Same boxes, labels, scores and masks as the model's own inference."""
+    net = small().eval()
+    net.roi_heads.score_thresh = 0.26
+    # The image sizes are such that torchvision resizes nothing.
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 96)]
+    with torch.no_grad():
+        theirs = net(images)
+    ours = teacher.predict(net, images, 0.26)
+    assert sum(map(len, ours)) > 5
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.boxes, b["boxes"])
+        assert torch.equal(a.labels, b["labels"])
+        torch.testing.assert_close(a.class_quality, b["scores"])
+        torch.testing.assert_close(a.mask_probs, b["masks"][:, 0])
+
+
+def test_the_distribution_belongs_to_the_detection():
+    found = teacher.predict(small().eval(), [torch.rand(3, 64, 64)], 0.2)[0]
+    assert len(found) > 3 and found.distribution.shape == (len(found), 3)
+    rows = torch.arange(len(found))
+    assert torch.equal(found.distribution[rows, found.labels - 1], found.class_quality)
+    assert (found.distribution.sum(1) <= 1 + 1e-6).all()
+
+
+def test_one_image_alone_and_in_a_batch_give_the_same():
+    net = small().eval()
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
+    together = teacher.predict(net, images, 0.25)
+    for image, expected in zip(images, together, strict=True):
+        alone = teacher.predict(net, [image], 0.25)[0]
+        torch.testing.assert_close(alone.boxes, expected.boxes, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(alone.class_quality, expected.class_quality)
+
+
+def test_no_prediction_is_an_empty_pseudo_label_not_an_error():
+    found = teacher.predict(small().eval(), [torch.rand(3, 64, 64)], 0.999)[0]
+    assert len(found) == 0 and found.mask_probs.shape == (0, 64, 64)
+    assert found.target()["boxes"].shape == (0, 4)
+
+
+def test_mask_quality_by_hand():
+    probs = torch.tensor([[[0.9, 0.7], [0.5, 0.1]], [[0.2, 0.1], [0.0, 0.5]]])
+    # Foreground of the first: 0.9 and 0.7 (0.5 is not above 0.5); of the second: none.
+    torch.testing.assert_close(teacher.mask_quality(probs), torch.tensor([0.8, 0.0]))
+
+
+def test_the_filter_keeps_what_is_above_both_thresholds():
+    masks = torch.zeros(4, 8, 8, dtype=torch.bool)
+    for k, pixels in enumerate((20, 5, 6, 30)):
+        masks[k].view(-1)[:pixels] = True
+    scores = torch.tensor([0.9, 0.9, 0.71, 0.70])
+    fake = teacher.PseudoLabels(
+        torch.rand(4, 4), torch.tensor([1, 2, 3, 1]), scores, scores, masks.float(), masks,
+        torch.rand(4, 3),
+    )
+    kept = filters.keep(fake, 0.7, 5)
+    assert kept.labels.tolist() == [1, 3] and kept.masks.shape == (2, 8, 8)

@@ -27,7 +27,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from ssis import UserError, checkpoint, data, distributed, model, teacher
+from ssis import UserError, checkpoint, data, distributed, loader, model, teacher
 from ssis.config import Config
 
 # The order of COCOeval's twelve numbers.
@@ -35,8 +35,9 @@ NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 
 
 @torch.no_grad()
-def predictions(net, dataset, indices: list[int], device, batch: int = 8,
-                progress: bool = False) -> list[dict]:  # fmt: skip
+def predictions(
+    net, dataset, indices: list[int], device, batch: int = 8, progress: bool = False
+) -> list[dict]:
     """What a model finds in some images, as COCO results in the original frame.
 
     Args:
@@ -61,13 +62,23 @@ def predictions(net, dataset, indices: list[int], device, batch: int = 8,
             boxes = output["boxes"].cpu()
             boxes[:, 2:] -= boxes[:, :2]
             for mask, box, label, score in zip(
-                masks, boxes.tolist(), output["labels"].tolist(), output["scores"].tolist(),
+                masks,
+                boxes.tolist(),
+                output["labels"].tolist(),
+                output["scores"].tolist(),
                 strict=True,
-            ):  # fmt: skip
+            ):
                 rle = mask_utils.encode(np.asfortranarray(mask))
                 rle["counts"] = rle["counts"].decode()
-                results.append(dict(image_id=int(index), category_id=label, score=score,
-                                    bbox=box, segmentation=rle))  # fmt: skip
+                results.append(
+                    dict(
+                        image_id=int(index),
+                        category_id=label,
+                        score=score,
+                        bbox=box,
+                        segmentation=rle,
+                    )
+                )
     return results
 
 
@@ -99,8 +110,9 @@ def average_precision(truth: COCO, results: list[dict], kind: str) -> tuple[dict
         judge.summarize()
     # Precision is (IoU, recall, class, area, detections); all areas, 100 detections.
     precision = judge.eval["precision"][:, :, :, 0, -1]
-    classes = [percent(p[p > -1].mean() if (p > -1).any() else -1)
-               for p in precision.transpose(2, 0, 1)]  # fmt: skip
+    classes = [
+        percent(p[p > -1].mean() if (p > -1).any() else -1) for p in precision.transpose(2, 0, 1)
+    ]
     numbers = dict(zip(NUMBERS, map(percent, judge.stats), strict=True))
     return numbers, classes
 
@@ -117,8 +129,13 @@ def evaluate(net, dataset, device, rank: int = 0, world: int = 1, progress: bool
         ({"mask": numbers, "box": numbers, "mask_per_class": {name: AP}}, results); the
         same on every process.
     """
-    share = predictions(net, dataset, list(range(len(dataset)))[rank::world], device,
-                        progress=progress and rank == 0)  # fmt: skip
+    share = predictions(
+        net,
+        dataset,
+        list(range(len(dataset)))[rank::world],
+        device,
+        progress=progress and rank == 0,
+    )
     results = [result for part in distributed.gather(share) for result in part]
     # In image order, whatever the number of processes: AP breaks ties by position.
     results.sort(key=lambda result: result["image_id"])
@@ -185,7 +202,7 @@ def run(argv: list[str] | None) -> None:
     if bool(args.json) != bool(args.images):
         raise UserError("--json and --images go together: give both, or neither")
     net, config, names = load_model(args.checkpoint, args.who)
-    source, folder = (args.json, args.images) if args.json else data.part_paths(config, "test")
+    source, folder = (args.json, args.images) if args.json else loader.part_paths(config, "test")
     dataset = data.load_coco(source, folder, names)
     dataset.check_files()
     rank, world, device = distributed.start(args.device)

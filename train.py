@@ -23,22 +23,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import evaluate
-from ssis import (
-    UserError,
-    audit,
-    augment,
-    checkpoint,
-    config,
-    data,
-    distributed,
-    filters,
-    losses,
-    model,
-    optimizer,
-    run_folder,
-    teacher,
-    visualize,
-)
+from ssis import UserError, audit, augment, checkpoint, config, data, distributed
+from ssis import filters, loader, losses, model, optimizer, run_folder, split, teacher
+from ssis import visualize
 
 LOG_EVERY = 10
 
@@ -71,7 +58,7 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
 
     Args:
         run: the models and their optimiser.
-        labeled: B items of `data.Stream`, with targets.
+        labeled: B items of `loader.Stream`, with targets.
         unlabeled: B items without, or None while pretraining.
 
     Returns:
@@ -82,7 +69,9 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
     # labelled one starts: the memory of a step is that of its larger half, not of both.
     row = {} if unlabeled is None else unlabeled_pass(run, unlabeled)
 
-    images = [item["image"].to(run.device) for item in labeled]
+    # The labelled images get the strong view too. Otherwise a gain over supervised training
+    # would in part be that of the augmentation, which supervised training can have as well.
+    images = [augment.strong_view(item["image"].to(run.device), item["seed"]) for item in labeled]
     targets = [to_device(item["target"], run.device) for item in labeled]
     with run.autocast:
         loss_s, counts = run.student(images, targets)
@@ -171,11 +160,11 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
     # Data. Rank 0 draws the shapes, checks the files and decides the split; the others
     # read what it wrote, so no two processes can disagree on what is labelled.
     going_on = distributed.from_main(run_folder.prepare, settings)
-    distributed.from_main(data.prepare, settings)
-    train_set, val_set, test_set = data.open_parts(settings)
-    labeled, unlabeled = data.split(train_set, settings, folder / "labeled.json")
+    distributed.from_main(loader.prepare, settings)
+    train_set, val_set, test_set = loader.open_parts(settings)
+    labeled, unlabeled = split.split(train_set, settings, folder / "labeled.json")
     density = train_set.instances_per_image(labeled)
-    streams = data.streams(train_set, labeled, unlabeled, settings)
+    streams = loader.streams(train_set, labeled, unlabeled, settings)
 
     # Model: new, or as it was when the run was stopped.
     run = Run(settings, train_set.names, start)
@@ -185,17 +174,23 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
         state = checkpoint.restore(run, folder / "checkpoint.pt")
         done, results, earlier = state["step"], state["results"], state["seconds"]
     metrics = run_folder.Metrics(folder / "metrics.jsonl", done, writes=main_process)
-    labeled_batches = data.batches(streams.labeled, settings.labeled_batch, done, run)
-    unlabeled_batches = data.batches(
-        streams.unlabeled, settings.unlabeled_batch, max(done, pretrain_end), run)  # fmt: skip
+    labeled_batches = loader.batches(streams.labeled, settings.labeled_batch, done, run)
+    unlabeled_batches = loader.batches(
+        streams.unlabeled, settings.unlabeled_batch, max(done, pretrain_end), run
+    )
     # Ctrl-C and SIGTERM (what a cluster sends before it kills): finish the step, save, go.
     stop_asked = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, frame: stop_asked.append(number))
 
     began, table = time.monotonic(), {}
-    bar = tqdm(total=total, initial=done, disable=not main_process, dynamic_ncols=True,
-               mininterval=0.5 if sys.stderr.isatty() else 30)  # fmt: skip
+    bar = tqdm(
+        total=total,
+        initial=done,
+        disable=not main_process,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
     for number in range(done, total):
         if number == pretrain_end:
             # The first teacher is complete: note how good it is, then freeze it.

@@ -70,11 +70,18 @@ def tally(pseudo: PseudoLabels, target: dict, classes: int) -> Tensor:
     labels, true_labels = pseudo.labels.cpu(), target["labels"].cpu()
     partner = match(pseudo.boxes, target["boxes"])
     hit = partner >= 0
-    mask, true_mask = pseudo.masks[hit].cpu(), target["masks"].cpu().bool()[partner[hit]]
-    overlap = (mask & true_mask).flatten(1).sum(1) / (mask | true_mask).flatten(1).sum(1)
+    mask, true_mask = (
+        pseudo.masks[hit].cpu(),
+        target["masks"].cpu().bool()[partner[hit]],
+    )
+    overlap = (mask & true_mask).flatten(1).sum(1) / (mask | true_mask).flatten(1).sum(
+        1
+    )
     for label in labels:
         sums[label, KEPT] += 1
-    for label, true, iou in zip(labels[hit], true_labels[partner[hit]], overlap, strict=True):
+    for label, true, iou in zip(
+        labels[hit], true_labels[partner[hit]], overlap, strict=True
+    ):
         sums[label, MATCHED] += 1
         sums[label, RIGHT] += label == true
         sums[label, IOU] += iou
@@ -116,7 +123,7 @@ def run(run, stream, labeled_per_image: float) -> dict:
 
     Args:
         run: `train.Run`.
-        stream: unlabelled images with their hidden targets; None where no truth is known.
+        stream: unlabelled images with their hidden targets; None without truth.
         labeled_per_image: instances per labelled image.
 
     Returns:
@@ -153,10 +160,14 @@ def warn(means: dict, labeled_per_image: float, write) -> None:
     """
     found = means["pseudo_per_image"]
     if found < 0.05 * labeled_per_image:
-        write(f"warning: the teacher has collapsed: {found:.2f} pseudo-labels per image, "
-              f"{labeled_per_image:.2f} instances per labelled image; lower --tau-class, or "
-              "pretrain longer")  # fmt: skip
+        write(
+            f"warning: the teacher has collapsed: {found:.2f} pseudo-labels per image, "
+            f"{labeled_per_image:.2f} instances per labelled image; lower "
+            "--tau-class, or pretrain longer"
+        )
     if found > 5 * labeled_per_image:
-        write(f"warning: the teacher explodes: {found:.2f} pseudo-labels per image, "
-              f"{labeled_per_image:.2f} instances per labelled image; raise --tau-class, or "
-              "lower --unsup-weight")  # fmt: skip
+        write(
+            f"warning: the teacher explodes: {found:.2f} pseudo-labels per image, "
+            f"{labeled_per_image:.2f} instances per labelled image; raise "
+            "--tau-class, or lower --unsup-weight"
+        )

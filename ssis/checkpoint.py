@@ -70,12 +70,23 @@ def load(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: checkpoint not found") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: cannot be read as a checkpoint ({short(error)[:120]})") from error
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint ({short(error)[:120]})"
+        ) from error
     if not isinstance(state, dict) or not {"format", "config", "names"} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of this project")
     if state["format"] != FORMAT:
-        raise UserError(f"{path}: format {state['format']}, this version reads {FORMAT}")
+        raise UserError(
+            f"{path}: format {state['format']}, this version reads {FORMAT}"
+        )
     return state
 
 
@@ -90,7 +101,9 @@ def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
         name for name in own if own[name].shape != weights[name].shape
     ]
     if misfit:
-        raise UserError(f"{path}: checkpoint of another model: {misfit[0]!r} does not fit")
+        raise UserError(
+            f"{path}: checkpoint of another model: {misfit[0]!r} does not fit"
+        )
     model.load_state_dict(weights)
 
 
@@ -117,8 +130,8 @@ def snapshot(run, names: list[str], step: int, results: dict, seconds: float) ->
         optimizer=run.optimizer.state_dict(),
         schedule=run.schedule.state_dict(),
         scaler=run.scaler.state_dict(),
-        # torch's generators, from which anchors and proposals are sampled: one state for
-        # each process.
+        # torch's generators, from which anchors and proposals are sampled: one
+        # state for each process.
         random=distributed.gather(dict(cpu=torch.get_rng_state(), gpu=gpu)),
     )
 

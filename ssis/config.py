@@ -35,83 +35,143 @@ def setting(default, reason: str, choices: tuple[str, ...] = ()):
 
 @dataclass
 class Config:
-    """All settings; the reasons stand beside them. Sizes in pixels, steps in updates."""
+    """All settings, with their reasons. Sizes in pixels, steps in optimiser steps."""
 
+    # fmt: off
     # What is trained, and where it goes.
     preset: str = setting(
-        "shapes", "a named set of defaults: the built-in dataset, or a paper's schedule",
-        ("shapes", "custom", "coco", "cityscapes", "voc"))  # fmt: skip
+        "shapes",
+        "a named set of defaults: the built-in dataset, or a paper's schedule",
+        ("shapes", "custom", "coco", "cityscapes", "voc"),
+    )
     method: str = setting(
-        "guided-distillation", f"what is compared: {', '.join(METHODS)}")  # fmt: skip
+        "guided-distillation", f"what is compared: {', '.join(METHODS)}"
+    )
     seed: int = setting(0, "every random choice follows from it, the split included")
-    output: str = setting("", "the run's folder; empty: runs/<preset>-<method>-<labeled>-s<seed>")
+    output: str = setting(
+        "", "the run's folder; empty: runs/<preset>-<method>-<labeled>-s<seed>"
+    )
     resume: str = setting(
-        "auto", "auto goes on where the run in the folder stopped; never starts it anew",
-        ("auto", "never"))  # fmt: skip
+        "auto",
+        "auto goes on where the run in the folder stopped; never starts it anew",
+        ("auto", "never"),
+    )
 
     # Data.
-    data: str = setting("data/shapes", "folder of the preset's dataset; shapes is drawn there")
+    data: str = setting(
+        "data/shapes", "folder of the preset's dataset; shapes is drawn there"
+    )
     train_json: str = setting("", "COCO-format annotations of the training images")
     train_images: str = setting("", "folder of the training images")
-    val_json: str = setting("", "annotations used for the curves, and to choose settings on")
+    val_json: str = setting(
+        "", "annotations used for the curves, and to choose settings on"
+    )
     val_images: str = setting("", "folder of the validation images")
-    test_json: str = setting("", "annotations for the final table; empty: the validation ones")
+    test_json: str = setting(
+        "", "annotations for the final table; empty: the validation ones"
+    )
     test_images: str = setting("", "folder of the test images")
-    unlabeled_images: str = setting("", "a bare folder of further images without annotations")
+    unlabeled_images: str = setting(
+        "", "a bare folder of further images without annotations"
+    )
     labeled: str = setting(
-        "5%", "labelled part of train_json: a share (5%%), a number (64), or a split's JSON")
+        "5%",
+        "labelled part of train_json: a share (5%%), a number (64), or a split's JSON",
+    )
     unlabeled_includes_labeled: bool = setting(
-        False, "GD also uses the labelled images as unlabelled ones; leaving them out keeps "
-        "the audit honest")  # fmt: skip
-    workers: int = setting(0, "loader processes; 0 is fastest for tiny images, try 4 for real ones")
+        False,
+        "GD also uses the labelled images as unlabelled ones; leaving them out keeps "
+        "the audit honest",
+    )
+    workers: int = setting(
+        0, "loader processes; 0 is fastest for tiny images, try 4 for real ones"
+    )
 
     # Model.
     model: str = setting(
-        "small", "small learns from scratch on a CPU; resnet50 is torchvision's, for real data",
-        ("small", "resnet50"))  # fmt: skip
+        "small",
+        "small learns from scratch on a CPU; resnet50 is torchvision's, for real data",
+        ("small", "resnet50"),
+    )
     backbone_weights: str = setting(
-        "none", "where resnet50 starts: none, imagenet, coco, or the PATH of a state dict")
-    short_side_min: int = setting(96, "smallest short side that a training image is resized to")
-    short_side: int = setting(96, "largest short side in training, and the one in evaluation")
+        "none",
+        "where resnet50 starts: none, imagenet, coco, or the PATH of a state dict",
+    )
+    short_side_min: int = setting(
+        96, "smallest short side that a training image is resized to"
+    )
+    short_side: int = setting(
+        96, "largest short side in training, and the one in evaluation"
+    )
     long_side: int = setting(160, "limit of the long side, which bounds the memory")
 
     # Schedule. Step counts are optimiser steps, all in one run.
     pretrain_steps: int = setting(500, "labelled images only; makes the first teacher")
-    burnin_steps: int = setting(150, "teacher frozen, student learns from its pseudo-labels (GD)")
-    mutual_steps: int = setting(500, "teacher := EMA of the student, in every step (GD)")
+    burnin_steps: int = setting(
+        150, "teacher frozen, student learns from its pseudo-labels (GD)"
+    )
+    mutual_steps: int = setting(
+        500, "teacher := EMA of the student, in every step (GD)"
+    )
     burnin_init: str = setting(
-        "teacher", "the student's first weights: the teacher's (quick), or fresh (as GD)",
-        ("teacher", "fresh"))  # fmt: skip
-    labeled_batch: int = setting(8, "labelled images per step, over all processes together")
-    unlabeled_batch: int = setting(8, "unlabelled images per step, over all processes together")
+        "teacher",
+        "the student's first weights: the teacher's (quick), or fresh (as GD)",
+        ("teacher", "fresh"),
+    )
+    labeled_batch: int = setting(
+        8, "labelled images per step, over all processes together"
+    )
+    unlabeled_batch: int = setting(
+        8, "unlabelled images per step, over all processes together"
+    )
 
     # Optimiser.
-    lr: float = setting(1e-3, "AdamW step size; from scratch 1e-3, from pretrained weights 1e-4")
-    backbone_lr_factor: float = setting(1.0, "pretrained features need smaller steps: GD has 0.1")
+    lr: float = setting(
+        1e-3, "AdamW step size; from scratch 1e-3, from pretrained weights 1e-4"
+    )
+    backbone_lr_factor: float = setting(
+        1.0, "pretrained features need smaller steps: GD has 0.1"
+    )
     weight_decay: float = setting(0.05, "AdamW's, as in GD; not on biases and norms")
-    clip_norm: float = setting(1.0, "limit of the gradient norm; GD has 0.01 (Mask2Former's)")
-    warmup_steps: int = setting(50, "linear warm-up: AdamW's second moments are noise at first")
-    decay_at: float = setting(
-        0.85, "share of pretraining, and of what follows it, after which lr drops tenfold")
+    clip_norm: float = setting(
+        1.0, "limit of the gradient norm; GD has 0.01 (Mask2Former's)"
+    )
+    warmup_steps: int = setting(
+        50, "linear warm-up: AdamW's second moments are noise at first"
+    )
 
     # Teacher and pseudo-labels.
-    ema_decay: float = setting(0.99, "GD 0.9996 for 100k steps and more; short runs need less")
+    ema_decay: float = setting(
+        0.99, "GD 0.9996 for 100k steps and more; short runs need less"
+    )
     tau_class: float = setting(0.7, "a pseudo-label needs this class score (GD 0.7)")
     min_area: int = setting(5, "a pseudo-label needs more mask pixels than this (GD 5)")
-    unsup_weight: float = setting(1.0, "weight of the pseudo-labelled loss (GD 2, PL-DC 1)")
+    unsup_weight: float = setting(
+        1.0, "weight of the pseudo-labelled loss (GD 2, PL-DC 1)"
+    )
 
     # Machine.
-    device: str = setting("auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
+    device: str = setting(
+        "auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda")
+    )
     amp: str = setting(
-        "off", "mixed precision: bf16 where the GPU has it, fp16 (scaled losses) elsewhere",
-        ("off", "bf16", "fp16"))  # fmt: skip
+        "off",
+        "mixed precision: bf16 where the GPU has it, fp16 (scaled losses) elsewhere",
+        ("off", "bf16", "fp16"),
+    )
     deterministic: bool = setting(
-        False, "refuse GPU operations whose result changes from call to call (a CPU needs no flag)")
+        False,
+        "refuse GPU operations whose result varies from call to call (a CPU has none)",
+    )
 
     # Bookkeeping.
     eval_every: int = setting(250, "steps between evaluations on the validation images")
-    audit_images: int = setting(96, "unlabelled images on which each evaluation audits the teacher")
+    audit_images: int = setting(
+        96, "unlabelled images on which each evaluation audits the teacher"
+    )
     checkpoint_every: int = setting(100, "steps lost at most when the machine dies")
+
+    # fmt: on
 
     @property
     def stage_ends(self) -> tuple[int, int, int]:
@@ -120,7 +180,11 @@ class Config:
         Supervised training is pretraining for the same number of steps in all, so that
         methods are compared at equal numbers of updates.
         """
-        pretrain, burnin, mutual = self.pretrain_steps, self.burnin_steps, self.mutual_steps
+        pretrain, burnin, mutual = (
+            self.pretrain_steps,
+            self.burnin_steps,
+            self.mutual_steps,
+        )
         total = pretrain + burnin + mutual
         if self.method == "supervised":
             return total, total, total
@@ -137,54 +201,120 @@ class Config:
     def check(self) -> None:
         """Raise UserError for values that no run could use."""
         if self.method not in METHODS:
-            raise UserError(f"--method {self.method}: not there; there is {', '.join(METHODS)}")
+            raise UserError(
+                f"--method {self.method}: not there; there is {', '.join(METHODS)}"
+            )
         if min(self.pretrain_steps, self.burnin_steps, self.mutual_steps) < 0:
-            raise UserError("--pretrain-steps, --burnin-steps, --mutual-steps: must be >= 0")
+            raise UserError(
+                "--pretrain-steps, --burnin-steps, --mutual-steps: must be >= 0"
+            )
         if self.stage_ends[-1] < 1:
-            raise UserError("--pretrain-steps, --burnin-steps, --mutual-steps: all are 0")
-        for name in ("labeled_batch", "unlabeled_batch", "eval_every", "checkpoint_every",
-                     "short_side_min", "short_side", "long_side"):  # fmt: skip
+            raise UserError(
+                "--pretrain-steps, --burnin-steps, --mutual-steps: all are 0"
+            )
+        for name in (
+            "labeled_batch",
+            "unlabeled_batch",
+            "eval_every",
+            "checkpoint_every",
+            "short_side_min",
+            "short_side",
+            "long_side",
+        ):
             if getattr(self, name) < 1:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must be at least 1")
+                raise UserError(
+                    f"{flag(name)} {getattr(self, name)}: must be at least 1"
+                )
         if not self.short_side_min <= self.short_side <= self.long_side:
-            raise UserError("--short-side-min <= --short-side <= --long-side does not hold")
-        for name in ("ema_decay", "tau_class", "decay_at"):
+            raise UserError(
+                "--short-side-min <= --short-side <= --long-side does not hold"
+            )
+        for name in ("ema_decay", "tau_class"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must be from 0 to 1")
+                raise UserError(
+                    f"{flag(name)} {getattr(self, name)}: must be from 0 to 1"
+                )
         for name in ("lr", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: must be above 0")
-        if min(self.seed, self.workers, self.min_area, self.warmup_steps, self.audit_images) < 0:
-            raise UserError("--seed, --workers, --min-area, --warmup-steps, --audit-images: "
-                            "must be >= 0")  # fmt: skip
+        if (
+            min(
+                self.seed,
+                self.workers,
+                self.min_area,
+                self.warmup_steps,
+                self.audit_images,
+            )
+            < 0
+        ):
+            raise UserError(
+                "--seed, --workers, --min-area, --warmup-steps, --audit-images: "
+                "must be >= 0"
+            )
 
 
 # ResNet-50 on photographs: what all three real presets share. The view sizes are
 # torchvision's (short side 640 to 800), the optimiser GD's.
 REAL = dict(
-    model="resnet50", backbone_weights="imagenet", workers=4, amp="bf16",
-    short_side_min=640, short_side=800, long_side=1333,
-    lr=1e-4, backbone_lr_factor=0.1, clip_norm=0.01, warmup_steps=1000,
-    ema_decay=0.9996, unsup_weight=2.0, burnin_init="fresh", labeled_batch=16, unlabeled_batch=16,
-    eval_every=5000, audit_images=500, checkpoint_every=1000,
-)  # fmt: skip
+    model="resnet50",
+    backbone_weights="imagenet",
+    workers=4,
+    amp="bf16",
+    short_side_min=640,
+    short_side=800,
+    long_side=1333,
+    lr=1e-4,
+    backbone_lr_factor=0.1,
+    clip_norm=0.01,
+    warmup_steps=1000,
+    ema_decay=0.9996,
+    unsup_weight=2.0,
+    burnin_init="fresh",
+    labeled_batch=16,
+    unlabeled_batch=16,
+    eval_every=5000,
+    audit_images=500,
+    checkpoint_every=1000,
+)
 
 PRESETS = {
     # The defaults above: 12 minutes on two CPU cores.
     "shapes": {},
     # Your own data: the small model and the short schedule, until you choose otherwise.
-    "custom": dict(data="", labeled="10%", short_side_min=256, short_side=256, long_side=448),
+    "custom": dict(
+        data="", labeled="10%", short_side_min=256, short_side=256, long_side=448
+    ),
     # GD, section 4: 368,750 iterations after pretraining, burn-in 50k.
-    "coco": dict(REAL, data="data/coco", labeled="1%", pretrain_steps=60_000,
-                 burnin_steps=50_000, mutual_steps=318_750),
+    "coco": dict(
+        REAL,
+        data="data/coco",
+        labeled="1%",
+        pretrain_steps=60_000,
+        burnin_steps=50_000,
+        mutual_steps=318_750,
+    ),
     # GD, section 4: 90k iterations; S4M's burn-in of 15k.
-    "cityscapes": dict(REAL, data="data/cityscapes", labeled="5%", short_side_min=800,
-                       short_side=1024, long_side=2048, pretrain_steps=20_000,
-                       burnin_steps=15_000, mutual_steps=75_000),
+    "cityscapes": dict(
+        REAL,
+        data="data/cityscapes",
+        labeled="5%",
+        short_side_min=800,
+        short_side=1024,
+        long_side=2048,
+        pretrain_steps=20_000,
+        burnin_steps=15_000,
+        mutual_steps=75_000,
+    ),
     # No paper of the three reports VOC; Cityscapes' schedule, COCO's image sizes.
-    "voc": dict(REAL, data="data/voc", labeled="10%", pretrain_steps=20_000,
-                burnin_steps=15_000, mutual_steps=75_000),
-}  # fmt: skip
+    "voc": dict(
+        REAL,
+        data="data/voc",
+        labeled="10%",
+        pretrain_steps=20_000,
+        burnin_steps=15_000,
+        mutual_steps=75_000,
+    ),
+}
 
 
 def flag(name: str) -> str:
@@ -201,7 +331,8 @@ def parse(argv: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Semi-supervised instance segmentation. Without arguments: guided "
-        "distillation on the built-in dataset, 5% labelled, about 10 minutes on two cores.",
+        "distillation on the built-in dataset, 5%% labelled, in about 10 minutes on "
+        "two cores.",
         formatter_class=argparse.RawTextHelpFormatter,
         # A flag that is not given must not hide the preset's value.
         argument_default=argparse.SUPPRESS,
@@ -212,10 +343,17 @@ def parse(argv: list[str] | None = None) -> Config:
         kind = type(field.default)
         text = f"{field.metadata['reason']} [{str(field.default).replace('%', '%%')}]"
         if kind is bool:
-            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
+            parser.add_argument(
+                flag(field.name), action=argparse.BooleanOptionalAction, help=text
+            )
         else:
-            parser.add_argument(flag(field.name), type=kind, help=text, metavar=kind.__name__,
-                                choices=field.metadata["choices"] or None)  # fmt: skip
+            parser.add_argument(
+                flag(field.name),
+                type=kind,
+                help=text,
+                metavar=kind.__name__,
+                choices=field.metadata["choices"] or None,
+            )
     given = vars(parser.parse_args(argv))
     config = Config(**{**PRESETS[given.get("preset", "shapes")], **given})
     config.check()

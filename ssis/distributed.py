@@ -64,8 +64,8 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         return model
     ids = [device.index] if device.type == "cuda" else None
-    # Buffers are not broadcast: the only ones that change are BatchNorm's statistics, of
-    # which rank 0's are saved.
+    # Buffers are not broadcast: the only ones that change are BatchNorm's statistics,
+    # of which rank 0's are saved.
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
@@ -122,8 +122,8 @@ def from_main(function, *args):
 def give_up(error: UserError) -> None:
     """Print the one line and end this process with status 2.
 
-    Raised in a loader worker, the line comes wrapped in the worker's traceback; its last
-    line is ours.
+    Raised in a loader worker, the line comes wrapped in the worker's traceback; its
+    last line is ours.
     """
     line = str(error).strip().splitlines()[-1].removeprefix("ssis.UserError: ")
     print(f"error: {line}", file=sys.stderr, flush=True)

@@ -8,7 +8,9 @@ Mask R-CNN has five losses, and both passes of a step have the same five:
     loss_box_reg        box head: where exactly
     loss_mask           mask head: binary cross-entropy per pixel of the 28 x 28 mask
 
-$$L = L_{labeled} + \lambda_u L_{unlabeled}$$       GD Eq. (total), lambda_u = `unsup_weight`
+$$L = L_{labeled} + \lambda_u L_{unlabeled}$$       GD Eq. (total)
+
+with $\lambda_u$ = `unsup_weight`.
 
 *Averaging.* Each loss is a mean over what it was computed on: sampled anchors, sampled
 proposals, or foreground proposals. Of these a process with many instances has more than
@@ -41,7 +43,9 @@ COUNT_OF = {
 COUNTS = 3
 
 
-def total(losses: dict[str, Tensor], counts: Tensor, total_counts: Tensor, world: int) -> Tensor:
+def total(
+    losses: dict[str, Tensor], counts: Tensor, total_counts: Tensor, world: int
+) -> Tensor:
     """The sum of a pass's losses, to be averaged by DDP into the global mean.
 
     Args:
@@ -58,7 +62,9 @@ def total(losses: dict[str, Tensor], counts: Tensor, total_counts: Tensor, world
     return sum(losses[name] * factor[place] for name, place in COUNT_OF.items())
 
 
-def logged(losses: dict[str, Tensor] | None, counts: Tensor, prefix: str) -> dict[str, Tensor]:
+def logged(
+    losses: dict[str, Tensor] | None, counts: Tensor, prefix: str
+) -> dict[str, Tensor]:
     """The table's row of one pass on this process: sums, under fixed names.
 
     A pass that was skipped gives zeros under the same names: every process has the same
@@ -70,7 +76,11 @@ def logged(losses: dict[str, Tensor] | None, counts: Tensor, prefix: str) -> dic
     """
     row = {}
     for name, place in COUNT_OF.items():
-        value = torch.zeros_like(counts[0]) if losses is None else losses[name].detach().float()
+        value = (
+            torch.zeros_like(counts[0])
+            if losses is None
+            else losses[name].detach().float()
+        )
         row[prefix + name] = torch.stack([value * counts[place], counts[place]])
     return row
 
@@ -96,8 +106,10 @@ def means(table: dict[str, Tensor], step: int) -> dict[str, float]:
     }
     bad = [name for name, value in result.items() if not math.isfinite(value)]
     if bad:
-        raise UserError(f"step {step}: {', '.join(bad)} is not finite; the last checkpoint is "
-                        "kept; try a lower --lr, or --amp off")  # fmt: skip
+        raise UserError(
+            f"step {step}: {', '.join(bad)} is not finite; the last checkpoint is "
+            "kept; try a lower --lr, or --amp off"
+        )
     return {name: round(value, 6) for name, value in result.items()}
 
 
@@ -105,7 +117,9 @@ def brief(means: dict[str, float]) -> dict[str, str]:
     """What the progress bar has room for."""
     result = {}
     for prefix in ("labeled", "unlabeled"):
-        parts = [value for name, value in means.items() if name.startswith(prefix + "/")]
+        parts = [
+            value for name, value in means.items() if name.startswith(prefix + "/")
+        ]
         if parts:
             result[prefix] = f"{sum(parts):.2f}"
     if "pseudo_per_image" in means:

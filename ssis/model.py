@@ -15,8 +15,8 @@ Two sizes:
 
 What is added to torchvision's model:
 
-* no resizing in training: the views (`ssis/augment.py`) have already resized the images,
-  and pseudo-labels must stay in the frame that they were predicted in;
+* no resizing in training: the views (`ssis/augment.py`) have resized the images, and
+  pseudo-labels must stay in the frame that they were predicted in;
 * counts: how many anchors, proposals and foreground proposals each loss was averaged
   over. A batch spread over N processes can then be averaged like one batch on one
   process; the mean of N means is something else (`ssis/losses.py`).
@@ -43,7 +43,7 @@ from ssis import UserError
 
 
 class CountingSampler(BalancedPositiveNegativeSampler):
-    """torchvision's sampler of foreground and background, which also counts its draw."""
+    """torchvision's sampler of foreground and background, which counts its draw."""
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         positive, negative = super().__call__(matched_idxs)
@@ -108,7 +108,9 @@ def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
         rpn_post_nms_top_n_train=200,
         rpn_post_nms_top_n_test=200,
         rpn_batch_size_per_image=128,
-        box_batch_size_per_image=64,
+        # Of which 8 foreground, at 1 to 4 instances an image. Twice as many cost 60 %
+        # more time per step (docs/log.md).
+        box_batch_size_per_image=32,
         box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=1),
         box_head=TwoMLPHead(64 * 7 * 7, 256),
         box_predictor=FastRCNNPredictor(256, num_classes),
@@ -159,8 +161,10 @@ def pretrained_state(weights: str) -> dict[str, Tensor]:
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"--backbone-weights {weights}: not imagenet, coco, none or a "
-                            "readable state dict") from error  # fmt: skip
+            raise UserError(
+                f"--backbone-weights {weights}: not imagenet, coco, none or a "
+                "readable state dict"
+            ) from error
         if not isinstance(state, dict) or not all(
             isinstance(value, Tensor) for value in state.values()
         ):
@@ -170,8 +174,8 @@ def pretrained_state(weights: str) -> dict[str, Tensor]:
         return known[weights].get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"--backbone-weights {weights}: {known[weights].url} cannot be downloaded; fetch "
-            "it elsewhere and pass its path, or pass none"
+            f"--backbone-weights {weights}: {known[weights].url} cannot be "
+            "downloaded; fetch it elsewhere and pass its path, or pass none"
         ) from error
 
 
@@ -183,7 +187,9 @@ def load_matching(module: nn.Module, state: dict[str, Tensor], source: str) -> N
     # missing in the backbone means another architecture.
     lacking = [k for k in own if k not in fits and "predictor" not in k]
     if lacking:
-        raise UserError(f"--backbone-weights {source}: not of this model, lacks {lacking[0]!r}")
+        raise UserError(
+            f"--backbone-weights {source}: not of this model, lacks {lacking[0]!r}"
+        )
     module.load_state_dict(fits, strict=False)
 
 
@@ -200,5 +206,9 @@ def build(config, num_classes: int, frozen_norm: bool | None = None) -> MaskRCNN
     if frozen_norm is None:
         frozen_norm = config.backbone_weights != "none"
     return build_resnet50(
-        num_classes, config.short_side, config.long_side, config.backbone_weights, frozen_norm
+        num_classes,
+        config.short_side,
+        config.long_side,
+        config.backbone_weights,
+        frozen_norm,
     )

@@ -6,6 +6,8 @@ step size for the pretrained backbone.
 Read next: `ssis/checkpoint.py`, which saves their state.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -32,7 +34,7 @@ def make(net: nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 def lr_factor(step: int, config: Config) -> float:
-    """Warm-up, constant, a tenth at the end; once for pretraining, once for the rest.
+    """Warm-up, then half a cosine down to 0; once for pretraining, once for the rest.
 
     A teacher whose own training was not finished would label badly, so pretraining has
     an end of its own.
@@ -43,5 +45,4 @@ def lr_factor(step: int, config: Config) -> float:
     # A student that goes on from the teacher's weights is warm already.
     if first and config.burnin_init == "teacher":
         warm = 1.0
-    late = step - first >= config.decay_at * (last - first)
-    return warm * (0.1 if late else 1.0)
+    return warm * 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, last - first)))

@@ -33,21 +33,28 @@ def prepare(settings: config.Config) -> bool:
     try:
         if settings.resume == "never" and saved.exists():
             # Only what a run writes: the folder may hold more.
-            for name in ("checkpoint.pt", "metrics.jsonl", "summary.json", "labeled.json"):
+            for name in (
+                "checkpoint.pt",
+                "metrics.jsonl",
+                "summary.json",
+                "labeled.json",
+            ):
                 (folder / name).unlink(missing_ok=True)
         elif saved.exists():
             with contextlib.suppress(ValueError):
                 other = config.differences(settings, json.loads(saved.read_text()))
                 if other:
                     raise UserError(
-                        f"{folder}: holds a run with other settings ({'; '.join(other[:3])}); "
-                        "give another --output, or --resume never to replace it"
+                        f"{folder}: holds a run with other settings "
+                        f"({'; '.join(other[:3])}); give another --output, "
+                        "or --resume never to replace it"
                     )
         folder.mkdir(parents=True, exist_ok=True)
         config.save(settings, saved)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another "
-                        "--output") from error  # fmt: skip
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); choose another --output"
+        ) from error
     return (folder / "checkpoint.pt").exists()
 
 
@@ -55,8 +62,10 @@ def free_space(folder: Path, needed: int) -> None:
     """Raise UserError when the disk cannot take a checkpoint: better now than later."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"{folder}: {free >> 20} MiB free, a checkpoint with its "
-                        f"predecessor needs {needed >> 20}; make room")  # fmt: skip
+        raise UserError(
+            f"{folder}: {free >> 20} MiB free, a checkpoint with its "
+            f"predecessor needs {needed >> 20}; make room"
+        )
 
 
 class Metrics:
@@ -84,8 +93,10 @@ class Metrics:
             with open(self.path, mode, encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room or "
-                            "choose another --output, then run the same command again") from error
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); make room or "
+                "choose another --output, then run the same command again"
+            ) from error
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -98,20 +109,31 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
-def summary(settings: config.Config, results: dict, counts: dict, test_set, seconds: float):
-    """The content of `summary.json`; AP in percent, None where there is no such model."""
+def summary(
+    settings: config.Config, results: dict, counts: dict, test_set, seconds: float
+):
+    """The content of `summary.json`; AP in percent, None for a model not there."""
 
     def numbers(kind: str) -> dict:
         models = ("pretrained", "student", "teacher")
-        return {who: results[who][kind]["AP"] if who in results else None for who in models}
+        return {
+            who: results[who][kind]["AP"] if who in results else None for who in models
+        }
 
     return dict(
-        method=settings.method, preset=settings.preset, seed=settings.seed, **counts,
-        seconds=round(seconds, 1), evaluated_on=test_set.source, test_images=len(test_set),
-        mask_ap=numbers("mask"), box_ap=numbers("box"),
-        audit=results.get("audit"), audit_per_class=results.get("audit_per_class"),
+        method=settings.method,
+        preset=settings.preset,
+        seed=settings.seed,
+        **counts,
+        seconds=round(seconds, 1),
+        evaluated_on=test_set.source,
+        test_images=len(test_set),
+        mask_ap=numbers("mask"),
+        box_ap=numbers("box"),
+        audit=results.get("audit"),
+        audit_per_class=results.get("audit_per_class"),
         details={who: results[who] for who in results if not who.startswith("audit")},
-    )  # fmt: skip
+    )
 
 
 def write_summary(folder: Path, summary: dict) -> None:
@@ -119,7 +141,9 @@ def write_summary(folder: Path, summary: dict) -> None:
     try:
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"{folder}/summary.json: cannot be written ({error.strerror})") from error
+        raise UserError(
+            f"{folder}/summary.json: cannot be written ({error.strerror})"
+        ) from error
 
 
 def table(summary: dict, folder: Path) -> str:
@@ -129,8 +153,10 @@ def table(summary: dict, folder: Path) -> str:
     for kind in ("mask_ap", "box_ap"):
         values = "".join(f"{summary[kind][name]:12.2f}" for name in who)
         lines.append(f"{kind.replace('_ap', ''):<16}{values}")
-    lines.append(f"on {summary['evaluated_on']} ({summary['test_images']} images), "
-                 f"{summary['seconds'] / 60:.1f} minutes")  # fmt: skip
+    lines.append(
+        f"on {summary['evaluated_on']} ({summary['test_images']} images), "
+        f"{summary['seconds'] / 60:.1f} minutes"
+    )
     if summary["audit"]:
         audit = summary["audit"]
         shown = ", ".join(
@@ -138,5 +164,7 @@ def table(summary: dict, folder: Path) -> str:
             for key, value in audit.items()
         )
         lines.append(f"kept pseudo-labels: {shown}")
-    lines.append(f"files: {folder}/ (summary.json, checkpoint.pt, metrics.jsonl, pictures)")
+    lines.append(
+        f"files: {folder}/ (summary.json, checkpoint.pt, metrics.jsonl, pictures)"
+    )
     return "\n".join(lines)

@@ -123,13 +123,18 @@ def draw_shape(rng: np.random.RandomState, label: int, size: int) -> np.ndarray:
     """A random placement of a class (1..C): its full mask, (size, size) bool."""
     radius = size * (0.10 + 0.14 * rng.random_sample())
     stretch = 0.85 + 0.3 * rng.random_sample()
-    # Up to 20 degrees either way. With a full turn the small model needs hours, not
+    # Up to 30 degrees either way. With a full turn the small model needs hours, not
     # minutes (docs/log.md).
-    angle = math.radians(40 * rng.random_sample() - 20)
+    angle = math.radians(60 * rng.random_sample() - 30)
     centre = (0.1 + 0.8 * rng.random_sample(2)) * size
-    points = np.array(outline(CLASSES[label - 1])) * (radius * stretch, radius / stretch)
+    points = np.array(outline(CLASSES[label - 1])) * (
+        radius * stretch,
+        radius / stretch,
+    )
     turn = [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
-    return fill(np.rint((points @ np.array(turn) + centre) * GRID).astype(np.int64), size)
+    return fill(
+        np.rint((points @ np.array(turn) + centre) * GRID).astype(np.int64), size
+    )
 
 
 def draw_scene(
@@ -210,7 +215,12 @@ def write_part(folder: Path, part: str, seed: int, images: int) -> Path:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(
         json.dumps(
-            dict(info=info, images=records, annotations=annotations, categories=categories)
+            dict(
+                info=info,
+                images=records,
+                annotations=annotations,
+                categories=categories,
+            )
         )
     )
     temporary.replace(path)
@@ -247,12 +257,19 @@ def make(folder: Path, seed: int = SEED, parts: dict[str, int] | None = None) ->
 
 def main(argv: list[str] | None = None) -> None:
     """The command line: make a dataset of K training images, and its other parts."""
-    parser = argparse.ArgumentParser(prog="python -m ssis.shapes", description=__doc__,
-                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m ssis.shapes",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=SEED, help="any number >= 0")
-    parser.add_argument("--images", type=int, default=PARTS["train"],
-                        help="training images; val and test keep their sizes")  # fmt: skip
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=PARTS["train"],
+        help="training images; val and test keep their sizes",
+    )
     args = parser.parse_args(argv)
     try:
         if args.seed < 0 or args.images < 1:

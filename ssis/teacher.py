@@ -27,7 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import maskrcnn_inference, paste_masks_in_image
+from torchvision.models.detection.roi_heads import (
+    maskrcnn_inference,
+    paste_masks_in_image,
+)
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from ssis.model import MaskRCNN
@@ -84,7 +87,9 @@ class PseudoLabels:
 
     def target(self) -> dict:
         """As a training target: torchvision's dict."""
-        return dict(boxes=self.boxes, labels=self.labels, masks=self.masks.to(torch.uint8))
+        return dict(
+            boxes=self.boxes, labels=self.labels, masks=self.masks.to(torch.uint8)
+        )
 
 
 def mask_quality(mask_probs: Tensor) -> Tensor:
@@ -102,7 +107,9 @@ def mask_quality(mask_probs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def predict(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[PseudoLabels]:
+def predict(
+    model: MaskRCNN, images: list[Tensor], min_score: float
+) -> list[PseudoLabels]:
     """What a model sees in some images, in their own frame (nothing is resized).
 
     Args:
@@ -128,7 +135,9 @@ def predict(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Pse
     counts = [len(p) for p in proposals]
     detections = [
         detect(b, p, size, min_score, roi.nms_thresh, roi.detections_per_img)
-        for b, p, size in zip(boxes.split(counts), probs.split(counts), sizes, strict=True)
+        for b, p, size in zip(
+            boxes.split(counts), probs.split(counts), sizes, strict=True
+        )
     ]
     # Second stage: a mask for each box that is left, that of its class.
     kept_boxes = [d[0] for d in detections]
@@ -141,13 +150,21 @@ def predict(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Pse
     ):
         soft = paste_masks_in_image(small, box, size)[:, 0]  # (N, H, W)
         result.append(
-            PseudoLabels(box, label, score, mask_quality(soft), soft, soft > 0.5, distribution)
+            PseudoLabels(
+                box, label, score, mask_quality(soft), soft, soft > 0.5, distribution
+            )
         )
     return result
 
 
-def detect(boxes: Tensor, probs: Tensor, size: tuple[int, int], min_score: float,
-           nms_iou: float, limit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def detect(
+    boxes: Tensor,
+    probs: Tensor,
+    size: tuple[int, int],
+    min_score: float,
+    nms_iou: float,
+    limit: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Proposals of one image into detections: torchvision's rules, keeping the classes.
 
     Args:
@@ -166,6 +183,11 @@ def detect(boxes: Tensor, probs: Tensor, size: tuple[int, int], min_score: float
     candidates, scores = boxes[row, column + 1], probs[row, column + 1]
     # A degenerate box would make the student's loss raise.
     big = remove_small_boxes(candidates, min_size=1e-2)
-    row, column, candidates, scores = row[big], column[big], candidates[big], scores[big]
+    row, column, candidates, scores = (
+        row[big],
+        column[big],
+        candidates[big],
+        scores[big],
+    )
     keep = batched_nms(candidates, scores, column, nms_iou)[:limit]
     return candidates[keep], column[keep] + 1, scores[keep], probs[row[keep], 1:]

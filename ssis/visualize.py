@@ -24,14 +24,27 @@ from matplotlib import pyplot as plt
 from ssis.run_folder import read_metrics
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito, 2008), one by class.
-COLOURS = [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
-           (0, 114, 178), (213, 94, 0), (204, 121, 167), (255, 255, 255)]  # fmt: skip
+COLOURS = [
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+    (204, 121, 167),
+    (255, 255, 255),
+]
 TILE = 256
 ROWS = 6
 
 
-def overlay(image: Tensor, masks: Tensor, labels: Tensor, names: list[str],
-            scores: Tensor | None = None) -> Image.Image:  # fmt: skip
+def overlay(
+    image: Tensor,
+    masks: Tensor,
+    labels: Tensor,
+    names: list[str],
+    scores: Tensor | None = None,
+) -> Image.Image:
     """An image with its instances: masks, class names, scores.
 
     Args:
@@ -47,7 +60,9 @@ def overlay(image: Tensor, masks: Tensor, labels: Tensor, names: list[str],
     pixels = (image.cpu() * 255).to(torch.uint8)
     colours = [COLOURS[(label - 1) % len(COLOURS)] for label in labels.tolist()]
     if len(masks):
-        pixels = draw_segmentation_masks(pixels, masks.cpu().bool(), alpha=0.6, colors=colours)
+        pixels = draw_segmentation_masks(
+            pixels, masks.cpu().bool(), alpha=0.6, colors=colours
+        )
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     # Small images are enlarged pixel by pixel: what a mask's edge is should be seen.
     how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
@@ -58,8 +73,13 @@ def overlay(image: Tensor, masks: Tensor, labels: Tensor, names: list[str],
         if len(ys):
             score = "" if scores is None else f" {scores[k]:.2f}"
             at = (xs.min().item() * scale, max(0, ys.min().item() * scale - 11))
-            pen.text(at, names[labels[k] - 1] + score, fill="white", stroke_width=2,
-                     stroke_fill="black")  # fmt: skip
+            pen.text(
+                at,
+                names[labels[k] - 1] + score,
+                fill="white",
+                stroke_width=2,
+                stroke_fill="black",
+            )
     return picture
 
 
@@ -67,7 +87,9 @@ def grid(rows: list[list[Image.Image]], titles: list[str]) -> Image.Image:
     """Pictures in rows under column titles."""
     gap, head = 6, 22
     height = max(picture.height for row in rows for picture in row) + gap
-    sheet = Image.new("RGB", ((TILE + gap) * len(titles), head + height * len(rows)), "white")
+    sheet = Image.new(
+        "RGB", ((TILE + gap) * len(titles), head + height * len(rows)), "white"
+    )
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         pen.text((column * (TILE + gap) + 4, 4), title, fill="black", font_size=13)
@@ -95,13 +117,20 @@ def pseudo_labels(run, streams, folder, step: int) -> None:
         kept = filters.keep(found, config.tau_class, config.min_area)
         nothing = torch.zeros(0, *image.shape[-2:])
         row = [overlay(image, nothing, nothing, names)]
-        row += [overlay(image, p.masks, p.labels, names, p.class_quality) for p in (found, kept)]
+        row += [
+            overlay(image, p.masks, p.labels, names, p.class_quality)
+            for p in (found, kept)
+        ]
         if "target" in item:
             truth = item["target"]
             row.append(overlay(image, truth["masks"], truth["labels"], names))
         rows.append(row)
-    titles = ["unlabelled image", "teacher, score > 0.3", f"kept, score > {config.tau_class}",
-              "truth (never seen)"][: len(rows[0])]  # fmt: skip
+    titles = [
+        "unlabelled image",
+        "teacher, score > 0.3",
+        f"kept, score > {config.tau_class}",
+        "truth (never seen)",
+    ][: len(rows[0])]
     grid(rows, titles).save(folder / f"pseudo_{step:06d}.png")
 
 
@@ -117,21 +146,31 @@ def predictions(run, dataset, folder) -> None:
         truth = dataset.target(index)
         rows.append(
             [
-                overlay(image, output["masks"][sure, 0] > 0.5, output["labels"][sure],
-                        dataset.names, output["scores"][sure]),
+                overlay(
+                    image,
+                    output["masks"][sure, 0] > 0.5,
+                    output["labels"][sure],
+                    dataset.names,
+                    output["scores"][sure],
+                ),
                 overlay(image, truth["masks"], truth["labels"], dataset.names),
             ]
-        )  # fmt: skip
+        )
     grid(rows, ["prediction, score > 0.5", "truth"]).save(folder / "predictions.png")
 
 
 def curves(folder) -> None:
     """Write `curves.png` from `metrics.jsonl`: losses, validation AP, audit."""
     lines = read_metrics(folder / "metrics.jsonl")
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(13, 3.6), layout="constrained"
+    )
     for prefix in ("labeled", "unlabeled"):
         points = [
-            (line["step"], sum(v for k, v in line.items() if k.startswith(prefix + "/")))
+            (
+                line["step"],
+                sum(v for k, v in line.items() if k.startswith(prefix + "/")),
+            )
             for line in lines
             if f"{prefix}/loss_mask" in line
         ]
@@ -140,15 +179,21 @@ def curves(folder) -> None:
     left.set(title="loss", xlabel="step")
     for who in ("student", "teacher"):
         key = f"val_mask_ap_{who}"
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        points = [
+            (line["step"], line[key]) for line in lines if line.get(key) is not None
+        ]
         if points:
             middle.plot(*zip(*points, strict=True), marker="o", label=who)
     middle.set(title="validation mask AP, %", xlabel="step")
     audits = [(line["step"], line["audit"]) for line in lines if line.get("audit")]
     for key in ("box_precision", "class_accuracy", "mask_iou", "recall"):
-        points = [(step, audit[key]) for step, audit in audits if audit[key] is not None]
+        points = [
+            (step, audit[key]) for step, audit in audits if audit[key] is not None
+        ]
         if points:
-            right.plot(*zip(*points, strict=True), marker="o", label=key.replace("_", " "))
+            right.plot(
+                *zip(*points, strict=True), marker="o", label=key.replace("_", " ")
+            )
     right.set(title="audit of the pseudo-labels", xlabel="step", ylim=(0, 1))
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)

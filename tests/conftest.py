@@ -61,20 +61,49 @@ def write_coco(folder: Path, change=None) -> dict:
         images.append(dict(id=10 * k, file_name=f"{k}.png", height=32, width=48))
     column = [5 * 32 + 4, 8, 24, 8, 32 * 48 - 5 * 32 - 44]
     annotations = [
-        dict(id=1, image_id=0, category_id=0, iscrowd=0, area=-1, bbox=[0, 0, 0, 0],
-             segmentation=[[4, 4, 20, 4, 20, 12, 4, 12]]),
-        dict(id=2, image_id=0, category_id=7, iscrowd=0,
-             segmentation=[[30, 20, 40, 20, 40, 28], [2, 20, 8, 20, 8, 30, 2, 30]]),
-        dict(id=3, image_id=10, category_id=7, iscrowd=0,
-             segmentation=[[1, 1, 12.5, 1, 12.5, 9.25, 1, 9]]),
-        dict(id=4, image_id=20, category_id=0, iscrowd=1,
-             segmentation=dict(size=[32, 48], counts=column)),
-        dict(id=5, image_id=20, category_id=0, iscrowd=0,
-             segmentation=dict(size=[32, 48], counts=[40, 10, 22, 10, 1454])),
-    ]  # fmt: skip
-    raw = dict(images=images, annotations=annotations,
-               categories=[dict(id=7, name="dog"), dict(id=0, name="cat"),
-                           dict(id=9, name="unused")])  # fmt: skip
+        dict(
+            id=1,
+            image_id=0,
+            category_id=0,
+            iscrowd=0,
+            area=-1,
+            bbox=[0, 0, 0, 0],
+            segmentation=[[4, 4, 20, 4, 20, 12, 4, 12]],
+        ),
+        dict(
+            id=2,
+            image_id=0,
+            category_id=7,
+            iscrowd=0,
+            segmentation=[[30, 20, 40, 20, 40, 28], [2, 20, 8, 20, 8, 30, 2, 30]],
+        ),
+        dict(
+            id=3,
+            image_id=10,
+            category_id=7,
+            iscrowd=0,
+            segmentation=[[1, 1, 12.5, 1, 12.5, 9.25, 1, 9]],
+        ),
+        dict(
+            id=4,
+            image_id=20,
+            category_id=0,
+            iscrowd=1,
+            segmentation=dict(size=[32, 48], counts=column),
+        ),
+        dict(
+            id=5,
+            image_id=20,
+            category_id=0,
+            iscrowd=0,
+            segmentation=dict(size=[32, 48], counts=[40, 10, 22, 10, 1454]),
+        ),
+    ]
+    raw = dict(
+        images=images,
+        annotations=annotations,
+        categories=[dict(id=7, name="dog"), dict(id=0, name="cat"), dict(id=9, name="unused")],
+    )
     if change:
         raw = change(raw) or raw
     (folder / "coco.json").write_text(json.dumps(raw))

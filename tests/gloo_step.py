@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import train
-from ssis import config, data, distributed, teacher
+from ssis import config, data, distributed, loader, teacher
 
 
 def freeze_norms(module: nn.Module) -> None:
@@ -32,8 +32,15 @@ def freeze_norms(module: nn.Module) -> None:
 
 
 def main(out: str, folder: str) -> None:
-    settings = config.Config(method="guided-distillation", short_side_min=64, short_side=64,
-                             long_side=64, device="cpu", labeled_batch=4, unlabeled_batch=4)  # fmt: skip
+    settings = config.Config(
+        method="guided-distillation",
+        short_side_min=64,
+        short_side=64,
+        long_side=64,
+        device="cpu",
+        labeled_batch=4,
+        unlabeled_batch=4,
+    )
     torch.set_num_threads(1)
     start = distributed.start("cpu")
     rank, world, _ = start
@@ -47,13 +54,15 @@ def main(out: str, folder: str) -> None:
     run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
 
     dataset = data.load_coco(f"{folder}/instances_train.json", f"{folder}/train")
-    labeled = data.Stream(dataset, list(range(8)), settings, 0, True)
-    unlabeled = data.Stream(dataset, list(range(8, 40)), settings, 1, False)
+    labeled = loader.Stream(dataset, list(range(8)), settings, 0, True)
+    unlabeled = loader.Stream(dataset, list(range(8, 40)), settings, 1, False)
     # Of eight unlabelled images take the two with the best and the two with the worst
     # detection, and put the threshold between them.
     items = [unlabeled[k] for k in range(8)]
-    best = [teacher.predict(run.teacher.module, [item["image"]], 0.05)[0].class_quality.max().item()
-            for item in items]  # fmt: skip
+    best = [
+        teacher.predict(run.teacher.module, [item["image"]], 0.05)[0].class_quality.max().item()
+        for item in items
+    ]
     order = sorted(range(8), key=lambda k: -best[k])
     run.config.tau_class = (best[order[1]] + best[order[-2]]) / 2
     chosen = [items[k] for k in (*order[:2], *order[-2:])]
@@ -68,8 +77,9 @@ def main(out: str, folder: str) -> None:
         found.append(row["pseudo_per_image"][0].item())
     counts = distributed.gather(found)
     if rank == 0:
-        torch.save(dict(found=counts, student=run.net.state_dict(),
-                        teacher=run.teacher.state_dict()), out)  # fmt: skip
+        torch.save(
+            dict(found=counts, student=run.net.state_dict(), teacher=run.teacher.state_dict()), out
+        )
     distributed.stop()
 
 

@@ -19,8 +19,15 @@ def squares(places, size=40):
 def pseudo(places, labels):
     masks, n = squares(places), len(places)
     boxes = data.boxes_of(masks) if n else torch.zeros(0, 4)
-    return PseudoLabels(boxes, torch.tensor(labels, dtype=torch.int64), torch.ones(n),
-                        torch.ones(n), masks.float(), masks, torch.zeros(n, 3))  # fmt: skip
+    return PseudoLabels(
+        boxes,
+        torch.tensor(labels, dtype=torch.int64),
+        torch.ones(n),
+        torch.ones(n),
+        masks.float(),
+        masks,
+        torch.zeros(n, 3),
+    )
 
 
 def truth(places, labels):
@@ -33,9 +40,14 @@ def test_the_audit_counts_as_a_person_would():
     kept = pseudo([(0, 0, 10), (20, 2, 10), (1, 0, 10), (28, 28, 10)], [1, 2, 1, 3])
     true = truth([(0, 0, 10), (20, 0, 10), (0, 20, 8)], [1, 3, 2])
     result = audit.summary(audit.tally(kept, true, 3), images=1, labeled_per_image=2.5)
-    assert result == dict(pseudo_per_image=4.0, labeled_per_image=2.5, box_precision=0.5,
-                          class_accuracy=0.5, mask_iou=round((1 + 80 / 120) / 2, 4),
-                          recall=round(2 / 3, 4))  # fmt: skip
+    assert result == dict(
+        pseudo_per_image=4.0,
+        labeled_per_image=2.5,
+        box_precision=0.5,
+        class_accuracy=0.5,
+        mask_iou=round((1 + 80 / 120) / 2, 4),
+        recall=round(2 / 3, 4),
+    )
     by_class = audit.per_class(audit.tally(kept, true, 3), 1, ["a", "b", "c"])
     assert by_class["a"]["box_precision"] == 0.5 and by_class["a"]["class_accuracy"] == 1.0
     assert by_class["b"]["class_accuracy"] == 0.0 and by_class["b"]["recall"] == 0.0
@@ -45,8 +57,11 @@ def test_the_audit_counts_as_a_person_would():
 def test_nothing_kept_and_nothing_there_are_no_shares():
     none = audit.summary(audit.tally(pseudo([], []), truth([(0, 0, 9)], [1]), 3), 1, 1.0)
     assert none["box_precision"] is None and none["recall"] == 0.0
-    empty = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64),
-                 masks=torch.zeros(0, 40, 40))  # fmt: skip
+    empty = dict(
+        boxes=torch.zeros(0, 4),
+        labels=torch.zeros(0, dtype=torch.int64),
+        masks=torch.zeros(0, 40, 40),
+    )
     spurious = audit.summary(audit.tally(pseudo([(0, 0, 9)], [1]), empty, 3), 1, 1.0)
     assert spurious["box_precision"] == 0.0 and spurious["recall"] is None
 

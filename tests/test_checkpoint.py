@@ -37,8 +37,9 @@ def test_what_is_saved_is_loaded(tmp_path):
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     path = tmp_path / "c.pt"
     checkpoint.save(path, STATE)
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert "cannot be written" in done.stdout and "the one before is kept" in done.stdout
     assert len(done.stdout.splitlines()) == 1, done.stderr
     assert torch.equal(checkpoint.load(path)["weights"], STATE["weights"])

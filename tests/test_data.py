@@ -14,7 +14,7 @@ from conftest import real, write_coco
 from PIL import Image
 from pycocotools.coco import COCO
 
-from ssis import UserError, config, data
+from ssis import UserError, config, data, images, loader, split
 
 pytestmark = pytest.mark.fast
 SETTINGS = config.Config(short_side_min=20, short_side=40, long_side=60)
@@ -88,7 +88,7 @@ def test_images_of_all_modes_become_rgb(tmp_path, mode):
         kind = "tiff" if mode == "CMYK" else "png"
         path = tmp_path / f"a.{kind}"
         Image.fromarray(gray).convert("RGB").convert(mode).save(path)
-    image = data.read_image(str(path), (30, 40))
+    image = images.read_image(str(path), (30, 40))
     assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
     # Dark on the left, bright on the right, in each mode; 16 bits must not clip to white.
     assert image[:, :, :8].float().mean() < 60 and image[:, :, -8:].float().mean() > 190
@@ -101,25 +101,25 @@ def test_exif_rotation_follows_the_size_that_the_annotations_speak_of(tmp_path):
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
     path = str(tmp_path / "a.jpg")
-    upright = data.read_image(path, (30, 20))
+    upright = images.read_image(path, (30, 20))
     assert upright[:, :8].float().mean() > 200 > 50 > upright[:, 12:].float().mean()
-    stored = data.read_image(path, (20, 30))
+    stored = images.read_image(path, (20, 30))
     assert stored[:, :, :8].float().mean() > 200 > 50 > stored[:, :, 12:].float().mean()
     with pytest.raises(UserError, match="is 20 x 30 pixels, the JSON says 33 x 44"):
-        data.read_image(path, (44, 33))
+        images.read_image(path, (44, 33))
 
 
 def test_the_split_is_seeded_covers_classes_and_can_be_given_back(coco_folder, tmp_path):
     dataset = load(coco_folder)
-    first, warnings = data.draw_split(dataset, "2", 0)
-    assert data.draw_split(dataset, "50%", 0)[0] == first
+    first, warnings = split.draw_split(dataset, "2", 0)
+    assert split.draw_split(dataset, "50%", 0)[0] == first
     covered = set().union(*(dataset.present_labels(i) for i in first))
     assert covered == {1, 2} and "unused" in warnings[0]
-    data.write_split(dataset, first, tmp_path / "split.json", 0)
-    assert data.draw_split(dataset, str(tmp_path / "split.json"), 1)[0] == first
+    split.write_split(dataset, first, tmp_path / "split.json", 0)
+    assert split.draw_split(dataset, str(tmp_path / "split.json"), 1)[0] == first
     (tmp_path / "list.json").write_text(json.dumps(["3.png", "1.png"]))
-    assert data.draw_split(dataset, str(tmp_path / "list.json"), 0)[0] == [1, 3]
-    seeds = {tuple(data.draw_split(dataset, "1", seed)[0]) for seed in range(20)}
+    assert split.draw_split(dataset, str(tmp_path / "list.json"), 0)[0] == [1, 3]
+    seeds = {tuple(split.draw_split(dataset, "1", seed)[0]) for seed in range(20)}
     assert len(seeds) > 1
 
 
@@ -131,17 +131,17 @@ def test_a_bare_folder_gives_unlabelled_images_that_are_not_listed_yet(coco_fold
     assert dataset.image(4).shape == (3, 40, 50)
     assert dataset.annotated == 4 and dataset.instances_per_image([0, 3]) == 1.0
     with pytest.raises(UserError, match="is 5 of 4 images"):
-        data.draw_split(dataset, "5", 0)
+        split.draw_split(dataset, "5", 0)
 
 
 def test_the_stream_is_a_function_of_seed_and_position(coco_folder):
     dataset = load(coco_folder)
-    stream = data.Stream(dataset, [0, 1, 2, 3], SETTINGS, 7, True)
+    stream = loader.Stream(dataset, [0, 1, 2, 3], SETTINGS, 7, True)
     epochs = [[stream[k]["index"] for k in range(4 * e, 4 * e + 4)] for e in range(6)]
     assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 1
     state = torch.get_rng_state()
-    again = data.Stream(dataset, [0, 1, 2, 3], SETTINGS, 7, True)
+    again = loader.Stream(dataset, [0, 1, 2, 3], SETTINGS, 7, True)
     for k in (21, 3, 4):
         assert torch.equal(stream[k]["image"], again[k]["image"])
         assert stream[k]["seed"] == again[k]["seed"]
@@ -150,15 +150,15 @@ def test_the_stream_is_a_function_of_seed_and_position(coco_folder):
 
 
 def test_unlabelled_items_carry_no_truth(coco_folder):
-    stream = data.Stream(load(coco_folder), [0, 1], SETTINGS, 7, False)
+    stream = loader.Stream(load(coco_folder), [0, 1], SETTINGS, 7, False)
     assert set(stream[0]) == {"image", "index", "seed"}
 
 
 def test_processes_share_the_same_global_batches():
-    whole = list(data.Shard(8, 3, 6, rank=0, world=1))
-    parts = [list(data.Shard(8, 3, 6, rank=r, world=4)) for r in range(4)]
-    assert [sum((part[s] for part in parts), []) for s in range(3)] == whole
-    assert whole[0] == list(range(24, 32)) and len(data.Shard(8, 3, 6, 0, 1)) == 3
+    whole = list(loader.Shard(8, 3, 6, rank=0, world=1))
+    parts = [list(loader.Shard(8, 3, 6, rank=r, world=4)) for r in range(4)]
+    assert [[k for part in parts for k in part[s]] for s in range(3)] == whole
+    assert whole[0] == list(range(24, 32)) and len(loader.Shard(8, 3, 6, 0, 1)) == 3
 
 
 def test_annotations_are_packed_into_few_arrays(shapes_folder):
@@ -175,7 +175,8 @@ def test_classes_are_matched_by_name_not_by_id(coco_folder, tmp_path):
         raw["annotations"] = [dict(raw["annotations"][0], category_id=2)]
 
     write_coco(tmp_path / "other", renumber)
-    other = data.load_coco(str(tmp_path / "other/coco.json"), str(tmp_path / "other/images"),
-                           ["cat", "dog", "unused"])  # fmt: skip
+    other = data.load_coco(
+        str(tmp_path / "other/coco.json"), str(tmp_path / "other/images"), ["cat", "dog", "unused"]
+    )
     assert other.target(0)["labels"].tolist() == [1]
     assert other.category_ids == [2, 1, None]

@@ -16,8 +16,9 @@ TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_p
 
 
 def launch(command, *arguments, status=0):
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True,
-                          cwd=ROOT, timeout=240)  # fmt: skip
+    done = subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=240
+    )
     assert (done.returncode == 0) == (status == 0), done.stderr[-3000:]
     return done
 

@@ -29,11 +29,33 @@ def error_of(capsys, main, argv) -> str:
 
 def arguments(folder) -> list[str]:
     parts = ("train", "val")
-    return ["--preset", "custom", "--output", f"{folder}/run", "--device", "cpu", "--labeled", "2",
-            "--pretrain-steps", "1", "--burnin-steps", "1", "--mutual-steps", "0",
-            "--short-side-min", "32", "--short-side", "32", "--long-side", "64",
-            *(x for p in parts for x in (f"--{p}-json", f"{folder}/coco.json",
-                                         f"--{p}-images", f"{folder}/images"))]  # fmt: skip
+    return [
+        "--preset",
+        "custom",
+        "--output",
+        f"{folder}/run",
+        "--device",
+        "cpu",
+        "--labeled",
+        "2",
+        "--pretrain-steps",
+        "1",
+        "--burnin-steps",
+        "1",
+        "--mutual-steps",
+        "0",
+        "--short-side-min",
+        "32",
+        "--short-side",
+        "32",
+        "--long-side",
+        "64",
+        *(
+            x
+            for p in parts
+            for x in (f"--{p}-json", f"{folder}/coco.json", f"--{p}-images", f"{folder}/images")
+        ),
+    ]
 
 
 def set_record(key, k, **values):
@@ -58,7 +80,7 @@ JSON_TRAPS = {
     "no categories": (drop("categories"), "not COCO format"),
     "not a dict": (lambda raw: [raw], "not COCO format"),
     "no image": (lambda raw: dict(raw, images=[]), "lists no image|which is not listed"),
-    "image without id": (lambda raw: raw["images"][0].pop("id") and None or raw, "not COCO|image"),
+    "image without id": (lambda raw: raw["images"][0].pop("id") and None, "not COCO|image"),
     "duplicate image id": (set_record("images", 1, id=0), "two images have the id 0"),
     "duplicate class": (set_record("categories", 1, name="dog"), "ids and names given only once"),
     "annotation of no image": (set_record("annotations", 0, image_id=77), "not listed"),
@@ -70,11 +92,13 @@ JSON_TRAPS = {
     "size mismatch": (set_record("images", 0, width=50), "is 48 x 32 pixels, the JSON says 50 x"),
     "size missing": (set_record("images", 0, width=None), "must be whole numbers"),
     "rle of another size": (
-        set_record("annotations", 4, segmentation=dict(size=[5, 5], counts=[25])), "RLE of size"),
+        set_record("annotations", 4, segmentation=dict(size=[5, 5], counts=[25])),
+        "RLE of size",
+    ),
     "odd polygon": (polygon(1, 2, 3, 4, 5, 6, 7), "odd number"),
     "polygon of words": (polygon(*"abcdef"), "not a list of numbers"),
     "no instance anywhere": (lambda raw: dict(raw, annotations=[]), "no instance at all"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", JSON_TRAPS)
@@ -128,8 +152,10 @@ OPTIONS = {
     "image folder absent": (["--train-images", "nowhere"], "nowhere: image folder not found"),
     "unlabeled folder absent": (["--unlabeled-images", "nowhere"], "nowhere: folder of unlabelled"),
     "backbone weights absent": (
-        ["--model", "resnet50", "--backbone-weights", "x.pth"], "not imagenet, coco, none or"),
-}  # fmt: skip
+        ["--model", "resnet50", "--backbone-weights", "x.pth"],
+        "not imagenet, coco, none or",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -157,8 +183,10 @@ def test_an_unlabelled_folder_without_images(tmp_path, capsys):
     assert "no image in it" in error_of(capsys, train.main, [*arguments(tmp_path), *options])
 
 
-@pytest.mark.parametrize("content, expected", [
-    (["9.png"], "names 1 images"), ([], "not a split"), ({"labeled": 3}, "not a split")])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, expected",
+    [(["9.png"], "names 1 images"), ([], "not a split"), ({"labeled": 3}, "not a split")],
+)
 def test_a_split_that_does_not_fit(tmp_path, capsys, content, expected):
     write_coco(tmp_path)
     (tmp_path / "split.json").write_text(json.dumps(content))

@@ -25,8 +25,15 @@ def perfect(dataset) -> list[dict]:
                 rle = dict(a["segmentation"])
                 counts = rle["counts"]
                 rle["counts"] = counts.decode() if isinstance(counts, bytes) else counts
-                results.append(dict(image_id=index, category_id=a["category_id"], score=0.9,
-                                    bbox=a["bbox"], segmentation=rle))  # fmt: skip
+                results.append(
+                    dict(
+                        image_id=index,
+                        category_id=a["category_id"],
+                        score=0.9,
+                        bbox=a["bbox"],
+                        segmentation=rle,
+                    )
+                )
     return results
 
 
@@ -52,8 +59,10 @@ def test_a_wrong_class_costs_that_class_alone(coco_folder):
     for result in results:
         result["category_id"] = 2
     numbers, classes = evaluate.average_precision(dataset.coco(range(4)), results, "segm")
-    assert classes[0] == 0.0 and 0 < classes[1] < 100 and numbers["AP"] == pytest.approx(
-        classes[1] / 2, abs=0.01
+    assert (
+        classes[0] == 0.0
+        and 0 < classes[1] < 100
+        and numbers["AP"] == pytest.approx(classes[1] / 2, abs=0.01)
     )
 
 
@@ -106,7 +115,8 @@ def test_the_share_of_every_process_together_is_the_whole(shapes_folder):
     net.roi_heads.score_thresh = 0.1
     device = torch.device("cpu")
     whole = evaluate.predictions(net, dataset, list(range(6)), device, batch=1)
-    parts = [evaluate.predictions(net, dataset, list(range(6))[r::4], device, batch=1)
-             for r in range(4)]  # fmt: skip
+    parts = [
+        evaluate.predictions(net, dataset, list(range(6))[r::4], device, batch=1) for r in range(4)
+    ]
     merged = sorted((r for part in parts for r in part), key=lambda r: r["image_id"])
     assert merged == whole and len(whole) > 6

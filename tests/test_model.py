@@ -22,8 +22,9 @@ def batch(instances=(2, 1)):
             masks[k, 8 + 20 * k : 26 + 20 * k, 10:40] = 1
         boxes = torch.tensor([[10.0, 8 + 20 * k, 40, 26 + 20 * k] for k in range(n)])
         images.append(torch.rand(3, 64, 64))
-        targets.append(dict(boxes=boxes.reshape(-1, 4), labels=torch.ones(n, dtype=torch.int64),
-                            masks=masks))  # fmt: skip
+        targets.append(
+            dict(boxes=boxes.reshape(-1, 4), labels=torch.ones(n, dtype=torch.int64), masks=masks)
+        )
     return images, targets
 
 

@@ -32,7 +32,9 @@ def test_fill_agrees_with_another_point_in_polygon_test():
         corners = np.array(shapes.outline(name)) * (13.3, 17.1) + 20 + rng.random_sample(2)
         vertices = np.rint(corners * shapes.GRID).astype(np.int64)
         y, x = np.mgrid[:40, :40] + 0.5
-        inside = Polygon(vertices / shapes.GRID).contains_points(np.stack([x, y], -1).reshape(-1, 2))
+        inside = Polygon(vertices / shapes.GRID).contains_points(
+            np.stack([x, y], -1).reshape(-1, 2)
+        )
         assert (shapes.fill(vertices, 40) == inside.reshape(40, 40)).mean() > 0.998
 
 

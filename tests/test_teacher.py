@@ -22,8 +22,9 @@ def test_ema_is_the_formula_over_parameters_and_float_buffers():
     teacher.restart(ema)
     ema.update_parameters(student)
     # GD: teacher := student
-    for ours, theirs in zip(ema.module.state_dict().values(), student.state_dict().values(),
-                            strict=True):  # fmt: skip
+    for ours, theirs in zip(
+        ema.module.state_dict().values(), student.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs)
     expected = copy.deepcopy(student.state_dict())
     for seed in range(1, 4):
@@ -107,7 +108,12 @@ def test_the_filter_keeps_what_is_above_both_thresholds():
         masks[k].view(-1)[:pixels] = True
     scores = torch.tensor([0.9, 0.9, 0.71, 0.70])
     fake = teacher.PseudoLabels(
-        torch.rand(4, 4), torch.tensor([1, 2, 3, 1]), scores, scores, masks.float(), masks,
+        torch.rand(4, 4),
+        torch.tensor([1, 2, 3, 1]),
+        scores,
+        scores,
+        masks.float(),
+        masks,
         torch.rand(4, 3),
     )
     kept = filters.keep(fake, 0.7, 5)

@@ -17,10 +17,34 @@ from conftest import ROOT, real
 
 from ssis import checkpoint
 
-TINY = ["--pretrain-steps", "4", "--burnin-steps", "3", "--mutual-steps", "5", "--tau-class",
-        "0.2", "--labeled", "8", "--labeled-batch", "2", "--unlabeled-batch", "2",
-        "--short-side-min", "40", "--short-side", "48", "--long-side", "48",
-        "--eval-every", "5", "--audit-images", "4", "--warmup-steps", "2"]  # fmt: skip
+TINY = [
+    "--pretrain-steps",
+    "4",
+    "--burnin-steps",
+    "3",
+    "--mutual-steps",
+    "5",
+    "--tau-class",
+    "0.2",
+    "--labeled",
+    "8",
+    "--labeled-batch",
+    "2",
+    "--unlabeled-batch",
+    "2",
+    "--short-side-min",
+    "40",
+    "--short-side",
+    "48",
+    "--long-side",
+    "48",
+    "--eval-every",
+    "5",
+    "--audit-images",
+    "4",
+    "--warmup-steps",
+    "2",
+]
 
 
 def command(program: str, *arguments) -> list[str]:
@@ -34,9 +58,16 @@ def launch(program: str, *arguments, status: int = 0) -> subprocess.CompletedPro
 
 
 def dataset_of(folder) -> list[str]:
-    return [flag for part in ("train", "val", "test") for flag in
-            (f"--{part}-json", f"{folder}/instances_{part}.json",
-             f"--{part}-images", f"{folder}/{part}")]  # fmt: skip
+    return [
+        flag
+        for part in ("train", "val", "test")
+        for flag in (
+            f"--{part}-json",
+            f"{folder}/instances_{part}.json",
+            f"--{part}-images",
+            f"{folder}/{part}",
+        )
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +100,30 @@ def assert_same_end(folder, other) -> None:
 
 def test_a_run_leaves_the_files_and_numbers_it_promises(whole):
     folder, _, done = whole
-    for name in ("config.json", "labeled.json", "metrics.jsonl", "checkpoint.pt",
-                 "summary.json", "curves.png", "predictions.png", "pseudo_000005.png"):  # fmt: skip
+    for name in (
+        "config.json",
+        "labeled.json",
+        "metrics.jsonl",
+        "checkpoint.pt",
+        "summary.json",
+        "curves.png",
+        "predictions.png",
+        "pseudo_000005.png",
+    ):
         assert (folder / name).stat().st_size > 0, name
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["labeled"], summary["unlabeled"], summary["steps"]) == (8, 32, 12)
     for kind in ("mask_ap", "box_ap"):
         assert all(0 <= value <= 100 for value in summary[kind].values())
         assert set(summary[kind]) == {"pretrained", "student", "teacher"}
-    assert set(summary["audit"]) == {"pseudo_per_image", "labeled_per_image", "box_precision",
-                                     "class_accuracy", "mask_iou", "recall"}  # fmt: skip
+    assert set(summary["audit"]) == {
+        "pseudo_per_image",
+        "labeled_per_image",
+        "box_precision",
+        "class_accuracy",
+        "mask_iou",
+        "recall",
+    }
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 10, 12]
     assert lines[1]["pseudo_per_image"] > 0 and lines[1]["unlabeled/loss_mask"] > 0
@@ -97,8 +142,13 @@ def test_the_teacher_is_what_the_stages_make_of_it(whole):
 def test_a_stopped_run_goes_on_and_ends_bit_identical(whole, tmp_path, sign):
     folder, arguments, _ = whole
     arguments = [*arguments, "--output", str(tmp_path), "--checkpoint-every", "1"]
-    process = subprocess.Popen(command("train.py", *arguments), cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        command("train.py", *arguments),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     # Some steps in; SIGKILL comes at any moment, also in the middle of saving.
     while not (tmp_path / "checkpoint.pt").exists():
         assert process.poll() is None
@@ -116,9 +166,23 @@ def test_a_stopped_run_goes_on_and_ends_bit_identical(whole, tmp_path, sign):
 
 def test_torchrun_starts_it_and_supervised_fills_the_student_alone(shapes_folder, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "train.py",
-         *dataset_of(shapes_folder), *TINY, "--method", "supervised", "--output", str(tmp_path)],
-        capture_output=True, text=True, cwd=ROOT)  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "train.py",
+            *dataset_of(shapes_folder),
+            *TINY,
+            "--method",
+            "supervised",
+            "--output",
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["mask_ap"]["pretrained"] is summary["mask_ap"]["teacher"] is None
@@ -129,8 +193,14 @@ def test_evaluate_repeats_the_runs_numbers_and_saves_predictions(whole, tmp_path
     folder = whole[0]
     summary = json.loads((folder / "summary.json").read_text())
     for who in ("teacher", "student"):
-        done = launch("evaluate.py", folder / "checkpoint.pt", "--who", who,
-                      "--save-predictions", tmp_path / f"{who}.json")  # fmt: skip
+        done = launch(
+            "evaluate.py",
+            folder / "checkpoint.pt",
+            "--who",
+            who,
+            "--save-predictions",
+            tmp_path / f"{who}.json",
+        )
         row = next(line for line in done.stdout.splitlines() if line.startswith("mask  "))
         assert float(row.split()[1]) == pytest.approx(summary["mask_ap"][who], abs=0.051)
         assert "triangle" in done.stdout
@@ -147,20 +217,50 @@ def test_bf16_trains(shapes_folder, tmp_path):
 @pytest.mark.parametrize("name", ["nuclei", "coco_mini"])
 def test_real_images_train_evaluate_and_resume(name, tmp_path):
     folder = real(name)
-    arguments = ["--preset", "custom", "--labeled", "10%", "--short-side-min", "64",
-                 "--short-side", "64", "--long-side", "96", "--tau-class", "0.1",
-                 "--pretrain-steps", "2", "--burnin-steps", "1", "--mutual-steps", "1",
-                 "--labeled-batch", "2", "--unlabeled-batch", "2", "--audit-images", "2",
-                 "--output", str(tmp_path)]  # fmt: skip
+    arguments = [
+        "--preset",
+        "custom",
+        "--labeled",
+        "10%",
+        "--short-side-min",
+        "64",
+        "--short-side",
+        "64",
+        "--long-side",
+        "96",
+        "--tau-class",
+        "0.1",
+        "--pretrain-steps",
+        "2",
+        "--burnin-steps",
+        "1",
+        "--mutual-steps",
+        "1",
+        "--labeled-batch",
+        "2",
+        "--unlabeled-batch",
+        "2",
+        "--audit-images",
+        "2",
+        "--output",
+        str(tmp_path),
+    ]
     small_val = tmp_path / "val.json"
     raw = json.loads((folder / "instances_val.json").read_text())
     raw["images"] = raw["images"][:4]
     ids = {image["id"] for image in raw["images"]}
     raw["annotations"] = [a for a in raw["annotations"] if a["image_id"] in ids]
     small_val.write_text(json.dumps(raw))
-    arguments += ["--train-json", str(folder / "instances_train.json"),
-                  "--train-images", str(folder / "train"),
-                  "--val-json", str(small_val), "--val-images", str(folder / "val")]  # fmt: skip
+    arguments += [
+        "--train-json",
+        str(folder / "instances_train.json"),
+        "--train-images",
+        str(folder / "train"),
+        "--val-json",
+        str(small_val),
+        "--val-images",
+        str(folder / "val"),
+    ]
     launch("train.py", *arguments)
     before = os.stat(tmp_path / "checkpoint.pt").st_mtime_ns
     # Finished: the same command repeats the evaluation and trains no further.

@@ -1,0 +1,155 @@
+r"""What a step costs: against plain torchvision, and its peak memory against its halves.
+
+    python docs/bench_step.py time      supervised step / the same step on plain torchvision
+    python docs/bench_step.py memory    semi-supervised step / its larger half
+
+Time: both sides have the same weights, images, targets, optimiser and threads; their
+steps take turns, so that a machine that slows down slows down both. The ratio is that of
+the medians. Memory: each variant in a process of its own, since peak memory never falls.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import nn
+from torchvision.models.detection.mask_rcnn import MaskRCNN as TorchvisionMaskRCNN
+
+import train
+from ssis import augment, config, distributed, loader, model, teacher
+
+
+def setup(**settings) -> tuple[train.Run, list, list]:
+    """A run of the defaults on the built-in dataset, and batches of it."""
+    made = config.Config(device="cpu", tau_class=0.2, **settings)
+    loader.prepare(made)
+    train_set, _, _ = loader.open_parts(made)
+    streams = loader.streams(train_set, list(range(64)), list(range(64, 1280)), made)
+    run = train.Run(made, train_set.names, distributed.start("cpu"))
+    size = made.labeled_batch
+    batches = [
+        [[stream[size * k + i] for i in range(size)] for k in range(4)]
+        for stream in (streams.labeled, streams.unlabeled)
+    ]
+    return run, *batches
+
+
+def plain_step(net, optimizer, batch: list[dict], clip_norm: float) -> None:
+    """A training step as torchvision's tutorial writes it, on the same views."""
+    images = [augment.strong_view(item["image"], item["seed"]) for item in batch]
+    targets = [item["target"] for item in batch]
+    losses = TorchvisionMaskRCNN.forward(net, images, targets)
+    total = sum(losses.values())
+    optimizer.zero_grad()
+    total.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
+    optimizer.step()
+
+
+def measure_time(steps: int) -> None:
+    """Alternate the two kinds of step and print the ratio of their medians."""
+    run, labeled, _ = setup()
+    net = model.build(run.config, 7).train()
+    net.load_state_dict(run.net.state_dict())
+    # torchvision's own samplers: ours count.
+    for part in (net.rpn, net.roi_heads):
+        ours = part.fg_bg_sampler
+        part.fg_bg_sampler = model.BalancedPositiveNegativeSampler(
+            ours.batch_size_per_image, ours.positive_fraction
+        )
+    optimizer = torch.optim.AdamW(net.parameters(), lr=run.config.lr)
+    times: dict[str, list[float]] = {"ssis": [], "torchvision": []}
+    for k in range(steps + 3):
+        for side in times:
+            torch.manual_seed(k)
+            began = time.perf_counter()
+            if side == "ssis":
+                train.step(run, labeled[k % 4], None)
+            else:
+                plain_step(net, optimizer, labeled[k % 4], run.config.clip_norm)
+            times[side].append(time.perf_counter() - began)
+    # The first three of each warm up.
+    medians = {side: statistics.median(values[3:]) for side, values in times.items()}
+    for side, value in medians.items():
+        print(f"{side:12} {1000 * value:7.1f} ms per supervised step of 8 images")
+    print(
+        f"ratio        {medians['ssis'] / medians['torchvision']:7.3f}  "
+        f"({torch.get_num_threads()} threads, {steps} steps each)"
+    )
+
+
+def one_variant(variant: str) -> None:
+    """Run some steps of one variant and print the growth of the peak memory, MiB."""
+    # Images of 320 pixels: activations, not weights, make the peak.
+    run, labeled, unlabeled = setup(short_side_min=320, short_side=320, long_side=320)
+    # An untrained teacher is sure of nothing; this makes it find something everywhere.
+    run.config.tau_class = 0.16
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for k in range(3):
+        if variant == "labelled half":
+            train.step(run, labeled[k], None)
+        elif variant == "unlabelled half":
+            train.unlabeled_pass(run, unlabeled[k])
+            run.optimizer.step()
+        elif variant == "whole step":
+            train.step(run, labeled[k], unlabeled[k])
+        else:
+            one_graph_step(run, labeled[k], unlabeled[k])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print((peak - start) // 1024)
+
+
+def one_graph_step(run: train.Run, labeled: list[dict], unlabeled: list[dict]) -> None:
+    """The step as it must not be: both losses in one graph, one backward pass."""
+    weak = [item["image"] for item in unlabeled]
+    kept = teacher.predict(run.teacher.module, weak, run.config.tau_class)
+    images = [image for image, pseudo in zip(weak, kept, strict=True) if len(pseudo)]
+    targets = [pseudo.target() for pseudo in kept if len(pseudo)]
+    loss_u, _ = run.student(images, targets)
+    del kept
+    loss_s, _ = run.student(
+        [item["image"] for item in labeled], [item["target"] for item in labeled]
+    )
+    (sum(loss_u.values()) + sum(loss_s.values())).backward()
+    run.optimizer.step()
+
+
+def measure_memory() -> None:
+    """Each variant in its own process; print the table and the ratio."""
+    peaks = {}
+    for variant in ("labelled half", "unlabelled half", "whole step", "one graph"):
+        done = subprocess.run(
+            [sys.executable, __file__, variant], capture_output=True, text=True, check=True
+        )
+        peaks[variant] = int(done.stdout.split()[-1])
+        print(f"{variant:16} {peaks[variant]:6} MiB over the start")
+    half = max(peaks["labelled half"], peaks["unlabelled half"])
+    print(
+        f"whole step / larger half {peaks['whole step'] / half:.2f}, "
+        f"one graph / larger half {peaks['one graph'] / half:.2f}"
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", help="time, memory (or one variant of memory)")
+    parser.add_argument("--steps", type=int, default=40)
+    args = parser.parse_args()
+    if args.what == "time":
+        measure_time(args.steps)
+    elif args.what == "memory":
+        measure_memory()
+    else:
+        one_variant(args.what)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+r"""The labelled/unlabelled split: drawn once, written down, given back.
+
+Semi-supervised learning is one decision about data: which images keep their masks. It
+is taken once, from the seed, before training starts, and written to `labeled.json`; a
+split drawn again by every process would leak labels from one into another.
+
+Read next: `ssis/loader.py`, which serves both parts.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from ssis import UserError, distributed
+from ssis.data import Dataset, load_json
+
+
+def draw_split(
+    dataset: Dataset, labeled: str, seed: int
+) -> tuple[list[int], list[str]]:
+    """Choose the labelled images.
+
+    Args:
+        dataset: the training images, all annotated.
+        labeled: "5%" of the images, "64" images, or the path of a split's JSON.
+        seed: of the draw; not used for a given split.
+
+    Returns:
+        Sorted indices of the labelled images, and warnings.
+
+    Raises:
+        UserError: nothing to choose, too many, or a split that names unknown images.
+    """
+    # Images of a bare folder have no masks to be labelled with.
+    total = dataset.annotated
+    if labeled.endswith(".json"):
+        return read_split(dataset, labeled), []
+    try:
+        share = float(labeled[:-1]) / 100 if labeled.endswith("%") else None
+        count = round(share * total) if share is not None else int(labeled)
+    except ValueError as error:
+        raise UserError(
+            f"--labeled {labeled}: must be a share (5%), a number of images (64) or "
+            "the path of a split's .json"
+        ) from error
+    if not 1 <= count <= total:
+        raise UserError(
+            f"--labeled {labeled}: that is {count} of {total} images; "
+            f"choose from 1 to {total}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(total, generator=generator).tolist()
+    # Cover the classes first, the rarest first, each by the first image of the random
+    # order that has it: a class without one labelled instance can never be learnt.
+    holders: dict[int, list[int]] = {}
+    for index in order:
+        for label in dataset.present_labels(index):
+            holders.setdefault(label, []).append(index)
+    chosen: list[int] = []
+    for label in sorted(holders, key=lambda label: (len(holders[label]), label)):
+        if len(chosen) < count and not set(chosen) & set(holders[label]):
+            chosen.append(holders[label][0])
+    # The rest of the budget is uniform.
+    taken = set(chosen)
+    chosen += [index for index in order if index not in taken][: count - len(chosen)]
+    covered = set().union(*(dataset.present_labels(index) for index in chosen))
+    missing = [name for k, name in enumerate(dataset.names, 1) if k not in covered]
+    warnings = []
+    if missing:
+        shown = ", ".join(missing[:8]) + (" …" if len(missing) > 8 else "")
+        warnings.append(
+            f"{len(missing)} of {len(dataset.names)} classes have no labelled "
+            f"instance and cannot be learnt: {shown}"
+        )
+    if not covered:
+        raise UserError(
+            f"{dataset.source}: the {count} labelled images have no instance at all; "
+            "label more images, or annotate some"
+        )
+    return sorted(chosen), warnings
+
+
+def write_split(dataset: Dataset, indices: list[int], path: Path, seed: int) -> None:
+    """Write `labeled.json`, which `--labeled` takes back.
+
+    The checksum of all the images' names says what the split was drawn from.
+    """
+    names = "\n".join(dataset.files).encode()
+    split = dict(
+        source=os.path.basename(dataset.source),
+        seed=seed,
+        of=len(dataset),
+        sha256=hashlib.sha256(names).hexdigest(),
+        labeled=[dataset.files[index] for index in indices],
+    )
+    path.write_text(
+        json.dumps(split, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def read_split(dataset: Dataset, path: str) -> list[int]:
+    """Indices of the images that a split names; a list, or a dict with `labeled`."""
+    raw = load_json(path, "split")
+    names = raw.get("labeled") if isinstance(raw, dict) else raw
+    if not isinstance(names, list) or not names:
+        raise UserError(
+            f"{path}: not a split: it must be a list of file names, or "
+            '{"labeled": [...]}'
+        )
+    position = {dataset.files[index]: index for index in range(dataset.annotated)}
+    unknown = [
+        name for name in names if not isinstance(name, str) or name not in position
+    ]
+    if unknown:
+        raise UserError(
+            f"{path}: names {len(unknown)} images that {dataset.source} does not "
+            f"list, the first is {unknown[0]!r}"
+        )
+    return sorted({position[name] for name in names})
+
+
+def split(train_set: Dataset, config, path: Path) -> tuple[list[int], list[int]]:
+    """Labelled and unlabelled images of a run: as written in its folder, or drawn now.
+
+    Raises:
+        UserError: no unlabelled image is left for a method that needs some.
+    """
+
+    def draw() -> list[int]:
+        if not path.exists():
+            chosen, warnings = draw_split(train_set, config.labeled, config.seed)
+            for line in train_set.warnings + warnings:
+                print(f"warning: {line}", file=sys.stderr)
+            write_split(train_set, chosen, path, config.seed)
+        return read_split(train_set, str(path))
+
+    labeled = distributed.from_main(draw)
+    hidden = set(labeled)
+    unlabeled = [
+        i
+        for i in range(len(train_set))
+        if config.unlabeled_includes_labeled or i not in hidden
+    ]
+    if not unlabeled and config.method != "supervised":
+        raise UserError(
+            f"--labeled {config.labeled}: no unlabelled image is left for --method "
+            f"{config.method}; label fewer, or give --unlabeled-images"
+        )
+    return labeled, unlabeled

@@ -1,0 +1,87 @@
+"""The documents say what the code says: file map, commands, options, results, links."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from ssis import config
+
+pytestmark = pytest.mark.fast
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_file_map_is_the_first_line_of_every_docstring():
+    described = dict(re.findall(r"^\| `([\w/]+\.py)` \| (.+) \|$", README, re.MULTILINE))
+    files = [*ROOT.glob("*.py"), *(f for f in ROOT.glob("ssis/*.py") if f.name != "__init__.py")]
+    first = {
+        str(f.relative_to(ROOT)): ast.get_docstring(ast.parse(f.read_text())).split("\n")[0]
+        for f in files
+    }
+    assert described == first
+
+
+def test_every_option_in_the_documents_exists():
+    own = {config.flag(field.name) for field in dataclasses.fields(config.Config)}
+    others = {
+        "--who",
+        "--json",
+        "--images",
+        "--save-predictions",
+        "--nproc_per_node",
+        "--help",
+        "--check",
+        "--no-deterministic",
+    }
+    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        found = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", path.read_text(encoding="utf-8")))
+        assert found <= own | others, (path.name, found - own - others)
+
+
+def test_help_shows_every_field_with_its_reason():
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    squeezed = " ".join(done.stdout.split())
+    for field in dataclasses.fields(config.Config):
+        assert config.flag(field.name) in squeezed
+        assert " ".join(field.metadata["reason"].replace("%%", "%").split()) in squeezed
+
+
+def test_presets_are_valid_and_the_papers_numbers_are_there():
+    for name in config.PRESETS:
+        config.parse(["--preset", name])
+    coco = config.parse(["--preset", "coco"])
+    assert (coco.burnin_steps, coco.burnin_steps + coco.mutual_steps) == (50_000, 368_750)
+    cityscapes = config.parse(["--preset", "cityscapes"])
+    assert cityscapes.burnin_steps + cityscapes.mutual_steps == 90_000
+    assert (coco.ema_decay, coco.unsup_weight, coco.tau_class) == (0.9996, 2.0, 0.7)
+    # A flag beats the preset, and the preset the default.
+    assert config.parse(["--preset", "coco", "--lr", "1"]).lr == 1.0 and coco.lr == 1e-4
+
+
+def test_ci_runs_the_readmes_test_command():
+    block = re.search(r"<!-- tests -->\n```\n(.+)\n```\n<!-- end -->", README)
+    assert block and block.group(1).count("\n") == 0
+    assert block.group(1).endswith(".venv/bin/python -m pytest")
+    assert "<!-- tests -->" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_results_page_is_generated_from_the_raw_results():
+    done = subprocess.run([sys.executable, "docs/make_results.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run python docs/make_results.py"
+
+
+def test_links_between_the_documents_lead_somewhere():
+    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        for link in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / link).exists(), (path.name, link)
+
+
+def test_the_loop_stays_readable_in_one_sitting():
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 300

@@ -3,11 +3,12 @@ r"""COCO mask and box AP of a checkpoint, per class.
     python evaluate.py runs/<name>/checkpoint.pt
     python evaluate.py CHECKPOINT --json J --images D [--who student] [--save-predictions F]
 
-The numbers are pycocotools' own, all twelve of them, for masks and for boxes. Two
+The numbers are pycocotools' own, all twelve of them, for masks and for boxes. Three
 details keep them right:
 
 * mask results carry no box, since pycocotools would take their area from it and file
   them under the wrong size;
+* masks are pasted without torchvision's shift of half a pixel (`teacher.paste`);
 * each image is evaluated exactly once, by whichever process (a sampler that pads to
   equal shares counts some images twice).
 
@@ -27,7 +28,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from ssis import UserError, checkpoint, data, distributed, loader, model, teacher
+from ssis import UserError, augment, checkpoint, data, distributed, loader, model, teacher
 from ssis.config import Config
 
 # The order of COCOeval's twelve numbers.
@@ -52,20 +53,25 @@ def predictions(
         Dicts with image_id (the index), category_id (the label), score, bbox (xywh) and
         segmentation (compressed RLE, counts as str).
     """
+    # As torchvision would resize, with the sizes that the model was built for.
+    short, longest = net.transform.min_size[-1], net.transform.max_size
     results = []
     for start in tqdm(range(0, len(indices), batch), disable=not progress, unit="batch"):
         part = indices[start : start + batch]
-        images = [dataset.image(i).to(device).float() / 255 for i in part]
-        for index, output in zip(part, net(images), strict=True):
+        images = [dataset.image(i) for i in part]
+        views = [augment.resize(x, short, longest).to(device).float() / 255 for x in images]
+        frames = [tuple(image.shape[-2:]) for image in images]
+        found = teacher.predict(net, views, net.roi_heads.score_thresh, frames)
+        for index, output in zip(part, found, strict=True):
             # One copy from the device for each image, and Fortran order for encode.
-            masks = (output["masks"][:, 0] > 0.5).cpu().numpy().astype(np.uint8)
-            boxes = output["boxes"].cpu()
+            masks = output.masks.cpu().numpy().astype(np.uint8)
+            boxes = output.boxes.cpu()
             boxes[:, 2:] -= boxes[:, :2]
             for mask, box, label, score in zip(
                 masks,
                 boxes.tolist(),
-                output["labels"].tolist(),
-                output["scores"].tolist(),
+                output.labels.tolist(),
+                output.class_quality.tolist(),
                 strict=True,
             ):
                 rle = mask_utils.encode(np.asfortranarray(mask))

@@ -15,7 +15,9 @@ student, and averaged from there on.
 
 `predict` is torchvision's inference, step by step, because the methods need what
 torchvision throws away: the whole class distribution, and soft masks with a quality.
-A test holds it against torchvision's own.
+A test holds it against torchvision's own. One step differs on purpose, `paste`:
+torchvision's masks come out shifted by about half a pixel, which nobody sees in one
+prediction, but which adds up when a student learns from them and teaches the next.
 
 Read next: `ssis/filters.py`, which decides what of the predictions is kept.
 """
@@ -25,12 +27,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import (
-    maskrcnn_inference,
-    paste_masks_in_image,
-)
+from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from ssis.model import MaskRCNN
@@ -106,17 +106,57 @@ def mask_quality(mask_probs: Tensor) -> Tensor:
     return (mask_probs * foreground).flatten(1).sum(dim=1) / area.clamp(min=1)
 
 
+def paste(small: Tensor, boxes: Tensor, size: tuple[int, int], shift: float) -> Tensor:
+    """Masks of the mask head, put into their boxes in a frame.
+
+    torchvision makes the training target of the mask head with an RoIAlign that takes a
+    pixel's value to be at its corner, not its centre (`aligned=False`). So the mask
+    head learns masks that lie half a pixel up and left. `shift` takes that back.
+    torchvision's own `paste_masks_in_image` leaves it in, and rounds boxes to whole
+    pixels besides. On discs of 12 to 36 pixels, the truth, made a target and pasted
+    again, has an IoU of 0.91 with itself by torchvision's way and 0.96 by this one.
+
+    Args:
+        small: (N, 1, M, M) float in [0, 1]; M = 28.
+        boxes: (N, 4) in the frame.
+        size: height and width of the frame.
+        shift: half a pixel of the frame that the model saw, in pixels of this frame.
+
+    Returns:
+        (N, H, W) float32 in [0, 1], 0 outside the boxes.
+    """
+    height, width = size
+    x1, y1, x2, y2 = boxes.float().unbind(dim=1)
+    # Pixel centres, and where they lie in the box: -1 is its left end, 1 its right.
+    x = torch.arange(width, device=boxes.device)[None] + 0.5
+    y = torch.arange(height, device=boxes.device)[None] + 0.5
+    across = 2 * (x - shift - x1[:, None]) / (x2 - x1)[:, None] - 1  # (N, W)
+    down = 2 * (y - shift - y1[:, None]) / (y2 - y1)[:, None] - 1  # (N, H)
+    grid = torch.stack(
+        torch.broadcast_tensors(across[:, None], down[:, :, None]), dim=3
+    )
+    soft = F.grid_sample(small, grid, padding_mode="border", align_corners=False)[:, 0]
+    inside_x = (x >= x1[:, None]) & (x <= x2[:, None])
+    inside_y = (y >= y1[:, None]) & (y <= y2[:, None])
+    return soft * (inside_x[:, None] & inside_y[:, :, None])
+
+
 @torch.no_grad()
 def predict(
-    model: MaskRCNN, images: list[Tensor], min_score: float
+    model: MaskRCNN,
+    images: list[Tensor],
+    min_score: float,
+    frames: list[tuple[int, int]] | None = None,
 ) -> list[PseudoLabels]:
-    """What a model sees in some images, in their own frame (nothing is resized).
+    """What a model sees in some images; nothing is resized but the result.
 
     Args:
         model: in evaluation mode.
         images: (3, H, W) float in [0, 1] each, of any sizes.
         min_score: class probability under which a detection is not looked at. High
             values save memory: a soft mask is H x W floats for each instance.
+        frames: height and width of the frames to answer in, for images that were
+            resized from there; None: the images' own.
 
     Returns:
         One `PseudoLabels` for each image; N may be 0.
@@ -145,14 +185,14 @@ def predict(
     mask_logits = roi.mask_predictor(mask_features).float()
     small_masks = maskrcnn_inference(mask_logits, [d[1] for d in detections])
     result = []
-    for (box, label, score, distribution), small, size in zip(
-        detections, small_masks, sizes, strict=True
-    ):
-        soft = paste_masks_in_image(small, box, size)[:, 0]  # (N, H, W)
+    for k, (box, label, score, distribution) in enumerate(detections):
+        frame = frames[k] if frames else sizes[k]
+        ratios = [after / before for after, before in zip(frame, sizes[k], strict=True)]
+        box = box * box.new_tensor([ratios[1], ratios[0]] * 2)
+        soft = paste(small_masks[k], box, frame, 0.5 * ratios[0])  # (N, H, W)
+        quality = mask_quality(soft)
         result.append(
-            PseudoLabels(
-                box, label, score, mask_quality(soft), soft, soft > 0.5, distribution
-            )
+            PseudoLabels(box, label, score, quality, soft, soft > 0.5, distribution)
         )
     return result
 

@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import train
-from ssis import config, data, distributed, loader, teacher
+from ssis import config, data, distributed, loader, model, teacher
 
 
 def freeze_norms(module: nn.Module) -> None:
@@ -29,6 +29,14 @@ def freeze_norms(module: nn.Module) -> None:
             setattr(module, name, FrozenBatchNorm2d(child.num_features))
         else:
             freeze_norms(child)
+
+
+def frozen(net: model.MaskRCNN) -> model.MaskRCNN:
+    """The model without anything random in its training step."""
+    freeze_norms(net)
+    net.rpn.fg_bg_sampler.batch_size_per_image = 10**6
+    net.roi_heads.fg_bg_sampler.batch_size_per_image = 10**6
+    return net
 
 
 def main(out: str, folder: str) -> None:
@@ -44,11 +52,10 @@ def main(out: str, folder: str) -> None:
     torch.set_num_threads(1)
     start = distributed.start("cpu")
     rank, world, _ = start
+    # Before `Run` wraps the model in DDP: a model cannot be wrapped twice.
+    build = model.build
+    model.build = lambda *args: frozen(build(*args))
     run = train.Run(settings, ["a"] * 6, start)
-    freeze_norms(run.net)
-    run.net.rpn.fg_bg_sampler.batch_size_per_image = 10**6
-    run.net.roi_heads.fg_bg_sampler.batch_size_per_image = 10**6
-    run.student = distributed.wrap(run.net, run.device)
     run.teacher = teacher.make_teacher(run.net, 0.9)
     run.optimizer = torch.optim.SGD(run.net.parameters(), lr=0.02)
     run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)

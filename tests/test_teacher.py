@@ -5,6 +5,11 @@ import copy
 import pytest
 import torch
 
+from torchvision.models.detection.roi_heads import (
+    paste_masks_in_image,
+    project_masks_on_boxes,
+)
+
 from ssis import filters, model, teacher
 
 pytestmark = pytest.mark.fast
@@ -56,7 +61,7 @@ def batch():
 
 
 def test_predictions_are_torchvisions():
-    """Same boxes, labels, scores and masks as the model's own inference."""
+    """Same boxes, labels and scores as the model's own inference; masks nearly so."""
     net = small().eval()
     net.roi_heads.score_thresh = 0.26
     # The image sizes are such that torchvision resizes nothing.
@@ -69,7 +74,44 @@ def test_predictions_are_torchvisions():
         torch.testing.assert_close(a.boxes, b["boxes"])
         assert torch.equal(a.labels, b["labels"])
         torch.testing.assert_close(a.class_quality, b["scores"])
-        torch.testing.assert_close(a.mask_probs, b["masks"][:, 0])
+        # Pasted half a pixel away from torchvision's: the next test says why.
+        assert (a.mask_probs - b["masks"][:, 0]).abs().mean() < 0.05
+
+
+def test_a_true_mask_made_a_target_and_pasted_again_is_itself():
+    """What the mask head is asked to predict, pasted: no shift, and better than theirs."""
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(96) + 0.5, torch.arange(96) + 0.5, indexing="ij")
+    ious, shifts = {"ours": [], "torchvision": []}, {"ours": [], "torchvision": []}
+    for _ in range(100):
+        cx, cy = 30 + 30 * torch.rand(2, generator=generator)
+        radius = 6 + 12 * torch.rand((), generator=generator)
+        disc = (x - cx) ** 2 + (y - cy) ** 2 < radius**2
+        box = torch.stack([cx - radius, cy - radius, cx + radius, cy + radius])[None]
+        box = box + torch.randn(1, 4, generator=generator)
+        target = project_masks_on_boxes(disc[None].float(), box, torch.tensor([0]), 28)
+        pasted = dict(
+            ours=teacher.paste(target[:, None], box, (96, 96), 0.5)[0],
+            torchvision=paste_masks_in_image(target[:, None], box, (96, 96))[0, 0],
+        )
+        for who, soft in pasted.items():
+            mask = soft > 0.5
+            ious[who].append((mask & disc).sum() / (mask | disc).sum())
+            shifts[who].append((x[mask].mean() - x[disc].mean()).item())
+    mean = {who: sum(values) / 100 for who, values in shifts.items()}
+    assert abs(mean["ours"]) < 0.1 < 0.3 < abs(mean["torchvision"])
+    assert sum(ious["ours"]) / 100 > 0.95 > 0.93 > sum(ious["torchvision"]) / 100
+
+
+def test_predictions_for_another_frame_are_the_same_enlarged():
+    net = small().eval()
+    image = torch.rand(3, 64, 64)
+    own = teacher.predict(net, [image], 0.25)[0]
+    large = teacher.predict(net, [image], 0.25, [(128, 192)])[0]
+    assert large.masks.shape[1:] == (128, 192) and len(large) == len(own) > 0
+    torch.testing.assert_close(large.boxes, own.boxes * torch.tensor([3.0, 2.0, 3.0, 2.0]))
+    shrunk = torch.nn.functional.interpolate(large.mask_probs[None], (64, 64), mode="area")[0]
+    assert (shrunk - own.mask_probs).abs().mean() < 0.03
 
 
 def test_the_distribution_belongs_to_the_detection():

@@ -86,6 +86,7 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.schedule.step()
+    distributed.average_statistics(run.net)
     return row
 
 
@@ -105,17 +106,17 @@ def unlabeled_pass(run: Run, unlabeled: list[dict]) -> dict:
     strong = [augment.strong_view(weak[i], unlabeled[i]["seed"]) for i in chosen]
     targets = [kept[i].target() for i in chosen]
     loss_u, counts = None, torch.zeros(losses.COUNTS, device=run.device)
-    # `no_sync`: a process with no pseudo-label skips this pass, so it must not contain
-    # anything that the others wait for. The sum of counts is outside.
-    with distributed.no_sync(run.student):
-        if chosen:
-            with run.autocast:
-                loss_u, counts = run.student(strong, targets)
-        total_counts = distributed.all_sum(counts)
-        if chosen:
-            objective = losses.total(loss_u, counts, total_counts, run.world)
-            # GD Eq. (total): the unlabelled part, lambda_u L_unlabeled.
-            run.scaler.scale(settings.unsup_weight * objective).backward()
+    # `run.net`, not DDP's `run.student`: a process with no pseudo-label skips this pass,
+    # so nothing in it may wait for the others. Only the sum of the counts does, and all
+    # processes take part in that.
+    if chosen:
+        with run.autocast:
+            loss_u, counts = run.net(strong, targets)
+    total_counts = distributed.all_sum(counts)
+    if chosen:
+        objective = losses.total(loss_u, counts, total_counts, run.world)
+        # GD Eq. (total): the unlabelled part, lambda_u L_unlabeled.
+        run.scaler.scale(settings.unsup_weight * objective).backward()
     row = losses.logged(loss_u, counts, "unlabeled/")
     found = [sum(len(pseudo) for pseudo in kept), len(kept)]
     return row | {"pseudo_per_image": torch.tensor(found, device=run.device)}
@@ -215,13 +216,14 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
         asked = torch.tensor(float(bool(stop_asked)), device=device)
         stopping = distributed.all_sum(asked).item() > 0
         saving = done % settings.checkpoint_every == 0 or done == total or stopping
-        if done % LOG_EVERY == 0 or saving:
+        judging = done % settings.eval_every == 0 and done < total
+        if done % LOG_EVERY == 0 or saving or judging:
             # Raises on NaN, before anything is saved: such a checkpoint is worth nothing.
             means = losses.means(table, done)
             table = {}
             metrics.add(step=done, stage=stage, lr=run.schedule.get_last_lr()[-1], **means)
             bar.set_postfix(losses.brief(means), refresh=False)
-        if done % settings.eval_every == 0 and done < total:
+        if judging:
             line = {"val_mask_ap_student": judge(run, run.net, val_set)["mask"]["AP"]}
             if semi:
                 line["val_mask_ap_teacher"] = judge(run, run.teacher.module, val_set)["mask"]["AP"]

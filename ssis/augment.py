@@ -86,5 +86,6 @@ def strong_view(image: Tensor, seed: int) -> Tensor:
         (3, H, W) float in [0, 1], every pixel in its place.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Only this one: `torch.manual_seed` would also reseed the GPUs', for good.
+        torch.default_generator.manual_seed(seed)
         return STRONG(image)

@@ -98,7 +98,7 @@ class Config:
         "where resnet50 starts: none, imagenet, coco, or the PATH of a state dict",
     )
     short_side_min: int = setting(
-        96, "smallest short side that a training image is resized to"
+        72, "smallest short side that a training image is resized to"
     )
     short_side: int = setting(
         96, "largest short side in training, and the one in evaluation"
@@ -106,12 +106,12 @@ class Config:
     long_side: int = setting(160, "limit of the long side, which bounds the memory")
 
     # Schedule. Step counts are optimiser steps, all in one run.
-    pretrain_steps: int = setting(900, "labelled images only; makes the first teacher")
+    pretrain_steps: int = setting(700, "labelled images only; makes the first teacher")
     burnin_steps: int = setting(
         100, "teacher frozen, student learns from its pseudo-labels (GD)"
     )
     mutual_steps: int = setting(
-        600, "teacher := EMA of the student, in every step (GD)"
+        500, "teacher := EMA of the student, in every step (GD)"
     )
     burnin_init: str = setting(
         "teacher",
@@ -138,6 +138,10 @@ class Config:
     )
     warmup_steps: int = setting(
         50, "linear warm-up: AdamW's second moments are noise at first"
+    )
+
+    decay_at: float = setting(
+        0.7, "share of pretraining, and of what follows it, after which lr falls to 0"
     )
 
     # Teacher and pseudo-labels.
@@ -195,7 +199,7 @@ class Config:
         """`output`, or a name that says what the run is."""
         if self.output:
             return Path(self.output)
-        share = Path(self.labeled).stem.replace("%", "pct")
+        share = Path(self.labeled).name.replace("%", "pct").replace(".json", "")
         return Path("runs") / f"{self.preset}-{self.method}-{share}-s{self.seed}"
 
     def check(self) -> None:
@@ -229,6 +233,8 @@ class Config:
             raise UserError(
                 "--short-side-min <= --short-side <= --long-side does not hold"
             )
+        if not 0 <= self.decay_at < 1:
+            raise UserError(f"--decay-at {self.decay_at}: must be from 0 to below 1")
         for name in ("ema_decay", "tau_class"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(
@@ -282,7 +288,7 @@ PRESETS = {
     "shapes": {},
     # Your own data: the small model and the short schedule, until you choose otherwise.
     "custom": dict(
-        data="", labeled="10%", short_side_min=256, short_side=256, long_side=448
+        data="", labeled="10%", short_side_min=192, short_side=256, long_side=448
     ),
     # GD, section 4: 368,750 iterations after pretraining, burn-in 50k.
     "coco": dict(

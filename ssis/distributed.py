@@ -5,15 +5,17 @@ no process group, and every function here is a no-op. On CPUs the backend is glo
 
 Why the loop cannot hang: whatever a process finds in its batch, it makes the same
 collective calls in the same order as all others. The unlabelled loss, which a process
-without pseudo-labels must skip, runs in `no_sync`; only the labelled loss
-synchronises gradients, and every process always has labelled images.
+without pseudo-labels must skip, is computed on the model itself, not on DDP's wrapper.
+Gradients add up on each process; the labelled loss, which every process always has,
+goes through the wrapper and synchronises the sum. (`no_sync` would not do: even there
+the wrapper's second forward pass waits for all processes to rebuild its buckets.)
 
 Read next: `train.py`, whose step is built on this.
 """
 
-import contextlib
 import os
 import sys
+import warnings
 from datetime import timedelta
 
 import torch
@@ -64,21 +66,28 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         return model
     ids = [device.index] if device.type == "cuda" else None
-    # Buffers are not broadcast: the only ones that change are BatchNorm's statistics,
-    # of which rank 0's are saved.
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    # The wrapper must not broadcast buffers: it would throw away what the other
+    # processes' BatchNorm saw. `average_statistics` takes the mean of all instead.
+    with warnings.catch_warnings():
+        # Newer versions of PyTorch have another name for it, older ones only this.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself: the only place that knows of DDP's `.module`."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+def average_statistics(model: nn.Module) -> None:
+    """Set BatchNorm's running statistics to their mean over all processes.
 
-
-def no_sync(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Gradients of this block stay on this process until the next synchronised ones."""
-    if isinstance(model, DistributedDataParallel):
-        return model.no_sync()
-    return contextlib.nullcontext()
+    Every process has then the same student, and so the same teacher.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    if not dist.is_initialized() or not norms:
+        return
+    buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var)]
+    # One collective call for all of them.
+    flat = all_sum(torch.cat(buffers)) / dist.get_world_size()
+    means = flat.split([len(buffer) for buffer in buffers])
+    for buffer, mean in zip(buffers, means, strict=True):
+        buffer.copy_(mean)
 
 
 def all_sum(tensor: Tensor) -> Tensor:

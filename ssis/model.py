@@ -17,6 +17,8 @@ What is added to torchvision's model:
 
 * no resizing in training: the views (`ssis/augment.py`) have resized the images, and
   pseudo-labels must stay in the frame that they were predicted in;
+* box arithmetic in float32, also under mixed precision;
+* the strides of the RoI pooling, stated instead of guessed;
 * counts: how many anchors, proposals and foreground proposals each loss was averaged
   over. A batch spread over N processes can then be averaged like one batch on one
   process; the mean of N means is something else (`ssis/losses.py`).
@@ -30,7 +32,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights, resnet
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights, mask_rcnn
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torchvision.models.detection._utils import (
+    BalancedPositiveNegativeSampler,
+    BoxCoder,
+)
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import (
     BackboneWithFPN,
@@ -38,6 +43,7 @@ from torchvision.models.detection.backbone_utils import (
 )
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 from ssis import UserError
 
@@ -50,6 +56,31 @@ class CountingSampler(BalancedPositiveNegativeSampler):
         self.positives = sum(mask.sum() for mask in positive)
         self.sampled = self.positives + sum(mask.sum() for mask in negative)
         return positive, negative
+
+
+class BoxCoder32(BoxCoder):
+    """torchvision's box arithmetic, in float32 also under mixed precision.
+
+    In bf16 a coordinate beyond 256 is a multiple of 2, beyond 1024 of 8: small boxes
+    lose their width, and their regression target becomes infinite.
+    """
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        return super().decode_single(rel_codes.float(), boxes.float())
+
+
+def fix_scales(pool: MultiScaleRoIAlign) -> None:
+    """Tell an RoI pooling the strides of its levels: 4, 8, 16, ...
+
+    Left alone, torchvision guesses them from the first batch that it sees, and keeps
+    the guess outside of the state dict. With small images, whose padding counts, it
+    guesses wrong, and a resumed model may guess otherwise.
+    """
+    levels = len(pool.featmap_names)
+    pool.scales = [0.25 / 2**k for k in range(levels)]
+    pool.map_levels = initLevelMapper(
+        2, levels + 1, pool.canonical_scale, pool.canonical_level
+    )
 
 
 class MaskRCNN(mask_rcnn.MaskRCNN):
@@ -71,6 +102,9 @@ class MaskRCNN(mask_rcnn.MaskRCNN):
             part.fg_bg_sampler = CountingSampler(
                 old.batch_size_per_image, old.positive_fraction
             )
+            part.box_coder = BoxCoder32(part.box_coder.weights)
+        for pool in (self.roi_heads.box_roi_pool, self.roi_heads.mask_roi_pool):
+            fix_scales(pool)
 
     def forward(self, images: list[Tensor], targets: list[dict] | None = None):
         output = super().forward(images, targets)

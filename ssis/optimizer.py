@@ -6,8 +6,6 @@ step size for the pretrained backbone.
 Read next: `ssis/checkpoint.py`, which saves their state.
 """
 
-import math
-
 import torch
 from torch import nn
 
@@ -34,7 +32,7 @@ def make(net: nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 def lr_factor(step: int, config: Config) -> float:
-    """Warm-up, then half a cosine down to 0; once for pretraining, once for the rest.
+    """Warm-up, constant, linearly to 0; once for pretraining, once for the rest.
 
     A teacher whose own training was not finished would label badly, so pretraining has
     an end of its own.
@@ -45,4 +43,5 @@ def lr_factor(step: int, config: Config) -> float:
     # A student that goes on from the teacher's weights is warm already.
     if first and config.burnin_init == "teacher":
         warm = 1.0
-    return warm * 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, last - first)))
+    done = (step - first) / max(1, last - first)
+    return warm * min(1.0, (1 - done) / (1 - config.decay_at))

@@ -17,6 +17,7 @@ Read next: `ssis/audit.py`, the same question about pseudo-labels.
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor
 from tqdm import tqdm
 
 from ssis import UserError, augment, checkpoint, data, distributed, loader, model, teacher
@@ -53,29 +55,24 @@ def predictions(
         Dicts with image_id (the index), category_id (the label), score, bbox (xywh) and
         segmentation (compressed RLE, counts as str).
     """
-    # As torchvision would resize, with the sizes that the model was built for.
+    # The sizes that the model was built for; the resizing of training.
     short, longest = net.transform.min_size[-1], net.transform.max_size
     results = []
     for start in tqdm(range(0, len(indices), batch), disable=not progress, unit="batch"):
         part = indices[start : start + batch]
         images = [dataset.image(i) for i in part]
         views = [augment.resize(x, short, longest).to(device).float() / 255 for x in images]
-        frames = [tuple(image.shape[-2:]) for image in images]
-        found = teacher.predict(net, views, net.roi_heads.score_thresh, frames)
-        for index, output in zip(part, found, strict=True):
-            # One copy from the device for each image, and Fortran order for encode.
-            masks = output.masks.cpu().numpy().astype(np.uint8)
-            boxes = output.boxes.cpu()
+        found = teacher.look(net, views, net.roi_heads.score_thresh)
+        for index, image, view, output in zip(part, images, views, found, strict=True):
+            frame = tuple(image.shape[-2:])
+            # From the view back to the original frame.
+            down, across = (a / b for a, b in zip(frame, view.shape[-2:], strict=True))
+            boxes = output.boxes * output.boxes.new_tensor([across, down, across, down])
+            rles = encode(output.masks, boxes, frame, 0.5 * down)
             boxes[:, 2:] -= boxes[:, :2]
-            for mask, box, label, score in zip(
-                masks,
-                boxes.tolist(),
-                output.labels.tolist(),
-                output.class_quality.tolist(),
-                strict=True,
+            for rle, box, label, score in zip(
+                rles, boxes.tolist(), output.labels.tolist(), output.scores.tolist(), strict=True
             ):
-                rle = mask_utils.encode(np.asfortranarray(mask))
-                rle["counts"] = rle["counts"].decode()
                 results.append(
                     dict(
                         image_id=int(index),
@@ -86,6 +83,23 @@ def predictions(
                     )
                 )
     return results
+
+
+def encode(masks: Tensor, boxes: Tensor, frame: tuple[int, int], shift: float) -> list[dict]:
+    """Masks of the mask head as RLEs in a frame; see `teacher.paste`.
+
+    Some at a time: a hundred detections in a photograph of 12 megapixels would be
+    gigabytes of soft masks, and as RLEs they are kilobytes.
+    """
+    rles = []
+    step = max(1, 2**24 // (frame[0] * frame[1]))
+    for k in range(0, len(masks), step):
+        pasted = teacher.paste(masks[k : k + step], boxes[k : k + step], frame, shift) > 0.5
+        # (H, W, N) in Fortran order is what pycocotools reads without copying.
+        columns = np.asfortranarray(pasted.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
+        for rle in mask_utils.encode(columns):
+            rles.append(dict(rle, counts=rle["counts"].decode()))
+    return rles
 
 
 def average_precision(truth: COCO, results: list[dict], kind: str) -> tuple[dict, list]:
@@ -171,6 +185,8 @@ def save_predictions(path: Path, dataset, results: list[dict]) -> Path:
                 key: r[key],
             }
             for r in results
+            # A class of the training set that this dataset does not have has no id in it.
+            if dataset.category_ids[r["category_id"] - 1] is not None
         ]
         try:
             target.write_text(json.dumps(lines))
@@ -179,12 +195,31 @@ def save_predictions(path: Path, dataset, results: list[dict]) -> Path:
     return boxes
 
 
-def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str]]:
-    """A checkpoint's teacher or student, in evaluation mode; its config and classes."""
+def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str], str]:
+    """A checkpoint's teacher or student, in evaluation mode.
+
+    Args:
+        path: the checkpoint.
+        who: "teacher", "student", or "" for the teacher where there is one.
+
+    Returns:
+        The model, the run's config, the class names, and who it is.
+
+    Raises:
+        UserError: not a checkpoint, or one whose run has made no teacher yet.
+    """
     state = checkpoint.load(path)
+    # Until the end of pretraining, and in supervised runs, the teacher's weights are what
+    # it was built with: nothing.
+    has_teacher = state["teacher"]["n_averaged"] > 0
+    if who == "teacher" and not has_teacher:
+        raise UserError(f"{path}: has no teacher (yet); use --who student")
+    who = who or ("teacher" if has_teacher else "student")
+    known = {field.name for field in dataclasses.fields(Config)}
+    saved = {name: value for name, value in state["config"].items() if name in known}
     # The weights are in the checkpoint: none are to be fetched.
-    config = Config(**{**state["config"], "backbone_weights": "none"})
-    frozen = state["config"]["backbone_weights"] != "none"
+    config = Config(**{**saved, "backbone_weights": "none"})
+    frozen = saved.get("backbone_weights", "none") != "none"
     net = model.build(config, len(state["names"]) + 1, frozen_norm=frozen)
     if who == "teacher":
         averaged = teacher.make_teacher(net, config.ema_decay)
@@ -192,7 +227,7 @@ def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str]]
         net = averaged.module
     else:
         checkpoint.load_weights(net, state["student"], path)
-    return net.eval(), config, state["names"]
+    return net.eval(), config, state["names"], who
 
 
 def run(argv: list[str] | None) -> None:
@@ -201,20 +236,25 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("checkpoint", type=Path, help="runs/<name>/checkpoint.pt")
     parser.add_argument("--json", default="", help="COCO JSON; default: the run's test part")
     parser.add_argument("--images", default="", help="its image folder")
-    parser.add_argument("--who", choices=("teacher", "student"), default="teacher")
+    parser.add_argument(
+        "--who",
+        choices=("teacher", "student"),
+        default="",
+        help="default: the teacher, or the student of a run without one",
+    )
     parser.add_argument("--save-predictions", type=Path, metavar="F", help="COCO results JSON")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
     if bool(args.json) != bool(args.images):
         raise UserError("--json and --images go together: give both, or neither")
-    net, config, names = load_model(args.checkpoint, args.who)
+    net, config, names, who = load_model(args.checkpoint, args.who)
     source, folder = (args.json, args.images) if args.json else loader.part_paths(config, "test")
     dataset = data.load_coco(source, folder, names)
     dataset.check_files()
     rank, world, device = distributed.start(args.device)
     report, results = evaluate(net.to(device), dataset, device, rank, world, progress=True)
     if rank == 0:
-        print(f"{args.who} of {args.checkpoint} on {source}, {len(dataset)} images")
+        print(f"{who} of {args.checkpoint} on {source}, {len(dataset)} images")
         print(f"{'':8}" + "".join(f"{name:>7}" for name in NUMBERS))
         for kind in ("mask", "box"):
             print(f"{kind:8}" + "".join(f"{text(report[kind][n]):>7}" for n in NUMBERS))

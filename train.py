@@ -160,8 +160,8 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
 
     # Data. Rank 0 draws the shapes, checks the files and decides the split; the others
     # read what it wrote, so no two processes can disagree on what is labelled.
-    going_on = distributed.from_main(run_folder.prepare, settings)
     distributed.from_main(loader.prepare, settings)
+    going_on = distributed.from_main(run_folder.prepare, settings)
     train_set, val_set, test_set = loader.open_parts(settings)
     labeled, unlabeled = split.split(train_set, settings, folder / "labeled.json")
     density = train_set.instances_per_image(labeled)
@@ -172,7 +172,7 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
     pretrain_end, burnin_end, total = settings.stage_ends
     done, results, earlier = 0, {}, 0.0
     if going_on:
-        state = checkpoint.restore(run, folder / "checkpoint.pt")
+        state = checkpoint.restore(run, train_set.names, folder / "checkpoint.pt")
         done, results, earlier = state["step"], state["results"], state["seconds"]
     metrics = run_folder.Metrics(folder / "metrics.jsonl", done, writes=main_process)
     labeled_batches = loader.batches(streams.labeled, settings.labeled_batch, done, run)
@@ -181,70 +181,79 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
     )
     # Ctrl-C and SIGTERM (what a cluster sends before it kills): finish the step, save, go.
     stop_asked = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: stop_asked.append(number))
+    before = {
+        name: signal.signal(name, lambda number, frame: stop_asked.append(number))
+        for name in (signal.SIGINT, signal.SIGTERM)
+    }
 
     began, table = time.monotonic(), {}
-    bar = tqdm(
+    # `with`: an error must not be printed behind an open progress bar.
+    with tqdm(
         total=total,
         initial=done,
         disable=not main_process,
         dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
-    for number in range(done, total):
-        if number == pretrain_end:
-            # The first teacher is complete: note how good it is, then freeze it.
-            results["pretrained"] = judge(run, run.net, test_set)
-            begin_burnin(run)
-        if number == burnin_end:
-            # GD: teacher := student. The update below, the first one, is then a copy.
-            teacher.restart(run.teacher)
-        semi, mutual = number >= pretrain_end, number >= burnin_end
-        stage = "mutual" if mutual else "burn-in" if semi else "pretrain"
-        bar.set_description(stage, refresh=False)
+    ) as bar:
+        for number in range(done, total):
+            if number == pretrain_end:
+                # The first teacher is complete: note how good it is, then freeze it.
+                results["pretrained"] = judge(run, run.net, test_set)
+                begin_burnin(run)
+            if number == burnin_end:
+                # GD: teacher := student. The update below, the first one, is then a copy.
+                teacher.restart(run.teacher)
+            semi, mutual = number >= pretrain_end, number >= burnin_end
+            stage = "mutual" if mutual else "burn-in" if semi else "pretrain"
+            bar.set_description(stage, refresh=False)
 
-        row = step(run, next(labeled_batches), next(unlabeled_batches) if semi else None)
-        if mutual:
-            # GD Eq. (EMA)
-            run.teacher.update_parameters(run.net)
-        done = number + 1
-        bar.update()
+            lr = run.schedule.get_last_lr()[-1]
+            row = step(run, next(labeled_batches), next(unlabeled_batches) if semi else None)
+            if mutual:
+                # GD Eq. (EMA)
+                run.teacher.update_parameters(run.net)
+            done = number + 1
+            bar.update()
 
-        # The loss table is summed over steps here, over processes when it is written.
-        table = {name: table.get(name, 0) + value for name, value in row.items()}
-        asked = torch.tensor(float(bool(stop_asked)), device=device)
-        stopping = distributed.all_sum(asked).item() > 0
-        saving = done % settings.checkpoint_every == 0 or done == total or stopping
-        judging = done % settings.eval_every == 0 and done < total
-        if done % LOG_EVERY == 0 or saving or judging:
-            # Raises on NaN, before anything is saved: such a checkpoint is worth nothing.
-            means = losses.means(table, done)
-            table = {}
-            metrics.add(step=done, stage=stage, lr=run.schedule.get_last_lr()[-1], **means)
-            bar.set_postfix(losses.brief(means), refresh=False)
-        if judging:
-            line = {"val_mask_ap_student": judge(run, run.net, val_set)["mask"]["AP"]}
-            if semi:
-                line["val_mask_ap_teacher"] = judge(run, run.teacher.module, val_set)["mask"]["AP"]
-                line |= audit.run(run, streams.audit, density)
-                audit.warn(means, density, bar.write)
-                visualize.pseudo_labels(run, streams, folder, done)
-            metrics.add(step=done, **line)
-        if saving:
-            spent = earlier + time.monotonic() - began
-            state = checkpoint.snapshot(run, train_set.names, done, results, spent)
-            distributed.from_main(checkpoint.save, folder / "checkpoint.pt", state)
-        if stopping and done < total:
-            bar.close()
-            if main_process:
-                print(f"stopped after step {done} of {total}; the same command goes on from there")
-            return
-    bar.close()
+            # The loss table is summed over steps here, over processes when it is written.
+            table = {name: table.get(name, 0) + value for name, value in row.items()}
+            asked = torch.tensor(float(bool(stop_asked)), device=device)
+            stopping = distributed.all_sum(asked).item() > 0
+            saving = done % settings.checkpoint_every == 0 or done == total or stopping
+            judging = done % settings.eval_every == 0 and done < total
+            if done % LOG_EVERY == 0 or saving or judging:
+                # Raises on NaN, before anything is saved: such a checkpoint is worth nothing.
+                means = losses.means(table, done)
+                table = {}
+                metrics.add(step=done, stage=stage, lr=lr, **means)
+                bar.set_postfix(losses.brief(means), refresh=False)
+            if saving:
+                spent = earlier + time.monotonic() - began
+                state = checkpoint.snapshot(run, train_set.names, done, results, spent)
+                distributed.from_main(checkpoint.save, folder / "checkpoint.pt", state)
+            if stopping and done < total:
+                if main_process:
+                    bar.write(
+                        f"stopped after step {done} of {total}; the same command goes on from there"
+                    )
+                return
+            if judging:
+                line = {"val_mask_ap_student": judge(run, run.net, val_set)["mask"]["AP"]}
+                if semi:
+                    line["val_mask_ap_teacher"] = judge(run, run.teacher.module, val_set)["mask"][
+                        "AP"
+                    ]
+                    line |= audit.run(run, streams.audit, density)
+                    if main_process:
+                        audit.warn(means, density, bar.write)
+                    visualize.pseudo_labels(run, streams, folder, done)
+                metrics.add(step=done, **line)
+    for name, handler in before.items():
+        signal.signal(name, handler)
 
     # The end: the student and, where there is one, the teacher, on the test part.
     results["student"] = judge(run, run.net, test_set)
-    if settings.method != "supervised":
+    if run.teacher.n_averaged > 0:
         results["teacher"] = judge(run, run.teacher.module, test_set)
         results |= audit.run(run, streams.audit, density)
     spent = earlier + time.monotonic() - began
@@ -268,6 +277,10 @@ def main(argv: list[str] | None = None) -> None:
         distributed.stop()
     except UserError as error:
         distributed.give_up(error)
+    except KeyboardInterrupt:
+        # Outside the steps, during data preparation or the last evaluation.
+        print("stopped; what was saved stays, the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -52,10 +52,7 @@ def weak_view(image: Tensor, target: dict | None, config, seed: int):
     flip = torch.rand((), generator=generator).item() < 0.5
     image = resize(image, short, config.long_side)
     if target is not None:
-        # Nearest neighbour, for a mask must stay 0 or 1; the exact one, since plain
-        # NEAREST rounds down and so shifts masks against pixels by half a pixel.
-        masks = F.resize(target["masks"], list(image.shape[-2:]), NEAREST_EXACT)
-        target = dict(target, masks=masks)
+        target = dict(target, masks=resize_masks(target["masks"], image))
     if flip:
         image = F.horizontal_flip(image)
         target = target and dict(target, masks=target["masks"].flip(-1))
@@ -65,13 +62,22 @@ def weak_view(image: Tensor, target: dict | None, config, seed: int):
 def resize(image: Tensor, short: int, longest: int) -> Tensor:
     """Short side to `short`, unless the long side would pass `longest`.
 
-    Without antialiasing, because torchvision's Mask R-CNN resizes so in evaluation:
-    training must see the pixels that evaluation will.
+    Without antialiasing, as torchvision's own Mask R-CNN resizes: its published weights
+    are used to such pixels. A strip is not made narrower than 16 pixels.
     """
     height, width = image.shape[-2:]
     scale = min(short / min(height, width), longest / max(height, width))
-    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    size = [max(16, round(height * scale)), max(16, round(width * scale))]
     return image if size == [height, width] else F.resize(image, size, antialias=False)
+
+
+def resize_masks(masks: Tensor, image: Tensor) -> Tensor:
+    """Masks (N, H, W) to the size of a resized image.
+
+    Nearest neighbour, for a mask must stay 0 or 1; the exact one, since plain NEAREST
+    rounds down and so shifts masks against pixels by half a pixel.
+    """
+    return F.resize(masks, list(image.shape[-2:]), NEAREST_EXACT)
 
 
 def strong_view(image: Tensor, seed: int) -> Tensor:

@@ -4,8 +4,9 @@ r"""Save and resume, atomically and exactly.
 over it. Whenever the machine dies, there is one complete file, the old or the new.
 
 *Exactly*: it holds all that the next step depends on: student, teacher, optimiser,
-schedule, loss scaler, the step (from which the data streams follow, `ssis/data.py`) and
-the states of the random generators. On a CPU a resumed run ends bit-identical.
+schedule, loss scaler, the step (from which the data streams follow, see
+`ssis/loader.py`) and the states of the random generators. On a CPU a resumed run ends
+bit-identical.
 
 A checkpoint is tensors and plain containers only, and is read with
 `weights_only=True`: loading a stranger's checkpoint must not run the stranger's code.
@@ -16,16 +17,17 @@ Read next: `ssis/distributed.py`.
 import contextlib
 import dataclasses
 import os
-import pickle
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ssis import UserError, distributed
+from ssis import UserError, config, distributed
 
 # Raised when the meaning of a field changes.
 FORMAT = 1
+# What no checkpoint of this project is without.
+KEYS = {"format", "config", "names", "student", "teacher"}
 
 
 def save(path: Path, state: dict) -> None:
@@ -70,18 +72,12 @@ def load(path: Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: checkpoint not found") from error
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        pickle.UnpicklingError,
-    ) as error:
+    # Every exception: a damaged file can make the reader fail in any way.
+    except Exception as error:
         raise UserError(
             f"{path}: cannot be read as a checkpoint ({short(error)[:120]})"
         ) from error
-    if not isinstance(state, dict) or not {"format", "config", "names"} <= state.keys():
+    if not isinstance(state, dict) or not KEYS <= state.keys():
         raise UserError(f"{path}: not a checkpoint of this project")
     if state["format"] != FORMAT:
         raise UserError(
@@ -136,9 +132,21 @@ def snapshot(run, names: list[str], step: int, results: dict, seconds: float) ->
     )
 
 
-def restore(run, path: Path) -> dict:
-    """Put a snapshot back into a `train.Run`, and return it."""
+def restore(run, names: list[str], path: Path) -> dict:
+    """Put a snapshot back into a `train.Run`, and return it.
+
+    Raises:
+        UserError: it is of other settings or other classes.
+    """
     state = load(path)
+    other = config.differences(run.config, state["config"])
+    if state["names"] != names:
+        other.append(f"classes were {', '.join(state['names'][:4])}")
+    if other:
+        raise UserError(
+            f"{path}: is of a run with other settings ({'; '.join(other[:3])}); give "
+            "another --output, or --resume never to replace it"
+        )
     load_weights(run.net, state["student"], path)
     load_weights(run.teacher, state["teacher"], path)
     run.optimizer.load_state_dict(state["optimizer"])

@@ -3,8 +3,7 @@ r"""Every setting once: a dataclass with a reason per field; presets; the comman
 There is one `Config`. Its fields are the command line (`--tau-class 0.7` sets
 `tau_class`), its defaults are the preset `shapes`, and the other presets are the same
 fields with other values. The order of precedence: a flag, then the preset, then the
-default. Nothing else in the project reads the command line, an environment variable or
-a configuration file.
+default. Nothing else steers a training run.
 
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
@@ -241,22 +240,19 @@ class Config:
                     f"{flag(name)} {getattr(self, name)}: must be from 0 to 1"
                 )
         for name in ("lr", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must be above 0")
-        if (
-            min(
-                self.seed,
-                self.workers,
-                self.min_area,
-                self.warmup_steps,
-                self.audit_images,
-            )
-            < 0
-        ):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(
+                    f"{flag(name)} {getattr(self, name)}: must be above 0, and finite"
+                )
+        if self.backbone_weights != "none" and self.model == "small":
             raise UserError(
-                "--seed, --workers, --min-area, --warmup-steps, --audit-images: "
-                "must be >= 0"
+                f"--backbone-weights {self.backbone_weights}: the small model has none; "
+                "add --model resnet50"
             )
+        for name in ("seed", "workers", "min_area", "warmup_steps", "audit_images",
+                     "weight_decay", "unsup_weight"):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise UserError(f"{flag(name)} {getattr(self, name)}: must be >= 0")
 
 
 # ResNet-50 on photographs: what all three real presets share. The view sizes are

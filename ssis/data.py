@@ -132,11 +132,17 @@ class Dataset:
         single = ~self.crowd[rows]
         height, width = self.sizes[index].tolist()
         rles = [rle for rle, keep in zip(self.rles(index), single, strict=True) if keep]
-        masks = (
-            mask_utils.decode(rles) if rles else np.zeros((height, width, 0), np.uint8)
-        )
+        try:
+            masks = mask_utils.decode(rles) if rles else np.zeros((height, width, 0))
+        except ValueError as error:
+            raise UserError(
+                f"{self.source}: image {self.files[index]!r} has an RLE that cannot be "
+                "read; correct or remove it"
+            ) from error
         # A contiguous (N, H, W): pycocotools decodes into (H, W, N), columns first.
-        masks = torch.from_numpy(np.ascontiguousarray(masks.transpose(2, 0, 1)))
+        masks = torch.from_numpy(
+            np.ascontiguousarray(masks.transpose(2, 0, 1), np.uint8)
+        )
         return sanitize(
             dict(labels=torch.from_numpy(self.labels[rows][single]), masks=masks)
         )
@@ -282,14 +288,19 @@ def _pack(raw: dict, path: str, folder: str, names: list[str] | None) -> Dataset
     id_of = {c["name"]: c["id"] for c in categories}
     dataset = Dataset(path, folder, list(names), [id_of.get(name) for name in names])
 
-    position = {}
-    sizes = []
+    position, sizes, names_seen = {}, [], set()
     for image in raw["images"]:
         if image["id"] in position:
             raise UserError(
                 f"{path}: two images have the id {image['id']}; make ids unique"
             )
         position[image["id"]] = len(position)
+        if image["file_name"] in names_seen:
+            raise UserError(
+                f"{path}: two images have the file_name {image['file_name']!r}; the "
+                "split could not tell them apart"
+            )
+        names_seen.add(image["file_name"])
         dataset.files.append(safe_name(image["file_name"], path))
         dataset.image_ids.append(image["id"])
         height, width = image["height"], image["width"]
@@ -369,6 +380,12 @@ def _parts(record: dict, size: tuple[int, int], path: str) -> tuple[list[bytes],
             )
         counts = segmentation["counts"]
         if isinstance(counts, list):
+            # pycocotools would read beyond the end of runs that are too short.
+            if min(counts, default=-1) < 0 or sum(counts) != size[0] * size[1]:
+                raise UserError(
+                    f"{path}: annotation {record.get('id')} has an RLE whose runs "
+                    "do not add up to its image"
+                )
             # COCO's crowds: run lengths as numbers. One form of RLE is enough.
             counts = mask_utils.frPyObjects(segmentation, *size)["counts"]
         return [counts.encode() if isinstance(counts, str) else counts], False

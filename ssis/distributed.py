@@ -44,6 +44,11 @@ def start(device: str) -> tuple[int, int, torch.device]:
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if use_gpu:
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc_per_node: process {local} has no GPU of its own, there are "
+                f"{torch.cuda.device_count()}; start that many, or pass --device cpu"
+            )
         torch.cuda.set_device(local)
     if world > 1:
         dist.init_process_group(
@@ -124,7 +129,8 @@ def from_main(function, *args):
     dist.broadcast_object_list(box)
     kind, value = box[0]
     if kind == "error":
-        raise UserError(value)
+        # Rank 0 says it; a line from each of eight processes would hide it.
+        raise UserError(value if dist.get_rank() == 0 else "")
     return value
 
 
@@ -134,8 +140,9 @@ def give_up(error: UserError) -> None:
     Raised in a loader worker, the line comes wrapped in the worker's traceback; its
     last line is ours.
     """
-    line = str(error).strip().splitlines()[-1].removeprefix("ssis.UserError: ")
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    if str(error):
+        line = str(error).strip().splitlines()[-1].removeprefix("ssis.UserError: ")
+        print(f"error: {line}", file=sys.stderr, flush=True)
     # With several processes, not sys.exit: leaving the process group in order means
     # waiting for the others, who may wait for this one. torchrun stops them.
     if dist.is_initialized():

@@ -17,6 +17,8 @@ from ssis import UserError
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
 # EXIF orientations 5 to 8 swap width and height.
 SWAPS_SIDES = (5, 6, 7, 8)
+# What Pillow raises for a file that is broken, no image, or absurdly large.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def read_image(path: str, expected: tuple[int, int] | None = None) -> Tensor:
@@ -41,9 +43,15 @@ def read_image(path: str, expected: tuple[int, int] | None = None) -> Tensor:
             ):
                 upright = image
             if upright.mode.startswith(("I", "F")):
-                # Pillow would clip 16-bit values at 255 and so turn them white.
+                # Pillow would clip 16-bit values at 255 and so turn them white. The
+                # range is the smallest usual one that holds the image: [0, 1] floats,
+                # 8, 12 or 16 bits.
                 values = np.asarray(upright, dtype=np.float64)
-                top = 65535 if values.max(initial=0) > 255 else 255
+                highest = values.max(initial=0)
+                ranges = (1.0, 255.0, 4095.0, 65535.0)
+                if upright.mode != "F":
+                    ranges = ranges[1:]
+                top = next((limit for limit in ranges if highest <= limit), highest)
                 upright = Image.fromarray(
                     (values.clip(0, top) * (255 / top)).astype(np.uint8)
                 )
@@ -52,7 +60,7 @@ def read_image(path: str, expected: tuple[int, int] | None = None) -> Tensor:
         raise UserError(
             f"{path}: image not found; is the image folder the right one?"
         ) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(
             f"{path}: cannot be read as an image ({error}); replace it or "
             "remove it from the JSON"
@@ -76,7 +84,7 @@ def check_header(path: str, expected: tuple[int, int] | None) -> None:
         with Image.open(path) as image:
             size = image.size[::-1]
             turned = image.getexif().get(0x0112) in SWAPS_SIDES
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise UserError(
             f"{path}: cannot be read as an image ({error}); replace it or remove it "
             "from the JSON"

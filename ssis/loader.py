@@ -13,6 +13,7 @@ Read next: `ssis/augment.py`, the views of an image.
 
 import hashlib
 import os
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ def part_paths(config, part: str) -> tuple[str, str]:
         raise UserError(
             f"--{part}-json and --{part}-images go together: give both, or neither"
         )
-    if not source and config.data and not config.val_json:
+    if not source and config.data and (part != "test" or not config.val_json):
         source, folder = f"{config.data}/instances_{part}.json", f"{config.data}/{part}"
     if part == "test" and not os.path.exists(source):
         if source and source == config.test_json:
@@ -112,6 +113,12 @@ def _mix(seed: int, number: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach workers too; only the main process is to react."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+
+
 class Streams(NamedTuple):
     """The three streams of a run. Only `labeled` and `audit` know any truth."""
 
@@ -127,7 +134,8 @@ def streams(
 
     The audit's is over those unlabelled images whose truth is known; None without any.
     """
-    audited = [i for i in unlabeled if i < train_set.annotated]
+    hidden = set(unlabeled) - set(labeled)
+    audited = [i for i in sorted(hidden) if i < train_set.annotated]
     return Streams(
         Stream(train_set, labeled, config, config.seed * 3, True),
         Stream(train_set, unlabeled, config, config.seed * 3 + 1, False),
@@ -185,5 +193,6 @@ def batches(stream: Stream, batch: int, start: int, run):
             # The streams carry their own seeds; the loader must not consume the global
             # ones, or the number of restarts would change the results.
             generator=torch.Generator(),
+            worker_init_fn=ignore_signals,
         )
     )

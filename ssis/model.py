@@ -35,6 +35,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights, mask_rcn
 from torchvision.models.detection._utils import (
     BalancedPositiveNegativeSampler,
     BoxCoder,
+    overwrite_eps,
 )
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import (
@@ -176,6 +177,10 @@ def build_resnet50(
         resnet.resnet50(weights=None, norm_layer=norm), 3 if frozen_norm else 5
     )
     model = MaskRCNN(backbone, num_classes, min_size=min_size, max_size=max_size)
+    if weights == "coco":
+        # torchvision trained these with norms without epsilon. A file given by its path
+        # does not say so; after fine-tuning the difference is gone.
+        overwrite_eps(model, 0.0)
     if weights != "none":
         state = pretrained_state(weights)
         if any(name.startswith("backbone.") for name in state):

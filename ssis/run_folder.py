@@ -13,14 +13,28 @@ rank 0 writes. Read next: `ssis/visualize.py`, which draws the pictures.
 
 import contextlib
 import json
-import shutil
 from pathlib import Path
 
 from ssis import UserError, config
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """Turn a failure to write `path` into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); make room or "
+            "choose another --output, then run the same command again"
+        ) from error
+
+
 def prepare(settings: config.Config) -> bool:
     """Make the run's folder, or find an unfinished run of the same settings in it.
+
+    What is left of a run that never saved anything is cleared away: it would only stand
+    in the way of the corrected command.
 
     Returns:
         Whether there is a checkpoint to go on from.
@@ -29,9 +43,33 @@ def prepare(settings: config.Config) -> bool:
         UserError: another run is there, or the folder cannot be written.
     """
     folder = settings.run_folder
-    saved = folder / "config.json"
-    try:
-        if settings.resume == "never" and saved.exists():
+    saved, point = folder / "config.json", folder / "checkpoint.pt"
+    with writing(folder):
+        going_on = settings.resume == "auto" and point.exists()
+        if going_on and saved.exists():
+            try:
+                before = json.loads(saved.read_text())
+            except ValueError as error:
+                raise UserError(
+                    f"{saved}: damaged; remove it, or give --resume never"
+                ) from error
+            other = config.differences(settings, before)
+            if other:
+                raise UserError(
+                    f"{folder}: holds a run with other settings "
+                    f"({'; '.join(other[:3])}); give another --output, or --resume "
+                    "never to replace it"
+                )
+        if (
+            settings.resume == "auto"
+            and not going_on
+            and (folder / "summary.json").exists()
+        ):
+            raise UserError(
+                f"{folder}: holds the summary of a finished run without its "
+                "checkpoint; give another --output, or --resume never to replace it"
+            )
+        if not going_on:
             # Only what a run writes: the folder may hold more.
             for name in (
                 "checkpoint.pt",
@@ -40,32 +78,9 @@ def prepare(settings: config.Config) -> bool:
                 "labeled.json",
             ):
                 (folder / name).unlink(missing_ok=True)
-        elif saved.exists():
-            with contextlib.suppress(ValueError):
-                other = config.differences(settings, json.loads(saved.read_text()))
-                if other:
-                    raise UserError(
-                        f"{folder}: holds a run with other settings "
-                        f"({'; '.join(other[:3])}); give another --output, "
-                        "or --resume never to replace it"
-                    )
         folder.mkdir(parents=True, exist_ok=True)
         config.save(settings, saved)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); choose another --output"
-        ) from error
-    return (folder / "checkpoint.pt").exists()
-
-
-def free_space(folder: Path, needed: int) -> None:
-    """Raise UserError when the disk cannot take a checkpoint: better now than later."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"{folder}: {free >> 20} MiB free, a checkpoint with its "
-            f"predecessor needs {needed >> 20}; make room"
-        )
+    return going_on
 
 
 class Metrics:
@@ -87,16 +102,9 @@ class Metrics:
         self._write(json.dumps(line) + "\n", "a")
 
     def _write(self, text: str, mode: str) -> None:
-        if not self.writes:
-            return
-        try:
-            with open(self.path, mode, encoding="utf-8") as file:
+        if self.writes:
+            with writing(self.path), open(self.path, mode, encoding="utf-8") as file:
                 file.write(text)
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); make room or "
-                "choose another --output, then run the same command again"
-            ) from error
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -138,12 +146,8 @@ def summary(
 
 def write_summary(folder: Path, summary: dict) -> None:
     """Write `summary.json`, the last file of a run."""
-    try:
+    with writing(folder / "summary.json"):
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"{folder}/summary.json: cannot be written ({error.strerror})"
-        ) from error
 
 
 def table(summary: dict, folder: Path) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from ssis import UserError, distributed
 from ssis.data import Dataset, load_json
+from ssis.run_folder import writing
 
 
 def draw_split(
@@ -38,11 +39,12 @@ def draw_split(
     # Images of a bare folder have no masks to be labelled with.
     total = dataset.annotated
     if labeled.endswith(".json"):
-        return read_split(dataset, labeled), []
+        given = read_split(dataset, labeled)
+        return given, coverage(dataset, given)
     try:
         share = float(labeled[:-1]) / 100 if labeled.endswith("%") else None
         count = round(share * total) if share is not None else int(labeled)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(
             f"--labeled {labeled}: must be a share (5%), a number of images (64) or "
             "the path of a split's .json"
@@ -67,21 +69,29 @@ def draw_split(
     # The rest of the budget is uniform.
     taken = set(chosen)
     chosen += [index for index in order if index not in taken][: count - len(chosen)]
+    return sorted(chosen), coverage(dataset, chosen)
+
+
+def coverage(dataset: Dataset, chosen: list[int]) -> list[str]:
+    """Warnings about classes that a split leaves without a labelled instance.
+
+    Raises:
+        UserError: it leaves all of them so.
+    """
     covered = set().union(*(dataset.present_labels(index) for index in chosen))
-    missing = [name for k, name in enumerate(dataset.names, 1) if k not in covered]
-    warnings = []
-    if missing:
-        shown = ", ".join(missing[:8]) + (" …" if len(missing) > 8 else "")
-        warnings.append(
-            f"{len(missing)} of {len(dataset.names)} classes have no labelled "
-            f"instance and cannot be learnt: {shown}"
-        )
     if not covered:
         raise UserError(
-            f"{dataset.source}: the {count} labelled images have no instance at all; "
-            "label more images, or annotate some"
+            f"{dataset.source}: the {len(chosen)} labelled images have no instance at "
+            "all; label more images, or annotate some"
         )
-    return sorted(chosen), warnings
+    missing = [name for k, name in enumerate(dataset.names, 1) if k not in covered]
+    if not missing:
+        return []
+    shown = ", ".join(missing[:8]) + (" …" if len(missing) > 8 else "")
+    return [
+        f"{len(missing)} of {len(dataset.names)} classes have no labelled instance and "
+        f"cannot be learnt: {shown}"
+    ]
 
 
 def write_split(dataset: Dataset, indices: list[int], path: Path, seed: int) -> None:
@@ -135,7 +145,8 @@ def split(train_set: Dataset, config, path: Path) -> tuple[list[int], list[int]]
             chosen, warnings = draw_split(train_set, config.labeled, config.seed)
             for line in train_set.warnings + warnings:
                 print(f"warning: {line}", file=sys.stderr)
-            write_split(train_set, chosen, path, config.seed)
+            with writing(path):
+                write_split(train_set, chosen, path, config.seed)
         return read_split(train_set, str(path))
 
     labeled = distributed.from_main(draw)

@@ -24,6 +24,7 @@ Read next: `ssis/filters.py`, which decides what of the predictions is kept.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,9 @@ def mask_quality(mask_probs: Tensor) -> Tensor:
     return (mask_probs * foreground).flatten(1).sum(dim=1) / area.clamp(min=1)
 
 
-def paste(small: Tensor, boxes: Tensor, size: tuple[int, int], shift: float) -> Tensor:
+def paste(
+    small: Tensor, boxes: Tensor, size: tuple[int, int], shift: float = 0.5
+) -> Tensor:
     """Masks of the mask head, put into their boxes in a frame.
 
     torchvision makes the training target of the mask head with an RoIAlign that takes a
@@ -141,29 +144,27 @@ def paste(small: Tensor, boxes: Tensor, size: tuple[int, int], shift: float) -> 
     return soft * (inside_x[:, None] & inside_y[:, :, None])
 
 
-@torch.no_grad()
-def predict(
-    model: MaskRCNN,
-    images: list[Tensor],
-    min_score: float,
-    frames: list[tuple[int, int]] | None = None,
-) -> list[PseudoLabels]:
-    """What a model sees in some images; nothing is resized but the result.
+class Detections(NamedTuple):
+    """What the network says of one image, in the frame that it saw.
 
-    Args:
-        model: in evaluation mode.
-        images: (3, H, W) float in [0, 1] each, of any sizes.
-        min_score: class probability under which a detection is not looked at. High
-            values save memory: a soft mask is H x W floats for each instance.
-        frames: height and width of the frames to answer in, for images that were
-            resized from there; None: the images' own.
-
-    Returns:
-        One `PseudoLabels` for each image; N may be 0.
+    boxes (N, 4), labels (N,), scores (N,), distributions (N, C), as in `PseudoLabels`;
+    masks (N, 1, 28, 28) float32 in [0, 1], each relative to its box.
     """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+    distributions: Tensor
+    masks: Tensor
+
+
+@torch.no_grad()
+def look(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Detections]:
+    """torchvision's inference without its resizing and pasting; args as `predict`."""
     roi = model.roi_heads
     sizes = [tuple(image.shape[-2:]) for image in images]
-    batch = model.transform.batch_images([model.transform.normalize(x) for x in images])
+    normal = [model.transform.normalize(image) for image in images]
+    batch = model.transform.batch_images(normal)
     features = model.backbone(batch)
     proposals, _ = model.rpn(ImageList(batch, sizes), features)
     # First stage: classify and regress every proposal.
@@ -173,26 +174,40 @@ def predict(
     probs = logits.float().softmax(dim=-1)  # (proposals of all images, C + 1)
     boxes = roi.box_coder.decode(regression.float(), proposals)  # (.., C + 1, 4)
     counts = [len(p) for p in proposals]
-    detections = [
+    found = [
         detect(b, p, size, min_score, roi.nms_thresh, roi.detections_per_img)
         for b, p, size in zip(
             boxes.split(counts), probs.split(counts), sizes, strict=True
         )
     ]
     # Second stage: a mask for each box that is left, that of its class.
-    kept_boxes = [d[0] for d in detections]
+    kept_boxes, labels = [f[0] for f in found], [f[1] for f in found]
     mask_features = roi.mask_head(roi.mask_roi_pool(features, kept_boxes, sizes))
     mask_logits = roi.mask_predictor(mask_features).float()
-    small_masks = maskrcnn_inference(mask_logits, [d[1] for d in detections])
+    masks = maskrcnn_inference(mask_logits, labels)
+    return [Detections(*f, mask) for f, mask in zip(found, masks, strict=True)]
+
+
+def predict(
+    model: MaskRCNN, images: list[Tensor], min_score: float
+) -> list[PseudoLabels]:
+    """What a model sees in some images, in their own frame.
+
+    Args:
+        model: in evaluation mode.
+        images: (3, H, W) float in [0, 1] each, of any sizes.
+        min_score: class probability under which a detection is not looked at. High
+            values save memory: a soft mask is H x W floats for each instance.
+
+    Returns:
+        One `PseudoLabels` for each image; N may be 0.
+    """
     result = []
-    for k, (box, label, score, distribution) in enumerate(detections):
-        frame = frames[k] if frames else sizes[k]
-        ratios = [after / before for after, before in zip(frame, sizes[k], strict=True)]
-        box = box * box.new_tensor([ratios[1], ratios[0]] * 2)
-        soft = paste(small_masks[k], box, frame, 0.5 * ratios[0])  # (N, H, W)
-        quality = mask_quality(soft)
+    for image, found in zip(images, look(model, images, min_score), strict=True):
+        soft = paste(found.masks, found.boxes, tuple(image.shape[-2:]))  # (N, H, W)
+        quality, hard = mask_quality(soft), soft > 0.5
         result.append(
-            PseudoLabels(box, label, score, quality, soft, soft > 0.5, distribution)
+            PseudoLabels(*found[:3], quality, soft, hard, found.distributions)
         )
     return result
 

@@ -15,13 +15,13 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssis import filters, teacher
+from ssis import augment, filters, teacher
 
 # No window: the pictures are files, also on a machine without a display.
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from ssis.run_folder import read_metrics
+from ssis.run_folder import read_metrics, writing
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito, 2008), one by class.
 COLOURS = [
@@ -105,7 +105,7 @@ def pseudo_labels(run, streams, folder, step: int) -> None:
 
     Args:
         run: `train.Run`.
-        streams: `data.Streams`; without known truth the last column is left out.
+        streams: `loader.Streams`; without known truth the last column is left out.
     """
     if run.rank:
         return
@@ -133,32 +133,32 @@ def pseudo_labels(run, streams, folder, step: int) -> None:
         f"kept, score > {config.tau_class}",
         "truth (never seen)",
     ][: len(rows[0])]
-    grid(rows, titles).save(folder / f"pseudo_{step:06d}.png")
+    path = folder / f"pseudo_{step:06d}.png"
+    with writing(path):
+        grid(rows, titles).save(path)
 
 
 def predictions(run, dataset, folder) -> None:
     """Write `predictions.png`: what the final model finds in test images."""
     net = (run.net if run.config.method == "supervised" else run.teacher.module).eval()
     rows = []
+    config = run.config
     for index in range(min(ROWS, len(dataset))):
-        image = dataset.image(index).float() / 255
-        with torch.no_grad():
-            output = net([image.to(run.device)])[0]
-        sure = output["scores"] > 0.5
-        truth = dataset.target(index)
+        # In the frame that the model sees, as a photograph's own would be too large.
+        image, truth = dataset.image(index), dataset.target(index)
+        image = augment.resize(image, config.short_side, config.long_side).float() / 255
+        masks = augment.resize_masks(truth["masks"], image)
+        found = teacher.predict(net, [image.to(run.device)], 0.5)[0]
+        names = dataset.names
         rows.append(
             [
-                overlay(
-                    image,
-                    output["masks"][sure, 0] > 0.5,
-                    output["labels"][sure],
-                    dataset.names,
-                    output["scores"][sure],
-                ),
-                overlay(image, truth["masks"], truth["labels"], dataset.names),
+                overlay(image, found.masks, found.labels, names, found.class_quality),
+                overlay(image, masks, truth["labels"], names),
             ]
         )
-    grid(rows, ["prediction, score > 0.5", "truth"]).save(folder / "predictions.png")
+    path = folder / "predictions.png"
+    with writing(path):
+        grid(rows, ["prediction, score > 0.5", "truth"]).save(path)
 
 
 def curves(folder) -> None:
@@ -201,5 +201,6 @@ def curves(folder) -> None:
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend()
-    figure.savefig(folder / "curves.png", dpi=110)
+    with writing(folder / "curves.png"):
+        figure.savefig(folder / "curves.png", dpi=110)
     plt.close(figure)

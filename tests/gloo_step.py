@@ -41,6 +41,8 @@ def frozen(net: model.MaskRCNN) -> model.MaskRCNN:
 
 def main(out: str, folder: str) -> None:
     settings = config.Config(
+        # No clipping: it would hide a gradient that is too large by a factor.
+        clip_norm=1e9,
         method="guided-distillation",
         short_side_min=64,
         short_side=64,
@@ -77,6 +79,7 @@ def main(out: str, folder: str) -> None:
     share = 4 // world
     mine = slice(rank * share, (rank + 1) * share)
     found = []
+    before = {name: value.clone() for name, value in run.net.state_dict().items()}
     for step in range(3):
         batch = [labeled[4 * step + k] for k in range(4)]
         row = train.step(run, batch[mine], chosen[mine])
@@ -85,7 +88,13 @@ def main(out: str, folder: str) -> None:
     counts = distributed.gather(found)
     if rank == 0:
         torch.save(
-            dict(found=counts, student=run.net.state_dict(), teacher=run.teacher.state_dict()), out
+            dict(
+                found=counts,
+                student=run.net.state_dict(),
+                teacher=run.teacher.state_dict(),
+                before=before,
+            ),
+            out,
         )
     distributed.stop()
 

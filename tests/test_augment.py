@@ -32,7 +32,9 @@ def test_masks_follow_the_pixels_in_the_weak_view():
 
 
 def test_the_long_side_is_limited():
-    assert augment.resize(torch.zeros(3, 10, 100), 64, 80).shape == (3, 8, 80)
+    assert augment.resize(torch.zeros(3, 30, 100), 64, 80).shape == (3, 24, 80)
+    # A strip stays wide enough for the blur of the strong view.
+    assert augment.resize(torch.zeros(3, 4, 400), 64, 80).shape == (3, 16, 80)
     assert augment.resize(torch.zeros(3, 100, 50), 25, 80).shape == (3, 50, 25)
 
 

@@ -12,7 +12,7 @@ from ssis import UserError, checkpoint, model
 
 pytestmark = pytest.mark.fast
 
-STATE = dict(config={}, names=["a"], weights=torch.arange(1000.0))
+STATE = dict(config={}, names=["a"], student={}, teacher={}, weights=torch.arange(1000.0))
 
 # The operating system refuses to write more than 20,000 bytes: a full disk.
 FULL_DISK = """

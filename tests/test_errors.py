@@ -7,6 +7,7 @@ data traps do is provoked for real: the files are written broken.
 import json
 
 import pytest
+import torch
 from conftest import write_coco
 from PIL import Image
 
@@ -22,7 +23,9 @@ def error_of(capsys, main, argv) -> str:
     with pytest.raises(SystemExit) as stop:
         main([str(a) for a in argv])
     assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "warning:" not in line]
+    printed = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    # Less the warnings and the progress bar, which is left behind on a line of its own.
+    lines = [line for line in printed if line and "warning:" not in line and "it/s" not in line]
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
@@ -95,6 +98,15 @@ JSON_TRAPS = {
         set_record("annotations", 4, segmentation=dict(size=[5, 5], counts=[25])),
         "RLE of size",
     ),
+    "duplicate file name": (set_record("images", 1, file_name="0.png"), "two images have the file"),
+    "rle too short": (
+        set_record("annotations", 4, segmentation=dict(size=[32, 48], counts=[5, 5])),
+        "do not add up",
+    ),
+    "rle negative": (
+        set_record("annotations", 4, segmentation=dict(size=[32, 48], counts=[-1, 1537])),
+        "do not add up",
+    ),
     "odd polygon": (polygon(1, 2, 3, 4, 5, 6, 7), "odd number"),
     "polygon of words": (polygon(*"abcdef"), "not a list of numbers"),
     "no instance anywhere": (lambda raw: dict(raw, annotations=[]), "no instance at all"),
@@ -139,7 +151,9 @@ OPTIONS = {
     "no steps": (["--pretrain-steps", 0, "--burnin-steps", 0], "all are 0"),
     "negative steps": (["--pretrain-steps", -1], "must be >= 0"),
     "share above one": (["--ema-decay", 1.5], "--ema-decay 1.5: must be from 0 to 1"),
-    "no step size": (["--lr", 0], "--lr 0.0: must be above 0"),
+    "no step size": (["--lr", 0], "--lr 0.0: must be"),
+    "weights of the other model": (["--backbone-weights", "imagenet"], "the small model has none"),
+    "infinite share": (["--labeled", "inf%"], "must be a share (5%)"),
     "sides": (["--short-side", 16], "does not hold"),
     "labeled is no number": (["--labeled", "many"], "must be a share (5%)"),
     "no labelled image": (["--labeled", "0"], "choose from 1 to 4"),
@@ -215,6 +229,7 @@ def test_a_run_of_other_settings_is_not_overwritten(tmp_path, capsys):
     write_coco(tmp_path)
     (tmp_path / "run").mkdir()
     config.save(config.Config(seed=3), tmp_path / "run" / "config.json")
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"")
     line = error_of(capsys, train.main, arguments(tmp_path))
     assert "holds a run with other settings" in line and "--resume never" in line
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 3
@@ -228,11 +243,43 @@ def test_evaluating_what_is_no_checkpoint_or_another_models(tmp_path, capsys):
     # Weights of a model with other classes than the checkpoint says it has.
     settings = config.Config(short_side=32)
     weights = model.build(settings, 9).state_dict()
-    state = dict(config=vars(settings), names=["cat", "dog", "unused"], student=weights)
+    teacher = {"n_averaged": torch.tensor(0)}
+    names = ["cat", "dog", "unused"]
+    state = dict(config=vars(settings), names=names, student=weights, teacher=teacher)
     checkpoint.save(path, state)
     line = error_of(capsys, evaluate.main, [path, *data, "--who", "student"])
     assert "checkpoint of another model" in line
+    # A supervised run has no teacher: without --who it is the student's turn.
+    assert "has no teacher" in error_of(capsys, evaluate.main, [path, *data, "--who", "teacher"])
+    assert "checkpoint of another model" in error_of(capsys, evaluate.main, [path, *data])
     assert "go together" in error_of(capsys, evaluate.main, [path, "--json", "x"])
+
+
+def test_a_garbled_rle_is_told_when_its_image_is_read(tmp_path, capsys):
+    garbled = set_record("annotations", 4, segmentation=dict(size=[32, 48], counts="garbage!"))
+    write_coco(tmp_path, garbled)
+    line = error_of(
+        capsys, train.main, [*arguments(tmp_path), "--method", "supervised", "--labeled", "100%"]
+    )
+    assert "'2.png' has an RLE that cannot be read" in line
+
+
+def test_a_corrected_command_is_not_blocked_by_the_failed_one(tmp_path, capsys):
+    write_coco(tmp_path)
+    error_of(capsys, train.main, [*arguments(tmp_path), "--labeled", "5"])
+    train.main([*arguments(tmp_path), "--method", "supervised", "--lr", "1e-4"])
+    # And a finished run is not wiped out because its checkpoint was thrown away.
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    capsys.readouterr()
+    line = error_of(capsys, train.main, [*arguments(tmp_path), "--method", "supervised"])
+    assert "finished run without its checkpoint" in line
+
+
+def test_a_picture_that_would_fill_the_memory(tmp_path, capsys, monkeypatch):
+    """Pillow's own limit on pixels, lowered so that the file need not be large."""
+    write_coco(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    assert "cannot be read as an image" in error_of(capsys, train.main, arguments(tmp_path))
 
 
 def test_what_is_unusual_but_right_passes(tmp_path, capsys):

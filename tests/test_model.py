@@ -7,9 +7,8 @@ import pytest
 import torch
 from torchvision.models import resnet50
 from torchvision.models.detection import maskrcnn_resnet50_fpn
-from torchvision.models.detection.mask_rcnn import MaskRCNN as TorchvisionMaskRCNN
 
-from ssis import UserError, config, model
+from ssis import UserError, config, model, teacher
 
 pytestmark = pytest.mark.fast
 
@@ -29,16 +28,45 @@ def batch(instances=(2, 1)):
 
 
 def test_losses_are_torchvisions_own():
-    """Our class with the same weights, and torchvision's forward on the same draw."""
-    net = model.build_small(4, 64, 96).train()
+    """A ResNet-50 built by torchvision alone, with the same weights and the same draw."""
+    ours = model.build_resnet50(4, 64, 64, "none", frozen_norm=False).train()
+    theirs = maskrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=64
+    ).train()
+    theirs.load_state_dict(ours.state_dict())
+    # They would resize, by nothing here, but a random size is drawn for it.
+    theirs.transform._skip_resize = True
     images, targets = batch()
     torch.manual_seed(3)
-    losses, _ = net(images, targets)
+    losses, _ = ours(images, targets)
     torch.manual_seed(3)
-    theirs = TorchvisionMaskRCNN.forward(net, images, targets)
-    assert losses.keys() == theirs.keys()
+    expected = theirs(images, targets)
+    assert losses.keys() == expected.keys()
     for name, value in losses.items():
-        torch.testing.assert_close(value, theirs[name])
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_small_boxes_far_from_the_corner_survive_bf16():
+    """Beyond 1024 pixels a bf16 coordinate is a multiple of 8: a 3-pixel box would vanish."""
+    coder = model.build_small(4, 64, 96).roi_heads.box_coder
+    box = torch.tensor([[1025.0, 8.0, 1028.0, 12.0]])
+    codes = coder.encode([box], [box])[0].repeat(1, 4).bfloat16()
+    decoded = coder.decode(codes, [box])
+    assert decoded.dtype == torch.float32
+    torch.testing.assert_close(decoded[0, 0], box[0])
+
+
+def test_a_model_is_its_state_dict_whatever_batch_it_saw_first():
+    """torchvision guesses the RoI strides from the first batch and keeps the guess."""
+    first, second = model.build_small(4, 48, 48).eval(), model.build_small(4, 48, 48).eval()
+    second.load_state_dict(first.state_dict())
+    image = torch.rand(3, 48, 48)
+    with torch.no_grad():
+        # 40 pixels padded to 64: read from the padded size, the stride would be 2.
+        teacher.predict(first, [torch.rand(3, 40, 40)], 0.2)
+    scores = [teacher.predict(net, [image], 0.2)[0].class_quality for net in (first, second)]
+    assert torch.equal(*scores) and len(scores[0]) > 0
+    assert first.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16]
 
 
 def test_counts_are_what_the_losses_were_averaged_over():

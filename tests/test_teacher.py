@@ -103,17 +103,6 @@ def test_a_true_mask_made_a_target_and_pasted_again_is_itself():
     assert sum(ious["ours"]) / 100 > 0.95 > 0.93 > sum(ious["torchvision"]) / 100
 
 
-def test_predictions_for_another_frame_are_the_same_enlarged():
-    net = small().eval()
-    image = torch.rand(3, 64, 64)
-    own = teacher.predict(net, [image], 0.25)[0]
-    large = teacher.predict(net, [image], 0.25, [(128, 192)])[0]
-    assert large.masks.shape[1:] == (128, 192) and len(large) == len(own) > 0
-    torch.testing.assert_close(large.boxes, own.boxes * torch.tensor([3.0, 2.0, 3.0, 2.0]))
-    shrunk = torch.nn.functional.interpolate(large.mask_probs[None], (64, 64), mode="area")[0]
-    assert (shrunk - own.mask_probs).abs().mean() < 0.03
-
-
 def test_the_distribution_belongs_to_the_detection():
     found = teacher.predict(small().eval(), [torch.rand(3, 64, 64)], 0.2)[0]
     assert len(found) > 3 and found.distribution.shape == (len(found), 3)

@@ -97,7 +97,7 @@ class Config:
         "where resnet50 starts: none, imagenet, coco, or the PATH of a state dict",
     )
     short_side_min: int = setting(
-        72, "smallest short side that a training image is resized to"
+        96, "smallest short side that a training image is resized to"
     )
     short_side: int = setting(
         96, "largest short side in training, and the one in evaluation"
@@ -105,12 +105,12 @@ class Config:
     long_side: int = setting(160, "limit of the long side, which bounds the memory")
 
     # Schedule. Step counts are optimiser steps, all in one run.
-    pretrain_steps: int = setting(700, "labelled images only; makes the first teacher")
+    pretrain_steps: int = setting(900, "labelled images only; makes the first teacher")
     burnin_steps: int = setting(
         100, "teacher frozen, student learns from its pseudo-labels (GD)"
     )
     mutual_steps: int = setting(
-        500, "teacher := EMA of the student, in every step (GD)"
+        600, "teacher := EMA of the student, in every step (GD)"
     )
     burnin_init: str = setting(
         "teacher",
@@ -242,15 +242,15 @@ class Config:
         for name in ("lr", "clip_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(
-                    f"{flag(name)} {getattr(self, name)}: must be above 0, and finite"
+                    f"{flag(name)} {getattr(self, name)}: must be > 0 and finite"
                 )
         if self.backbone_weights != "none" and self.model == "small":
             raise UserError(
-                f"--backbone-weights {self.backbone_weights}: the small model has none; "
-                "add --model resnet50"
+                f"--backbone-weights {self.backbone_weights}: the small model has "
+                "none; add --model resnet50"
             )
-        for name in ("seed", "workers", "min_area", "warmup_steps", "audit_images",
-                     "weight_decay", "unsup_weight"):  # fmt: skip
+        counts = ("seed", "workers", "min_area", "warmup_steps", "audit_images")
+        for name in (*counts, "weight_decay", "unsup_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: must be >= 0")
 

@@ -59,7 +59,7 @@ def main(out: str, folder: str) -> None:
     model.build = lambda *args: frozen(build(*args))
     run = train.Run(settings, ["a"] * 6, start)
     run.teacher = teacher.make_teacher(run.net, 0.9)
-    run.optimizer = torch.optim.SGD(run.net.parameters(), lr=0.002)
+    run.optimizer = torch.optim.SGD(run.net.parameters(), lr=2e-4)
     run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
 
     dataset = data.load_coco(f"{folder}/instances_train.json", f"{folder}/train")

@@ -168,7 +168,7 @@ class Config:
     )
 
     # Bookkeeping.
-    eval_every: int = setting(250, "steps between evaluations on the validation images")
+    eval_every: int = setting(400, "steps between evaluations on the validation images")
     audit_images: int = setting(
         96, "unlabelled images on which each evaluation audits the teacher"
     )

@@ -41,7 +41,7 @@ def test_two_processes_one_without_pseudo_labels_agree_with_one(tmp_path, shapes
     # And training did something: a teacher that lags is not the student.
     name = "roi_heads.mask_predictor.mask_fcn_logits.weight"
     lag = (one["student"][name] - one["teacher"]["module." + name]).abs().max()
-    assert lag > 1e-5 and (one["student"][name] - one["before"][name]).abs().max() > 1e-4
+    assert lag > 5e-6 and (one["student"][name] - one["before"][name]).abs().max() > 2e-5
 
 
 def test_a_whole_run_under_torchrun_with_two_processes(tmp_path, shapes_folder):

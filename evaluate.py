@@ -30,7 +30,16 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from tqdm import tqdm
 
-from ssis import UserError, augment, checkpoint, data, distributed, loader, model, teacher
+from ssis import (
+    UserError,
+    augment,
+    checkpoint,
+    coco_json,
+    distributed,
+    loader,
+    model,
+    teacher,
+)
 from ssis.config import Config
 
 # The order of COCOeval's twelve numbers.
@@ -249,7 +258,7 @@ def run(argv: list[str] | None) -> None:
         raise UserError("--json and --images go together: give both, or neither")
     net, config, names, who = load_model(args.checkpoint, args.who)
     source, folder = (args.json, args.images) if args.json else loader.part_paths(config, "test")
-    dataset = data.load_coco(source, folder, names)
+    dataset = coco_json.load_coco(source, folder, names)
     dataset.check_files()
     rank, world, device = distributed.start(args.device)
     report, results = evaluate(net.to(device), dataset, device, rank, world, progress=True)

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from ssis import UserError, augment, shapes
-from ssis.data import Dataset, add_folder, load_coco, sanitize
+from ssis.coco_json import add_folder, load_coco
+from ssis.data import Dataset, sanitize
 
 
 def part_paths(config, part: str) -> tuple[str, str]:

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from ssis import UserError, distributed
-from ssis.data import Dataset, load_json
+from ssis.coco_json import load_json
+from ssis.data import Dataset
 from ssis.run_folder import writing
 
 

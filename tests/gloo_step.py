@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import train
-from ssis import config, data, distributed, loader, model, teacher
+from ssis import coco_json, config, distributed, loader, model, teacher
 
 
 def freeze_norms(module: nn.Module) -> None:
@@ -62,7 +62,7 @@ def main(out: str, folder: str) -> None:
     run.optimizer = torch.optim.SGD(run.net.parameters(), lr=2e-4)
     run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
 
-    dataset = data.load_coco(f"{folder}/instances_train.json", f"{folder}/train")
+    dataset = coco_json.load_coco(f"{folder}/instances_train.json", f"{folder}/train")
     labeled = loader.Stream(dataset, list(range(8)), settings, 0, True)
     unlabeled = loader.Stream(dataset, list(range(8, 40)), settings, 1, False)
     # Of eight unlabelled images take the two with the best and the two with the worst

@@ -14,14 +14,14 @@ from conftest import real, write_coco
 from PIL import Image
 from pycocotools.coco import COCO
 
-from ssis import UserError, config, data, images, loader, split
+from ssis import UserError, coco_json, config, data, images, loader, split
 
 pytestmark = pytest.mark.fast
 SETTINGS = config.Config(short_side_min=20, short_side=40, long_side=60)
 
 
 def load(folder) -> data.Dataset:
-    return data.load_coco(str(folder / "coco.json"), str(folder / "images"))
+    return coco_json.load_coco(str(folder / "coco.json"), str(folder / "images"))
 
 
 def compare_with_pycocotools(dataset: data.Dataset, path) -> int:
@@ -48,7 +48,7 @@ def test_masks_and_labels_are_pycocotools_own(coco_folder):
 def test_real_coco_masks_are_pycocotools_own():
     folder = real("coco_mini")
     path = folder / "instances_train.json"
-    dataset = data.load_coco(str(path), str(folder / "train"))
+    dataset = coco_json.load_coco(str(path), str(folder / "train"))
     assert len(dataset.names) == 80
     assert compare_with_pycocotools(dataset, path) > 500
 
@@ -127,7 +127,7 @@ def test_a_bare_folder_gives_unlabelled_images_that_are_not_listed_yet(coco_fold
     dataset = load(coco_folder)
     (coco_folder / "images" / "sub").mkdir()
     Image.new("L", (50, 40)).save(coco_folder / "images" / "sub" / "new.png")
-    assert data.add_folder(dataset, str(coco_folder / "images")) == [4]
+    assert coco_json.add_folder(dataset, str(coco_folder / "images")) == [4]
     assert dataset.image(4).shape == (3, 40, 50)
     assert dataset.annotated == 4 and dataset.instances_per_image([0, 3]) == 1.0
     with pytest.raises(UserError, match="is 5 of 4 images"):
@@ -162,7 +162,7 @@ def test_processes_share_the_same_global_batches():
 
 
 def test_annotations_are_packed_into_few_arrays(shapes_folder):
-    dataset = data.load_coco(f"{shapes_folder}/instances_train.json", f"{shapes_folder}/train")
+    dataset = coco_json.load_coco(f"{shapes_folder}/instances_train.json", f"{shapes_folder}/train")
     for name, value in vars(dataset).items():
         # Lists of names at most; nothing that holds an object for each annotation.
         if isinstance(value, list):
@@ -178,7 +178,7 @@ def test_classes_are_matched_by_name_not_by_id(coco_folder, tmp_path):
         raw["annotations"] = [dict(raw["annotations"][0], category_id=2)]
 
     write_coco(tmp_path / "other", renumber)
-    other = data.load_coco(
+    other = coco_json.load_coco(
         str(tmp_path / "other/coco.json"), str(tmp_path / "other/images"), ["cat", "dog", "unused"]
     )
     assert other.target(0)["labels"].tolist() == [1]

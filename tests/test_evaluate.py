@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import evaluate
-from ssis import data, model
+from ssis import coco_json, model
 
 pytestmark = pytest.mark.fast
 
@@ -38,7 +38,7 @@ def perfect(dataset) -> list[dict]:
 
 
 def load(folder):
-    return data.load_coco(str(folder / "coco.json"), str(folder / "images"))
+    return coco_json.load_coco(str(folder / "coco.json"), str(folder / "images"))
 
 
 def test_perfect_predictions_score_100_and_none_score_0(coco_folder):
@@ -100,7 +100,7 @@ def test_saved_predictions_give_the_same_ap_to_pycocotools(coco_folder, tmp_path
 
 def test_predictions_lie_in_the_original_frame(shapes_folder):
     """The model resizes to 48 pixels, the results speak of 96."""
-    dataset = data.load_coco(f"{shapes_folder}/instances_val.json", f"{shapes_folder}/val")
+    dataset = coco_json.load_coco(f"{shapes_folder}/instances_val.json", f"{shapes_folder}/val")
     net = model.build_small(7, 48, 48).eval()
     net.roi_heads.score_thresh = 0.0
     results = evaluate.predictions(net, dataset, [0, 3], torch.device("cpu"))
@@ -110,7 +110,7 @@ def test_predictions_lie_in_the_original_frame(shapes_folder):
 
 
 def test_the_share_of_every_process_together_is_the_whole(shapes_folder):
-    dataset = data.load_coco(f"{shapes_folder}/instances_val.json", f"{shapes_folder}/val")
+    dataset = coco_json.load_coco(f"{shapes_folder}/instances_val.json", f"{shapes_folder}/val")
     net = model.build_small(7, 96, 96).eval()
     net.roi_heads.score_thresh = 0.1
     device = torch.device("cpu")

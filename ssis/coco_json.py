@@ -1,0 +1,257 @@
+r"""Reading COCO-format JSON: every record is checked, then packed into `data.Dataset`.
+
+The traps that real files hold are met here, once: ids that are given twice, have gaps
+or start at 0; names that climb out of the image folder; masks as polygons in several
+parts, as compressed and as uncompressed RLE; crowds; annotations of nothing. Whatever
+cannot be right ends with one line that names the file and the record.
+
+Read next: `ssis/data.py`, what it is read into.
+"""
+
+import json
+import os
+from array import array
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from pycocotools import mask as mask_utils
+
+from ssis import UserError, images
+from ssis.data import Dataset
+
+
+def safe_name(name, source: str) -> str:
+    """A file name from a JSON, or UserError when it leaves the image folder."""
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{source}: an image has file_name {name!r}; it must be a name")
+    parts = PurePosixPath(name.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
+        raise UserError(
+            f"{source}: file_name {name!r} leaves the image folder; make it relative"
+        )
+    return str(parts)
+
+
+def load_json(path: str, what: str):
+    """Parsed JSON, or UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: {what} not found") from error
+    except OSError as error:
+        raise UserError(f"{path}: {what} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {what} is not JSON ({error})") from error
+
+
+def load_coco(path: str, folder: str, names: list[str] | None = None) -> Dataset:
+    """Read a COCO-format JSON.
+
+    Args:
+        path: the JSON: `images`, `annotations`, `categories`; polygons or RLE.
+        folder: the image folder.
+        names: the class names to use, those of the training set, so that a label means
+            the same class in every part; None takes the JSON's own.
+
+    Raises:
+        UserError: what is wrong in which record, one line.
+    """
+    raw = load_json(path, "COCO JSON")
+    keys = ("images", "annotations", "categories")
+    if not isinstance(raw, dict) or not all(
+        isinstance(raw.get(key), list) for key in keys
+    ):
+        raise UserError(
+            f"{path}: not COCO format: it must have the lists {', '.join(keys)}"
+        )
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: image folder not found")
+    try:
+        dataset, label_of = read_categories(raw["categories"], path, folder, names)
+        position = read_images(raw["images"], dataset)
+        read_annotations(raw["annotations"], dataset, label_of, position)
+        return dataset
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{path}: not COCO format: a record has no proper {error}"
+        ) from error
+
+
+def read_categories(
+    records: list[dict], path: str, folder: str, names: list[str] | None
+) -> tuple[Dataset, dict]:
+    """An empty `Dataset` with its classes, and the label of each category id."""
+    # Sorted by id: the order of a JSON's list is an accident, labels must not be.
+    records = sorted(records, key=lambda category: category["id"])
+    own, ids = [c["name"] for c in records], [c["id"] for c in records]
+    if not own or len(set(own)) < len(own) or len(set(ids)) < len(ids):
+        raise UserError(
+            f"{path}: categories must be there, with ids and names given only once"
+        )
+    names = names or own
+    unknown = sorted(set(own) - set(names))
+    if unknown:
+        raise UserError(
+            f"{path}: unknown class {unknown[0]!r}; the model knows "
+            f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+        )
+    id_of = dict(zip(own, ids, strict=True))
+    dataset = Dataset(path, folder, list(names), [id_of.get(name) for name in names])
+    return dataset, {id_of[name]: names.index(name) + 1 for name in own}
+
+
+def read_images(records: list[dict], dataset: Dataset) -> dict:
+    """Fill in names, ids and sizes; returns the position of each image id."""
+    path, position, seen, sizes = dataset.source, {}, set(), []
+    for image in records:
+        if image["id"] in position:
+            raise UserError(
+                f"{path}: two images have the id {image['id']}; make ids unique"
+            )
+        name = safe_name(image["file_name"], path)
+        if name in seen:
+            raise UserError(
+                f"{path}: two images have the file_name {name!r}; the split could not "
+                "tell them apart"
+            )
+        size = (image["height"], image["width"])
+        if not all(isinstance(side, int) and side > 0 for side in size):
+            raise UserError(
+                f"{path}: image {name!r} has height {size[0]!r} and width {size[1]!r}; "
+                "both must be whole numbers above 0"
+            )
+        position[image["id"]] = len(position)
+        seen.add(name)
+        sizes.append(size)
+        dataset.files.append(name)
+        dataset.image_ids.append(image["id"])
+    if not position:
+        raise UserError(f"{path}: lists no image")
+    dataset.folders = [dataset.folder] * len(position)
+    dataset.sizes = np.array(sizes, np.int64)
+    dataset.annotated = len(position)
+    return position
+
+
+def read_annotations(
+    records: list[dict], dataset: Dataset, label_of: dict, position: dict
+) -> None:
+    """Pack the annotations into the arrays that `Dataset` describes."""
+    # Grouped by image; the order within an image is kept.
+    rows = [[] for _ in position]
+    for record in records:
+        for key, known in (("image_id", position), ("category_id", label_of)):
+            if record[key] not in known:
+                raise UserError(
+                    f"{dataset.source}: annotation {record.get('id')} has {key} "
+                    f"{record[key]}, which is not listed"
+                )
+        rows[position[record["image_id"]]].append(record)
+
+    # Arrays that grow: millions of Python numbers would be gigabytes on their own.
+    labels, crowd, polygonal = array("q"), array("b"), array("b")
+    first, part_first, byte_first = (array("q", [0]) for _ in range(3))
+    pieces, skipped = [], 0
+    for index, image_records in enumerate(rows):
+        for record in image_records:
+            parts, is_polygon = read_mask(record, dataset.size(index), dataset.source)
+            skipped += not parts
+            if not parts:
+                continue
+            labels.append(label_of[record["category_id"]])
+            crowd.append(bool(record.get("iscrowd", 0)))
+            polygonal.append(is_polygon)
+            for part in parts:
+                pieces.append(part)
+                byte_first.append(byte_first[-1] + len(part))
+            part_first.append(part_first[-1] + len(parts))
+        first.append(len(labels))
+    if skipped:
+        dataset.warnings.append(
+            f"{dataset.source}: {skipped} annotations without a mask are left out"
+        )
+    dataset.labels = np.array(labels, np.int64)
+    dataset.crowd, dataset.polygonal = np.array(crowd, bool), np.array(polygonal, bool)
+    dataset.first, dataset.part_first = np.array(first), np.array(part_first)
+    dataset.byte_first = np.array(byte_first)
+    dataset.bytes = np.frombuffer(b"".join(pieces), np.uint8)
+
+
+def read_mask(
+    record: dict, size: tuple[int, int], path: str
+) -> tuple[list[bytes], bool]:
+    """The bytes of an annotation's polygons (float64), or of its compressed RLE."""
+    segmentation = record.get("segmentation")
+    if isinstance(segmentation, dict):
+        if list(segmentation["size"]) != list(size):
+            raise UserError(
+                f"{path}: annotation {record.get('id')} has an RLE of size "
+                f"{segmentation['size']}, its image is {list(size)}"
+            )
+        counts = segmentation["counts"]
+        if isinstance(counts, list):
+            # pycocotools would read beyond the end of runs that are too short.
+            if min(counts, default=-1) < 0 or sum(counts) != size[0] * size[1]:
+                raise UserError(
+                    f"{path}: annotation {record.get('id')} has an RLE whose runs "
+                    "do not add up to its image"
+                )
+            # COCO's crowds: run lengths as numbers. One form of RLE is enough.
+            counts = mask_utils.frPyObjects(segmentation, *size)["counts"]
+        return [counts.encode() if isinstance(counts, str) else counts], False
+    # A polygon needs three corners; pycocotools takes four numbers for a box.
+    polygons = [part for part in segmentation or [] if len(part) >= 6]
+    parts = []
+    for polygon in polygons:
+        if len(polygon) % 2:
+            raise UserError(
+                f"{path}: annotation {record.get('id')} has a polygon with an odd "
+                "number of coordinates"
+            )
+        try:
+            parts.append(array("d", polygon).tobytes())
+        except TypeError as error:
+            raise UserError(
+                f"{path}: annotation {record.get('id')} has a polygon that is "
+                f"not a list of numbers"
+            ) from error
+    return parts, True
+
+
+def add_folder(dataset: Dataset, folder: str) -> list[int]:
+    """Append the images of a bare folder; returns their indices.
+
+    They have no annotations and never will: sizes are left unknown. Files that the
+    dataset lists already are passed over, since the labelled and the unlabelled images
+    often share a folder.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: folder of unlabelled images not found")
+    root = Path(folder)
+    names = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.suffix.lower() in images.IMAGE_TYPES
+    )
+    # The listed ones, by their real path: one file may have two names.
+    known = {os.path.realpath(dataset.path(i)) for i in range(len(dataset))}
+    names = [name for name in names if os.path.realpath(root / name) not in known]
+    if not names:
+        raise UserError(
+            f"{folder}: no image in it that is not in {dataset.source} already "
+            f"({', '.join(images.IMAGE_TYPES)})"
+        )
+    start = len(dataset)
+    dataset.files += names
+    dataset.folders += [folder] * len(names)
+    # No id in the JSON: the name serves.
+    dataset.image_ids += names
+    dataset.sizes = np.concatenate([dataset.sizes, np.zeros((len(names), 2), np.int64)])
+    dataset.first = np.concatenate(
+        [dataset.first, np.full(len(names), dataset.first[-1])]
+    )
+    return list(range(start, len(dataset)))

@@ -15,8 +15,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-MACHINE = "2 CPU cores (Intel Xeon, AVX-512), no GPU, PyTorch 2.15, one thread per run, "
+MACHINE = (
+    "2 CPU cores (Intel Xeon, AVX-512), no GPU, PyTorch 2.15, one thread per run, "
     "two runs at a time"
+)
 
 INTRO = f"""# Results
 
@@ -54,14 +56,14 @@ SECTIONS = [
         "--train-json NUCLEI/instances_train.json --train-images NUCLEI/train "
         "--val-json NUCLEI/instances_val.json --val-images NUCLEI/val --labeled 10% "
         "--labeled-batch 4 --unlabeled-batch 4 --eval-every 800 "
-        "--pretrain-steps 200 --burnin-steps 30 --mutual-steps 150",
+        "--pretrain-steps 120 --burnin-steps 20 --mutual-steps 80",
         rows={m: f"nuclei-{m}-10pct-s*.json" for m in ("supervised", "guided-distillation")},
     ),
     dict(
         title="A small COCO: 80 classes, crowds, polygons and RLE",
         text="80 + 80 images teach nothing; this shows that such data goes through training, "
-        "evaluation and resuming. The run was stopped by SIGTERM after a minute, resumed by the same command, and evaluated with "
-        "`evaluate.py`.",
+        "evaluation and resuming. The run was stopped by SIGTERM after 40 seconds, resumed by "
+        "the same command, and evaluated with `evaluate.py`.",
         command="OMP_NUM_THREADS=1 python train.py --preset custom --seed SEED "
         "--train-json COCO/instances_train.json --train-images COCO/train "
         "--val-json COCO/instances_val.json --val-images COCO/val --labeled 50% "

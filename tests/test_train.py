@@ -15,6 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, real
 
+import evaluate
+import train
 from ssis import checkpoint
 
 TINY = [
@@ -25,7 +27,7 @@ TINY = [
     "--mutual-steps",
     "5",
     "--tau-class",
-    "0.2",
+    "0.1",
     "--labeled",
     "8",
     "--labeled-batch",
@@ -55,6 +57,13 @@ def launch(program: str, *arguments, status: int = 0) -> subprocess.CompletedPro
     done = subprocess.run(command(program, *arguments), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == status, done.stderr[-2000:]
     return done
+
+
+def inside(capsys, main, *arguments) -> str:
+    """What a program prints, run in this process: it saves the seconds of its start."""
+    capsys.readouterr()
+    main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
 
 
 def dataset_of(folder) -> list[str]:
@@ -138,30 +147,38 @@ def test_the_teacher_is_what_the_stages_make_of_it(whole):
     assert not torch.equal(state["teacher"]["module." + name], state["student"][name])
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_run_goes_on_and_ends_bit_identical(whole, tmp_path, sign):
+def test_a_run_stopped_and_killed_goes_on_and_ends_bit_identical(whole, tmp_path):
+    """Ctrl-C, then SIGTERM, then SIGKILL (at any moment, also while saving), then the end."""
     folder, arguments, _ = whole
     arguments = [*arguments, "--output", str(tmp_path), "--checkpoint-every", "1"]
-    process = subprocess.Popen(
-        command("train.py", *arguments),
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    # Some steps in; SIGKILL comes at any moment, also in the middle of saving.
-    while not (tmp_path / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(sign)
-    out, _ = process.communicate()
-    if sign != signal.SIGKILL:
-        assert process.returncode == 0 and "the same command goes on" in out
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] < 12
+    before = 0
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        process = subprocess.Popen(
+            command("train.py", *arguments),
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        # One step further than the last time.
+        while steps_done(tmp_path) <= before:
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(sign)
+        out, _ = process.communicate()
+        if sign != signal.SIGKILL:
+            assert process.returncode == 0 and "the same command goes on" in out
+        before = steps_done(tmp_path)
+        assert 0 < before < 12
     launch("train.py", *arguments, "--workers", "2")
     assert_same_end(folder, tmp_path)
     steps = [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps.count(12) == 1
+
+
+def steps_done(folder) -> int:
+    path = folder / "checkpoint.pt"
+    return checkpoint.load(path)["step"] if path.exists() else 0
 
 
 def test_torchrun_starts_it_and_supervised_fills_the_student_alone(shapes_folder, tmp_path):
@@ -189,33 +206,28 @@ def test_torchrun_starts_it_and_supervised_fills_the_student_alone(shapes_folder
     assert summary["mask_ap"]["student"] is not None and summary["steps"] == 12
 
 
-def test_evaluate_repeats_the_runs_numbers_and_saves_predictions(whole, tmp_path):
+def test_evaluate_repeats_the_runs_numbers_and_saves_predictions(whole, tmp_path, capsys):
     folder = whole[0]
     summary = json.loads((folder / "summary.json").read_text())
     for who in ("teacher", "student"):
-        done = launch(
-            "evaluate.py",
-            folder / "checkpoint.pt",
-            "--who",
-            who,
-            "--save-predictions",
-            tmp_path / f"{who}.json",
-        )
-        row = next(line for line in done.stdout.splitlines() if line.startswith("mask  "))
+        saved = tmp_path / f"{who}.json"
+        out = inside(capsys, evaluate.main, folder / "checkpoint.pt", "--who", who,
+                     "--save-predictions", saved)  # fmt: skip
+        row = next(line for line in out.splitlines() if line.startswith("mask  "))
         assert float(row.split()[1]) == pytest.approx(summary["mask_ap"][who], abs=0.051)
-        assert "triangle" in done.stdout
-        found = json.loads((tmp_path / f"{who}.json").read_text())
+        assert "triangle" in out
+        found = json.loads(saved.read_text())
         assert set(found[0]) == {"image_id", "category_id", "score", "segmentation"}
 
 
 def test_bf16_trains(shapes_folder, tmp_path):
-    launch("train.py", *dataset_of(shapes_folder), *TINY, "--amp", "bf16", "--output", tmp_path)
+    train.main([*dataset_of(shapes_folder), *TINY, "--amp", "bf16", "--output", str(tmp_path)])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert 0 < lines[-1]["labeled/loss_mask"] < 2
 
 
 @pytest.mark.parametrize("name", ["nuclei", "coco_mini"])
-def test_real_images_train_evaluate_and_resume(name, tmp_path):
+def test_real_images_train_evaluate_and_resume(name, tmp_path, capsys):
     folder = real(name)
     arguments = [
         "--preset",
@@ -261,10 +273,10 @@ def test_real_images_train_evaluate_and_resume(name, tmp_path):
         "--val-images",
         str(folder / "val"),
     ]
-    launch("train.py", *arguments)
+    train.main(arguments)
     before = os.stat(tmp_path / "checkpoint.pt").st_mtime_ns
     # Finished: the same command repeats the evaluation and trains no further.
-    launch("train.py", *arguments)
+    train.main(arguments)
     assert os.stat(tmp_path / "checkpoint.pt").st_mtime_ns == before
-    done = launch("evaluate.py", tmp_path / "checkpoint.pt")
-    assert "mask AP per class" in done.stdout
+    out = inside(capsys, evaluate.main, tmp_path / "checkpoint.pt")
+    assert "mask AP per class" in out

@@ -35,6 +35,7 @@ def test_every_option_in_the_documents_exists():
         "--nproc_per_node",
         "--help",
         "--check",
+        "--steps",
         "--no-deterministic",
     }
     for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):

@@ -72,7 +72,8 @@ def overlay(
     pen = ImageDraw.Draw(picture)
     for k, mask in enumerate(masks):
         ys, xs = torch.where(mask > 0)
-        if len(ys):
+        # In a crowd the names would hide what they name.
+        if len(ys) and len(masks) <= 12:
             score = "" if scores is None else f" {scores[k]:.2f}"
             at = (xs.min().item(), max(0, ys.min().item() - 11))
             pen.text(

@@ -171,8 +171,9 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
     run = Run(settings, train_set.names, start)
     pretrain_end, burnin_end, total = settings.stage_ends
     done, results, earlier = 0, {}, 0.0
-    if going_on:
-        state = checkpoint.restore(run, train_set.names, folder / "checkpoint.pt")
+    source = folder / "checkpoint.pt" if going_on else settings.pretrained
+    if source:
+        state = checkpoint.restore(run, train_set.names, source, first_teacher=not going_on)
         done, results, earlier = state["step"], state["results"], state["seconds"]
     metrics = run_folder.Metrics(folder / "metrics.jsonl", done, writes=main_process)
     labeled_batches = loader.batches(streams.labeled, settings.labeled_batch, done, run)
@@ -197,8 +198,13 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
     ) as bar:
         for number in range(done, total):
             if number == pretrain_end:
-                # The first teacher is complete: note how good it is, then freeze it.
-                results["pretrained"] = judge(run, run.net, test_set)
+                # The first teacher is complete: note how good it is, keep it for other runs
+                # (`--pretrained`), then freeze it.
+                if "pretrained" not in results:
+                    results["pretrained"] = judge(run, run.net, test_set)
+                spent = earlier + time.monotonic() - began
+                state = checkpoint.snapshot(run, train_set.names, done, results, spent)
+                distributed.from_main(checkpoint.save, folder / "pretrained.pt", state)
                 begin_burnin(run)
             if number == burnin_end:
                 # GD: teacher := student. The update below, the first one, is then a copy.

@@ -132,20 +132,39 @@ def snapshot(run, names: list[str], step: int, results: dict, seconds: float) ->
     )
 
 
-def restore(run, names: list[str], path: Path) -> dict:
+def restore(run, names: list[str], path: Path, first_teacher: bool = False) -> dict:
     """Put a snapshot back into a `train.Run`, and return it.
+
+    Args:
+        run: `train.Run`, new.
+        names: class names.
+        path: the checkpoint.
+        first_teacher: it is that of another run at the end of the same pretraining
+            (`--pretrained`), so that settings of what comes after may differ.
 
     Raises:
         UserError: it is of other settings or other classes.
     """
     state = load(path)
-    other = config.differences(run.config, state["config"])
+    ignored = config.NOT_IN_RESULT
+    if first_teacher:
+        ignored += config.AFTER_PRETRAINING
+        if state["step"] != state["config"]["pretrain_steps"]:
+            raise UserError(
+                f"--pretrained {path}: was saved after step {state['step']}, not at "
+                "the end of pretraining; give the pretrained.pt of that run"
+            )
+    other = config.differences(run.config, state["config"], ignored)
     if state["names"] != names:
         other.append(f"classes were {', '.join(state['names'][:4])}")
     if other:
         raise UserError(
-            f"{path}: is of a run with other settings ({'; '.join(other[:3])}); give "
-            "another --output, or --resume never to replace it"
+            f"{path}: is of a run with other settings ({'; '.join(other[:3])}); "
+            + (
+                "give one of the same pretraining, or none"
+                if first_teacher
+                else "give another --output, or --resume never to replace it"
+            )
         )
     load_weights(run.net, state["student"], path)
     load_weights(run.teacher, state["teacher"], path)

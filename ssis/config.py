@@ -23,7 +23,16 @@ from ssis import UserError
 METHODS = ("supervised", "guided-distillation")
 # Fields that may differ between a run and its resumption: they say where and how fast,
 # never what is computed.
-NOT_IN_RESULT = ("output", "resume", "workers", "checkpoint_every", "device")
+NOT_IN_RESULT = (
+    "output", "resume", "pretrained", "workers", "checkpoint_every", "device"
+)
+# Fields that pretraining does not depend on. Runs that differ in these alone have the
+# same first teacher, bit for bit, and can share one (`--pretrained`).
+AFTER_PRETRAINING = (
+    "method", "burnin_steps", "mutual_steps", "unlabeled_batch", "ema_decay",
+    "tau_class", "min_area", "unsup_weight", "unlabeled_includes_labeled", "eval_every",
+    "audit_images",
+)
 
 
 def setting(default, reason: str, choices: tuple[str, ...] = ()):
@@ -54,6 +63,11 @@ class Config:
         "auto",
         "auto goes on where the run in the folder stopped; never starts it anew",
         ("auto", "never"),
+    )
+    pretrained: str = setting(
+        "",
+        "pretrained.pt of a run that differs only in what comes after pretraining: "
+        "skips it, with the same result",
     )
 
     # Data.
@@ -244,6 +258,11 @@ class Config:
                 raise UserError(
                     f"{flag(name)} {getattr(self, name)}: must be > 0 and finite"
                 )
+        if self.pretrained and self.method == "supervised":
+            raise UserError(
+                f"--pretrained {self.pretrained}: --method supervised is pretraining "
+                "alone, with a schedule of its own; leave the flag out"
+            )
         if self.backbone_weights != "none" and self.model == "small":
             raise UserError(
                 f"--backbone-weights {self.backbone_weights}: the small model has "
@@ -367,11 +386,13 @@ def save(config: Config, path: Path) -> None:
     path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
-def differences(config: Config, saved: dict) -> list[str]:
+def differences(
+    config: Config, saved: dict, ignored: tuple[str, ...] = NOT_IN_RESULT
+) -> list[str]:
     """Fields that change the result and differ from a run's saved config, in words."""
     now = dataclasses.asdict(config)
     return [
         f"{flag(name)} was {saved.get(name)}, is {value}"
         for name, value in now.items()
-        if name not in NOT_IN_RESULT and saved.get(name) != value
+        if name not in ignored and saved.get(name) != value
     ]

@@ -4,6 +4,7 @@ r"""The files of a run: what it was, what happened, what came out.
     labeled.json     the split; `--labeled` takes it back
     metrics.jsonl    a line for every ten steps, and one for every evaluation
     checkpoint.pt    everything needed to go on, or to evaluate
+    pretrained.pt    the same at the end of pretraining; `--pretrained` takes it
     summary.json     the result
     *.png            pseudo-labels, predictions, curves
 

@@ -176,6 +176,31 @@ def test_a_run_stopped_and_killed_goes_on_and_ends_bit_identical(whole, tmp_path
     assert steps == sorted(steps) and steps.count(12) == 1
 
 
+def test_a_shared_first_teacher_leads_to_the_same_end(whole, tmp_path):
+    folder, arguments, _ = whole
+    first = folder / "pretrained.pt"
+    train.main([*arguments, "--pretrained", str(first), "--output", str(tmp_path / "a")])
+    assert_same_end(folder, tmp_path / "a")
+    steps = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(steps[0])["step"] > 4
+
+
+def test_a_first_teacher_of_another_pretraining_is_refused(whole, tmp_path, capsys):
+    folder, arguments, _ = whole
+    for name, more, says in (
+        ("pretrained.pt", ["--lr", "0.1"], "--lr was 0.001, is 0.1"),
+        ("checkpoint.pt", [], "was saved after step 12, not at the end of pretraining"),
+        ("pretrained.pt", ["--method", "supervised"], "is pretraining alone"),
+    ):
+        given = ["--pretrained", str(folder / name), "--output", str(tmp_path / "a"), *more]
+        with pytest.raises(SystemExit) as stop:
+            train.main([*arguments, *given])
+        assert stop.value.code == 2 and says in capsys.readouterr().err
+    # What comes after may differ.
+    more = ["--ema-decay", "0.5", "--mutual-steps", "1", "--output", str(tmp_path / "b")]
+    train.main([*arguments, "--pretrained", str(folder / "pretrained.pt"), *more])
+
+
 def steps_done(folder) -> int:
     path = folder / "checkpoint.pt"
     return checkpoint.load(path)["step"] if path.exists() else 0

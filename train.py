@@ -13,41 +13,19 @@ Order of the file: one step, what happens between the steps, the run, the comman
 B = images of a batch on this process, N = instances, C = classes; images (3, H, W).
 """
 
-import signal
 import sys
 import time
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 import evaluate
-from ssis import UserError, audit, augment, checkpoint, config, data, distributed
-from ssis import filters, loader, losses, model, optimizer, run_folder, split, teacher
-from ssis import visualize
+from ssis import UserError, audit, augment, checkpoint, config, correction, data, distributed
+from ssis import filters, loader, losses, model, run_folder, split, teacher, visualize
+from ssis.run import Run
 
 LOG_EVERY = 10
-
-
-class Run:
-    """What a training step works on; built once by `main`, no behaviour of its own."""
-
-    def __init__(self, settings: config.Config, names: list[str], start: tuple):
-        self.config = settings
-        self.rank, self.world, self.device = start
-        # Same seed on all processes: the same first weights. Then one of each rank, for
-        # the sampling of anchors and proposals.
-        torch.manual_seed(settings.seed)
-        self.net = model.build(settings, len(names) + 1).to(self.device).train()
-        torch.manual_seed(settings.seed * 1000 + 1 + self.rank)
-        self.student = distributed.wrap(self.net, self.device)
-        self.teacher = teacher.make_teacher(self.net, settings.ema_decay)
-        self.optimizer = optimizer.make(self.net, settings)
-        self.schedule = LambdaLR(self.optimizer, lambda step: optimizer.lr_factor(step, settings))
-        dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=settings.amp != "off")
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
 
 
 # ---------------------------------------------------------------------------- one step
@@ -72,7 +50,7 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
     # The labelled images get the strong view too. Otherwise a gain over supervised training
     # would in part be that of the augmentation, which supervised training can have as well.
     images = [augment.strong_view(item["image"].to(run.device), item["seed"]) for item in labeled]
-    targets = [to_device(item["target"], run.device) for item in labeled]
+    targets = [{k: v.to(run.device) for k, v in item["target"].items()} for item in labeled]
     with run.autocast:
         loss_s, counts = run.student(images, targets)
     # GD Eq. (total): the labelled part. Its backward pass synchronises the gradients
@@ -87,28 +65,32 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
     run.scaler.update()
     run.schedule.step()
     distributed.average_statistics(run.net)
+    # PL-DC: the second classifier looks at the labelled images with the teacher's eyes.
+    done = run.schedule.last_epoch
+    if unlabeled is not None and run.second and done % correction.REFRESH_EVERY == 0:
+        run.second.learn(run.teacher.module, labeled)
     return row
 
 
 def unlabeled_pass(run: Run, unlabeled: list[dict]) -> dict:
     """Pseudo-labels for B unlabelled images, and the gradient of the loss on them."""
     settings = run.config
-    # 1. The teacher looks at the weak view (no grad, eval mode).
+    # 1. The teacher labels the weak view; what it says is filtered and corrected.
     weak = [item["image"].to(run.device) for item in unlabeled]
-    with run.autocast:
-        predictions = teacher.predict(run.teacher.module, weak, settings.tau_class)
-    # 2. GD Eq. (filter): only what it is sure of becomes a pseudo-label.
-    kept = [filters.keep(p, settings.tau_class, settings.min_area) for p in predictions]
-    # 3. An image without a pseudo-label says nothing. It is left out, never trained as
+    stages = pseudo_labels(run, weak, unlabeled)
+    # PL-DC Eq. (adapt): the thresholds follow what the teacher predicts.
+    run.thresholds.update(stages["predicted"])
+    pseudo = stages["final"]
+    # 2. An image without a pseudo-label says nothing. It is left out, never trained as
     #    background: the teacher may just not have been sure.
-    chosen = [i for i, pseudo in enumerate(kept) if len(pseudo)]
-    # 4. The student must see the same in the strong view of the same pixels.
+    chosen = [i for i, found in enumerate(pseudo) if len(found)]
+    # 3. The student must see the same in the strong view of the same pixels.
     strong = [augment.strong_view(weak[i], unlabeled[i]["seed"]) for i in chosen]
-    targets = [kept[i].target() for i in chosen]
+    # PL-DC Eq. (PMUA): with the teacher's certainty as a weight of each mask pixel.
+    targets = [pseudo[i].target(settings.uncertainty) for i in chosen]
     loss_u, counts = None, torch.zeros(losses.COUNTS, device=run.device)
-    # `run.net`, not DDP's `run.student`: a process with no pseudo-label skips this pass,
-    # so nothing in it may wait for the others. Only the sum of the counts does, and all
-    # processes take part in that.
+    # `run.net`, not DDP's `run.student`: a process with no pseudo-label skips this pass, so
+    # nothing in it may wait for the others. All take part in the sum of the counts.
     if chosen:
         with run.autocast:
             loss_u, counts = run.net(strong, targets)
@@ -118,30 +100,70 @@ def unlabeled_pass(run: Run, unlabeled: list[dict]) -> dict:
         # GD Eq. (total): the unlabelled part, lambda_u L_unlabeled.
         run.scaler.scale(settings.unsup_weight * objective).backward()
     row = losses.logged(loss_u, counts, "unlabeled/")
-    found = [sum(len(pseudo) for pseudo in kept), len(kept)]
+    found = [sum(map(len, pseudo)), len(pseudo)]
     return row | {"pseudo_per_image": torch.tensor(found, device=run.device)}
 
 
-def to_device(target: dict, device: torch.device) -> dict:
-    """A target on the device."""
-    return {key: value.to(device, non_blocking=True) for key, value in target.items()}
+def pseudo_labels(run: Run, weak: list, items: list[dict], lowest: float | None = None) -> dict:
+    """The teacher's pseudo-labels for B weak views, after each stage.
+
+    Args:
+        run: the models.
+        weak: B images (3, H, W) float in [0, 1].
+        items: what the stream gave for them; their truth is used by --oracle alone.
+        lowest: also return predictions of this class score; None: what could pass.
+
+    Returns:
+        stage -> B `PseudoLabels`; the student is trained on the stage "final".
+    """
+    settings = run.config
+    least = min(filters.lowest_score(settings), 1 if lowest is None else lowest)
+    # GD: no gradient, evaluation mode.
+    with run.autocast:
+        predicted = teacher.predict(run.teacher.module, weak, least)
+    # PL-DC, instance level: class and mask quality decide what is kept.
+    kept = [filters.keep(found, settings, run.thresholds) for found in predicted]
+    stages = dict(predicted=predicted, kept=kept)
+    # PL-DC, category level: a second opinion on the class, which fades with time.
+    if settings.correction != "none":
+        weight = correction.weight(run.schedule.last_epoch, *settings.stage_ends[1:])
+        stages["corrected"] = [
+            correction.fuse(found, run.second(image, found), weight)
+            for image, found in zip(weak, kept, strict=True)
+        ]
+    # Headroom, not a method.
+    if settings.oracle != "none":
+        stages["oracle"] = [
+            audit.oracle(found, item["target"], settings.oracle)
+            for found, item in zip(list(stages.values())[-1], items, strict=True)
+        ]
+    return stages | {"final": list(stages.values())[-1]}
 
 
 # ------------------------------------------------------------------- between the steps
 
 
 def judge(run: Run, net: nn.Module, dataset: data.Dataset) -> dict:
-    """COCO AP of a model, which is left in the mode that it was in."""
+    """COCO AP of a model, which stays in the mode that it was in."""
     mode = net.training
     report, _ = evaluate.evaluate(net.eval(), dataset, run.device, run.rank, run.world)
     net.train(mode)
     return report
 
 
-def begin_burnin(run: Run) -> None:
-    """GD: teacher := student, frozen; the student goes on, or starts afresh."""
+def begin_burnin(run: Run, labeled: loader.Stream, frequency: torch.Tensor) -> None:
+    """GD: teacher := student, frozen; the student goes on, or starts afresh.
+
+    Args:
+        run: with the student that pretraining ended with.
+        labeled: the labelled stream, for PL-DC's second classifier.
+        frequency: (C,) shares of the classes, for PL-DC's thresholds.
+    """
     teacher.restart(run.teacher)
     run.teacher.update_parameters(run.net)
+    run.thresholds.start(frequency)
+    if run.second and run.second.learns:
+        correction.begin(run.second, run, labeled)
     if run.config.burnin_init == "fresh":
         with torch.random.fork_rng():
             torch.manual_seed(run.config.seed + 1)
@@ -180,32 +202,25 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
     unlabeled_batches = loader.batches(
         streams.unlabeled, settings.unlabeled_batch, max(done, pretrain_end), run
     )
-    # Ctrl-C and SIGTERM (what a cluster sends before it kills): finish the step, save, go.
-    stop_asked = []
-    before = {
-        name: signal.signal(name, lambda number, frame: stop_asked.append(number))
-        for name in (signal.SIGINT, signal.SIGTERM)
-    }
-
     began, table = time.monotonic(), {}
-    # `with`: an error must not be printed behind an open progress bar.
-    with tqdm(
-        total=total,
-        initial=done,
-        disable=not main_process,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    ) as bar:
+
+    def save(name: str) -> None:
+        spent = earlier + time.monotonic() - began
+        state = checkpoint.snapshot(run, train_set.names, done, results, spent)
+        distributed.from_main(checkpoint.save, folder / name, state)
+
+    pause = 0.5 if sys.stderr.isatty() else 30
+    size = dict(total=total, initial=done, dynamic_ncols=True, mininterval=pause)
+    # `with`: an error must not be printed behind an open progress bar. Ctrl-C and SIGTERM
+    # (what a cluster sends before it kills): finish the step, save, go.
+    with tqdm(disable=not main_process, **size) as bar, distributed.StopSignals(device) as stop:
         for number in range(done, total):
             if number == pretrain_end:
-                # The first teacher is complete: note how good it is, keep it for other runs
-                # (`--pretrained`), then freeze it.
+                # The first teacher: judge it, keep it (for `--pretrained`), freeze it.
                 if "pretrained" not in results:
                     results["pretrained"] = judge(run, run.net, test_set)
-                spent = earlier + time.monotonic() - began
-                state = checkpoint.snapshot(run, train_set.names, done, results, spent)
-                distributed.from_main(checkpoint.save, folder / "pretrained.pt", state)
-                begin_burnin(run)
+                save("pretrained.pt")
+                begin_burnin(run, streams.labeled, train_set.class_shares(labeled))
             if number == burnin_end:
                 # GD: teacher := student. The update below, the first one, is then a copy.
                 teacher.restart(run.teacher)
@@ -223,8 +238,7 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
 
             # The loss table is summed over steps here, over processes when it is written.
             table = {name: table.get(name, 0) + value for name, value in row.items()}
-            asked = torch.tensor(float(bool(stop_asked)), device=device)
-            stopping = distributed.all_sum(asked).item() > 0
+            stopping = stop.asked()
             saving = done % settings.checkpoint_every == 0 or done == total or stopping
             judging = done % settings.eval_every == 0 and done < total
             if done % LOG_EVERY == 0 or saving or judging:
@@ -234,34 +248,27 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
                 metrics.add(step=done, stage=stage, lr=lr, **means)
                 bar.set_postfix(losses.brief(means), refresh=False)
             if saving:
-                spent = earlier + time.monotonic() - began
-                state = checkpoint.snapshot(run, train_set.names, done, results, spent)
-                distributed.from_main(checkpoint.save, folder / "checkpoint.pt", state)
+                save("checkpoint.pt")
             if stopping and done < total:
                 if main_process:
-                    bar.write(
-                        f"stopped after step {done} of {total}; the same command goes on from there"
-                    )
+                    bar.write(f"stopped after step {done} of {total}; the same command goes on")
                 return
             if judging:
                 line = {"val_mask_ap_student": judge(run, run.net, val_set)["mask"]["AP"]}
                 if semi:
-                    line["val_mask_ap_teacher"] = judge(run, run.teacher.module, val_set)["mask"][
-                        "AP"
-                    ]
-                    line |= audit.run(run, streams.audit, density)
+                    report = judge(run, run.teacher.module, val_set)
+                    line["val_mask_ap_teacher"] = report["mask"]["AP"]
+                    line |= audit.run(run, pseudo_labels, streams.audit, density)
                     if main_process:
                         audit.warn(means, density, bar.write)
-                    visualize.pseudo_labels(run, streams, folder, done)
+                    visualize.pseudo_labels(run, pseudo_labels, streams, folder, done)
                 metrics.add(step=done, **line)
-    for name, handler in before.items():
-        signal.signal(name, handler)
 
     # The end: the student and, where there is one, the teacher, on the test part.
     results["student"] = judge(run, run.net, test_set)
     if run.teacher.n_averaged > 0:
         results["teacher"] = judge(run, run.teacher.module, test_set)
-        results |= audit.run(run, streams.audit, density)
+        results |= audit.run(run, pseudo_labels, streams.audit, density)
     spent = earlier + time.monotonic() - began
     counts = dict(labeled=len(labeled), unlabeled=len(unlabeled), steps=total)
     summary = run_folder.summary(settings, results, counts, test_set, spent)

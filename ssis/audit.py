@@ -12,20 +12,28 @@ compared with the truth:
 
 Shares are in [0, 1]; one that is a share of nothing is None.
 
+and this for every stage of their making (`train.pseudo_labels`): all that the teacher
+predicts (class score >= 0.3), what the filter keeps, what is left of it when its
+classes are corrected. So each level shows what it does, and what it costs.
+
 A pseudo-label and an instance are matched one to one, best class quality first, as
 COCO does, but regardless of the class: the class is what is being audited.
 
 Read next: `ssis/visualize.py`, the same in pictures.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from ssis import distributed, filters, teacher
+from ssis import distributed
 from ssis.teacher import PseudoLabels
 
 MATCH_IOU = 0.5
+# Class score from which on a prediction counts as one, before any filter.
+PREDICTED = 0.3
 # The sums that everything follows from; one row for each label, so that the rows of
 # several processes can be added up.
 KEPT, MATCHED, RIGHT, IOU, TRUE, FOUND = range(6)
@@ -116,34 +124,70 @@ def per_class(sums: Tensor, images: int, names: list[str]) -> dict:
     }
 
 
-def run(run, stream, labeled_per_image: float) -> dict:
-    """Audit a run's teacher on some unlabelled images, over all processes.
+def oracle(pseudo: PseudoLabels, target: dict, what: str) -> PseudoLabels:
+    """Headroom: pseudo-labels whose classes or masks are replaced by the truth.
+
+    What lies on no instance stays as it is: there is no truth for it.
+
+    Args:
+        pseudo: of one image.
+        target: the truth in the same frame.
+        what: "class", "mask" (with the box) or "both".
+    """
+    partner = match(pseudo.boxes, target["boxes"]).to(pseudo.boxes.device)
+    hit = partner >= 0
+    true = {key: t.to(partner.device)[partner[hit]] for key, t in target.items()}
+    made = dataclasses.replace(pseudo)
+    if what in ("class", "both"):
+        made.labels = pseudo.labels.clone()
+        made.labels[hit] = true["labels"]
+    if what in ("mask", "both"):
+        made.boxes, made.masks = pseudo.boxes.clone(), pseudo.masks.clone()
+        made.mask_probs = pseudo.mask_probs.clone()
+        made.boxes[hit], made.masks[hit] = true["boxes"], true["masks"].bool()
+        made.mask_probs[hit] = true["masks"].float()
+    return made
+
+
+def run(run, label, stream, labeled_per_image: float) -> dict:
+    """Audit a run's pseudo-labels on some unlabelled images, over all processes.
 
     The images are weak views, as the student's are.
 
     Args:
         run: `train.Run`.
+        label: `train.pseudo_labels`.
         stream: unlabelled images with their hidden targets; None without truth.
         labeled_per_image: instances per labelled image.
 
     Returns:
-        {"audit": the numbers, "audit_per_class": {name: numbers}}, None without truth.
+        {"audit": the numbers of what the student is trained on, "audit_per_class":
+        {name: numbers}, "audit_stages": {stage: numbers}}; None without truth.
     """
     if stream is None:
-        return dict(audit=None, audit_per_class=None)
+        return dict(audit=None, audit_per_class=None, audit_stages=None)
     names, config = stream.dataset.names, run.config
     count = min(config.audit_images, len(stream.indices))
-    sums = torch.zeros(len(names) + 1, 6, device=run.device)
+    sums: dict[str, Tensor] = {}
     for k in range(run.rank, count, run.world):
         item = stream[k]
         weak = [item["image"].to(run.device)]
-        found = teacher.predict(run.teacher.module, weak, config.tau_class)[0]
-        kept = filters.keep(found, config.tau_class, config.min_area)
-        sums += tally(kept, item["target"], len(names)).to(sums)
-    sums = distributed.all_sum(sums).cpu()
+        for stage, found in label(run, weak, [item], PREDICTED).items():
+            counted = tally(found[0], item["target"], len(names))
+            sums[stage] = sums.get(stage, 0) + counted
+    # Processes beyond the number of images have counted nothing.
+    stages = distributed.gather(list(sums))[0]
+    zeros = torch.zeros(len(names) + 1, 6, dtype=torch.float64)
+    together = torch.stack([sums.get(stage, zeros) for stage in stages])
+    together = distributed.all_sum(together.float().to(run.device)).double().cpu()
+    numbers = {
+        stage: summary(table, count, labeled_per_image)
+        for stage, table in zip(stages, together, strict=True)
+    }
     return dict(
-        audit=summary(sums, count, labeled_per_image),
-        audit_per_class=per_class(sums, count, names),
+        audit=numbers.pop("final"),
+        audit_per_class=per_class(together[-1], count, names),
+        audit_stages=numbers,
     )
 
 
@@ -163,7 +207,7 @@ def warn(means: dict, labeled_per_image: float, write) -> None:
         write(
             f"warning: the teacher has collapsed: {found:.2f} pseudo-labels per image, "
             f"{labeled_per_image:.2f} instances per labelled image; lower "
-            "--tau-class, or pretrain longer"
+            "--tau-class (or --tau-mask, --tau-min), or pretrain longer"
         )
     if found > 5 * labeled_per_image:
         write(

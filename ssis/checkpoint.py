@@ -123,6 +123,9 @@ def snapshot(run, names: list[str], step: int, results: dict, seconds: float) ->
         student=run.net.state_dict(),
         # With the EMA's own counter, which says whether the next update is a copy.
         teacher=run.teacher.state_dict(),
+        # PL-DC: what its levels remember.
+        thresholds=run.thresholds.state_dict(),
+        second=run.second.state_dict() if run.second else {},
         optimizer=run.optimizer.state_dict(),
         schedule=run.schedule.state_dict(),
         scaler=run.scaler.state_dict(),
@@ -146,9 +149,8 @@ def restore(run, names: list[str], path: Path, first_teacher: bool = False) -> d
         UserError: it is of other settings or other classes.
     """
     state = load(path)
-    ignored = config.NOT_IN_RESULT
+    ignored = config.AFTER_PRETRAINING if first_teacher else config.NOT_IN_RESULT
     if first_teacher:
-        ignored += config.AFTER_PRETRAINING
         if state["step"] != state["config"]["pretrain_steps"]:
             raise UserError(
                 f"--pretrained {path}: was saved after step {state['step']}, not at "
@@ -168,6 +170,11 @@ def restore(run, names: list[str], path: Path, first_teacher: bool = False) -> d
         )
     load_weights(run.net, state["student"], path)
     load_weights(run.teacher, state["teacher"], path)
+    if not first_teacher:
+        # Of a first teacher they would be another method's; burn-in starts them.
+        run.thresholds.load_state_dict(state["thresholds"])
+        if run.second:
+            run.second.load_state_dict(state["second"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.schedule.load_state_dict(state["schedule"])
     run.scaler.load_state_dict(state["scaler"])

@@ -3,7 +3,9 @@ r"""Every setting once: a dataclass with a reason per field; presets; the comman
 There is one `Config`. Its fields are the command line (`--tau-class 0.7` sets
 `tau_class`), its defaults are the preset `shapes`, and the other presets are the same
 fields with other values. The order of precedence: a flag, then the preset, then the
-default. Nothing else steers a training run.
+default. A method sets the switches of its own parts (`METHODS`), which come between
+preset and flag, so that `--method pl-dc --correction none` is PL-DC without that level.
+Nothing else steers a training run.
 
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
@@ -20,19 +22,33 @@ from pathlib import Path
 from ssis import UserError
 
 # The methods that exist so far. `supervised` is pretraining for all the steps.
-METHODS = ("supervised", "guided-distillation")
+METHODS = {
+    "supervised": {},
+    "guided-distillation": {},
+    # PL-DC: its three levels, each with a switch of its own.
+    "pl-dc": dict(filter="adaptive", correction="prototypes", uncertainty=True),
+}
 # Fields that may differ between a run and its resumption: they say where and how fast,
 # never what is computed.
 NOT_IN_RESULT = (
-    "output", "resume", "pretrained", "workers", "checkpoint_every", "device"
+    "output",
+    "resume",
+    "pretrained",
+    "workers",
+    "checkpoint_every",
+    "device",
 )
 # Fields that pretraining does not depend on. Runs that differ in these alone have the
 # same first teacher, bit for bit, and can share one (`--pretrained`).
+# fmt: off
 AFTER_PRETRAINING = (
-    "method", "burnin_steps", "mutual_steps", "unlabeled_batch", "ema_decay",
-    "tau_class", "min_area", "unsup_weight", "unlabeled_includes_labeled", "eval_every",
-    "audit_images",
+    *NOT_IN_RESULT, "method", "burnin_steps", "mutual_steps", "unlabeled_batch",
+    "ema_decay", "filter", "tau_class", "tau_mask", "tau_min", "tau_max",
+    "threshold_decay", "min_area", "correction", "clip_model", "descriptions",
+    "prototypes", "uncertainty", "oracle", "unsup_weight",
+    "unlabeled_includes_labeled", "eval_every", "audit_images",
 )
+# fmt: on
 
 
 def setting(default, reason: str, choices: tuple[str, ...] = ()):
@@ -161,8 +177,45 @@ class Config:
     ema_decay: float = setting(
         0.99, "GD 0.9996 for 100k steps and more; short runs need less"
     )
-    tau_class: float = setting(0.7, "a pseudo-label needs this class score (GD 0.7)")
+    filter: str = setting(
+        "score",
+        "what keeps a pseudo-label: class score (GD), score times mask quality, both "
+        "apart, or both with a threshold for each class (PL-DC)",
+        ("score", "coupled", "dual", "adaptive"),
+    )
+    tau_class: float = setting(
+        0.7, "class quality asked for (GD 0.7, PL-DC 0.85); of coupled, the product"
+    )
+    tau_mask: float = setting(0.8, "mask quality asked for by dual (PL-DC 0.9)")
+    tau_min: float = setting(0.5, "lowest adaptive threshold (PL-DC: not published)")
+    tau_max: float = setting(0.9, "highest adaptive threshold (PL-DC: not published)")
+    threshold_decay: float = setting(
+        0.99, "how slowly adaptive thresholds follow (PL-DC 0.9996)"
+    )
     min_area: int = setting(5, "a pseudo-label needs more mask pixels than this (GD 5)")
+    correction: str = setting(
+        "none",
+        "second opinion on the class of a pseudo-label (PL-DC): prototypes of the "
+        "labelled instances, or CLIP (needs open_clip_torch)",
+        ("none", "prototypes", "clip"),
+    )
+    prototypes: int = setting(64, "labelled instances remembered of each class")
+    clip_model: str = setting(
+        "convnext_large_d_320:laion2b_s29b_b131k_ft_soup",
+        "open_clip's architecture:weights; the weights may be a PATH (PL-DC: this one)",
+    )
+    descriptions: str = setting(
+        "", "JSON for clip: class name -> list of prompts; empty: a photo of a <name>"
+    )
+    uncertainty: bool = setting(
+        False, "weight pseudo-labelled mask pixels by the teacher's certainty (PL-DC)"
+    )
+    oracle: str = setting(
+        "none",
+        "headroom, not a method: the truth replaces class, mask or both of the "
+        "pseudo-labels",
+        ("none", "class", "mask", "both"),
+    )
     unsup_weight: float = setting(
         1.0, "weight of the pseudo-labelled loss (GD 2, PL-DC 1)"
     )
@@ -248,11 +301,14 @@ class Config:
             )
         if not 0 <= self.decay_at < 1:
             raise UserError(f"--decay-at {self.decay_at}: must be from 0 to below 1")
-        for name in ("ema_decay", "tau_class"):
+        shares = ("tau_class", "tau_mask", "tau_min", "tau_max")
+        for name in ("ema_decay", "threshold_decay", *shares):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(
                     f"{flag(name)} {getattr(self, name)}: must be from 0 to 1"
                 )
+        if self.tau_min > self.tau_max:
+            raise UserError("--tau-min <= --tau-max does not hold")
         for name in ("lr", "clip_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(
@@ -338,6 +394,19 @@ PRESETS = {
 }
 
 
+# PL-DC's own numbers on real data, where they differ from GD's.
+PL_DC_REAL = dict(
+    filter="adaptive",
+    tau_class=0.85,
+    tau_mask=0.9,
+    threshold_decay=0.9996,
+    unsup_weight=1.0,
+    burnin_steps=20_000,
+    labeled_batch=8,
+    unlabeled_batch=8,
+)
+
+
 def flag(name: str) -> str:
     """The flag of a field."""
     return "--" + name.replace("_", "-")
@@ -376,7 +445,11 @@ def parse(argv: list[str] | None = None) -> Config:
                 choices=field.metadata["choices"] or None,
             )
     given = vars(parser.parse_args(argv))
-    config = Config(**{**PRESETS[given.get("preset", "shapes")], **given})
+    preset, method = given.get("preset", "shapes"), given.get("method", Config.method)
+    levels = dict(METHODS.get(method, {}))
+    if method == "pl-dc" and preset in ("coco", "cityscapes", "voc"):
+        levels |= PL_DC_REAL
+    config = Config(**{**PRESETS[preset], **levels, **given})
     config.check()
     return config
 

@@ -155,6 +155,17 @@ class Dataset:
         counts = singles[self.first[1:]] - singles[self.first[:-1]]
         return float(counts[indices].mean()) if len(indices) else 0.0
 
+    def class_shares(self, indices: list[int]) -> Tensor:
+        """Share of each class among the instances of some images: (C,) float32."""
+        labels = [
+            self.labels[self.first[i] : self.first[i + 1]][
+                ~self.crowd[self.first[i] : self.first[i + 1]]
+            ]
+            for i in indices
+        ]
+        counts = np.bincount(np.concatenate(labels), minlength=len(self.names) + 1)[1:]
+        return torch.from_numpy(counts / max(counts.sum(), 1)).float()
+
     def coco(self, indices: list[int]) -> COCO:
         """The truth of some images as pycocotools' object, with labels as category ids.
 

@@ -1,34 +1,134 @@
-r"""Which predictions become pseudo-labels.
+r"""PL-DC, instance level: decoupled dual-threshold filtering.
 
 A wrong pseudo-label teaches the student a mistake that it then hands back to the
 teacher; a missing one teaches that an object is background. The filter stands between.
 
-Guided Distillation keeps an instance on its class score alone:
+Each predicted instance has two qualities, which fail independently: a clean mask of the
+wrong class, a right class with a ragged mask:
 
-$$ keep_i = [ c_i > \tau_{class} ] \wedge [ area_i > 5 px ] $$       GD Eq. (filter)
+$$c = \max_k P(k), \qquad
+  m = \mathrm{mean}\{p_{xy} : p_{xy} > 0.5\}$$ PL-DC Eq. (quality)
 
-with c the class probability and the area that of {p > 0.5}.
+with P the class distribution and p the mask probability. Four rules (`--filter`):
 
-Read next: `ssis/losses.py`, where the student learns from what is kept.
+    score      c > tau_class. Guided Distillation's: the mask is not asked.
+    coupled    c * m >= tau_class. The usual practice: one number, in which a good
+               class makes up for a bad mask, and the other way round.
+    dual       c >= tau_class and m >= tau_mask. PL-DC (arXiv): decoupled.
+    adaptive   c >= T_class[k] and m >= T_mask[k]. PL-DC (AAAI): a threshold for each
+               class k that follows the teacher, so that a class in which the teacher
+               is never sure is not lost altogether.
+
+The adaptive thresholds start at the frequency of the class among the labelled
+instances, rare classes low, and follow the mean quality q of the class:
+
+$$T_k^0 = T_{min} + (T_{max} - T_{min}) \, n_k / N$$ PL-DC Eq. (init)
+
+$$T_k \leftarrow a T_k + (1 - a) \, \bar q_k$$ PL-DC Eq. (adapt)
+
+Differences from the released code: it averages all of the 100 best predictions, most of
+them background, so the thresholds sink; each process has its own; a resumed run starts
+them anew. Here the mean is over the candidates (class score >= T_min) of all
+processes, T stays within [T_min, T_max], and the thresholds are in the checkpoint.
+
+All rules also ask for a mask of more than `min_area` pixels. Read next:
+`ssis/correction.py`, which doubts the classes of what is kept.
 """
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ssis import distributed
 from ssis.teacher import PseudoLabels
 
+RULES = ("score", "coupled", "dual", "adaptive")
 
-def keep(predictions: PseudoLabels, tau_class: float, min_area: int) -> PseudoLabels:
+
+class Thresholds(nn.Module):
+    """PL-DC's adaptive class-aware thresholds; a module for its state dict.
+
+    Args:
+        config: `tau_min`, `tau_max`, `threshold_decay`, `filter`.
+        classes: C.
+    """
+
+    def __init__(self, config, classes: int):
+        super().__init__()
+        self.used = config.filter == "adaptive"
+        self.lowest, self.highest = config.tau_min, config.tau_max
+        self.decay = config.threshold_decay
+        # Row 0 for the class quality, row 1 for the mask quality.
+        self.register_buffer("values", torch.full((2, classes), self.lowest))
+
+    def start(self, frequency: Tensor) -> None:
+        """Set all to their first values.
+
+        Args:
+            frequency: (C,) share n_k / N of each class among the labelled instances.
+        """
+        # PL-DC Eq. (init)
+        first = self.lowest + (self.highest - self.lowest) * frequency.float()
+        self.values.copy_(first.expand_as(self.values))
+
+    @torch.no_grad()
+    def update(self, predictions: list[PseudoLabels]) -> None:
+        """Follow the teacher; every process must call this in every step.
+
+        Args:
+            predictions: of the batch on this process, before the filter.
+        """
+        if not self.used:
+            return
+        classes = self.values.shape[1]
+        sums = self.values.new_zeros(3, classes)
+        for found in predictions:
+            # Candidates: what could pass at the lowest threshold. Without this limit
+            # the many half-hearted detections would pull every threshold down.
+            found = found[found.class_quality >= self.lowest]
+            qualities = torch.stack([found.class_quality, found.mask_quality])
+            ones = torch.ones_like(qualities[:1])
+            sums.index_add_(1, found.labels - 1, torch.cat([qualities, ones]).float())
+        sums = distributed.all_sum(sums)
+        # A class that nobody saw in this step keeps its thresholds.
+        seen = sums[2] > 0
+        means = sums[:2] / sums[2].clamp(min=1)
+        # PL-DC Eq. (adapt)
+        followed = self.decay * self.values + (1 - self.decay) * means
+        self.values.copy_(torch.where(seen, followed, self.values))
+        self.values.clamp_(self.lowest, self.highest)
+
+
+def lowest_score(config) -> float:
+    """Class score under which no rule keeps anything: the teacher need not paste it."""
+    return config.tau_min if config.filter == "adaptive" else config.tau_class
+
+
+def keep(
+    predictions: PseudoLabels, config, thresholds: Thresholds | None = None
+) -> PseudoLabels:
     """The predictions of one image that the student is trained on.
 
     Args:
         predictions: of the teacher.
-        tau_class: class quality that must be passed, in [0, 1].
-        min_area: mask area that must be passed, pixels.
+        config: `filter`, `tau_class`, `tau_mask`, `min_area`.
+        thresholds: for the rule "adaptive".
     """
-    # GD Eq. (filter)
-    return predictions[
-        (predictions.class_quality > tau_class) & (area(predictions) > min_area)
-    ]
+    c, m = predictions.class_quality, predictions.mask_quality  # (N,), (N,)
+    if config.filter == "score":
+        # GD Eq. (filter)
+        good = c > config.tau_class
+    elif config.filter == "coupled":
+        # The usual practice that PL-DC replaces.
+        good = c * m >= config.tau_class
+    elif config.filter == "dual":
+        # PL-DC Eq. (dual)
+        good = (c >= config.tau_class) & (m >= config.tau_mask)
+    else:
+        # PL-DC Eq. (adaptive): the thresholds of each one's own class.
+        tau_class, tau_mask = thresholds.values[:, predictions.labels - 1]
+        good = (c >= tau_class) & (m >= tau_mask)
+    # A few pixels are noise, whatever the scores say.
+    return predictions[good & (area(predictions) > config.min_area)]
 
 
 def area(predictions: PseudoLabels) -> Tensor:

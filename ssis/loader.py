@@ -136,10 +136,18 @@ def streams(
     The audit's is over those unlabelled images whose truth is known; None without any.
     """
     hidden = set(unlabeled) - set(labeled)
+    if config.oracle != "none" and max(unlabeled, default=0) >= train_set.annotated:
+        raise UserError(
+            f"--oracle {config.oracle}: needs the truth of every unlabelled image, and "
+            "--unlabeled-images has none; leave one of the two out"
+        )
     audited = [i for i in sorted(hidden) if i < train_set.annotated]
     return Streams(
         Stream(train_set, labeled, config, config.seed * 3, True),
-        Stream(train_set, unlabeled, config, config.seed * 3 + 1, False),
+        # The one exception: an oracle is told the truth, and says so.
+        Stream(
+            train_set, unlabeled, config, config.seed * 3 + 1, config.oracle != "none"
+        ),
         Stream(train_set, audited, config, config.seed * 3 + 2, True)
         if audited
         else None,

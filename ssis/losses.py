@@ -1,4 +1,4 @@
-r"""The loss table: every loss once, its weight, and how it is averaged.
+r"""PL-DC, pixel level: uncertainty-weighted mask loss; the loss table.
 
 Mask R-CNN has five losses, and both passes of a step have the same five:
 
@@ -11,6 +11,19 @@ Mask R-CNN has five losses, and both passes of a step have the same five:
 $$L = L_{labeled} + \lambda_u L_{unlabeled}$$       GD Eq. (total)
 
 with $\lambda_u$ = `unsup_weight`.
+
+*PL-DC's pixel level* (mask uncertainty awareness). A teacher's mask is good inside
+and doubtful along its edge, where its probability p is near one half. Made hard,
+p = 0.51 is taught as firmly as p = 0.99. So each unlabelled pixel is weighted by
+how sure the teacher was of it:
+
+$$u = 1 - 2 |p - 0.5|$$       PL-DC Eq. (PMUA)
+
+$$L_{mask} = \mathrm{mean}[(1 - u) \cdot BCE]$$       PL-DC Eq. (PMUA)
+
+1 - u is 1 where p is 0 or 1, and 0 where it is 0.5. Only the cross-entropy of the
+masks is weighted, only on unlabelled images. The mean stays over all pixels, so that
+an unsure mask also weighs less as a whole.
 
 *Averaging.* Each loss is a mean over what it was computed on: sampled anchors, sampled
 proposals, or foreground proposals. Of these a process with many instances has more than
@@ -29,6 +42,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ssis import UserError, distributed
 
@@ -41,6 +55,41 @@ COUNT_OF = {
     "loss_mask": 2,
 }
 COUNTS = 3
+
+
+def certainty(mask_probs: Tensor) -> Tensor:
+    """How sure a teacher is of each pixel: 1 - u, the weight of the pixel's loss.
+
+    Args:
+        mask_probs: any shape, in [0, 1].
+
+    Returns:
+        The same shape, in [0, 1].
+    """
+    # PL-DC Eq. (PMUA): u = 1 - 2 |p - 0.5|
+    return 2 * (mask_probs - 0.5).abs()
+
+
+def mask_loss(
+    logits: Tensor, labels: Tensor, targets: Tensor, weights: Tensor | None
+) -> Tensor:
+    """Mask R-CNN's mask loss, with a weight for each pixel.
+
+    Args:
+        logits: (P, C + 1, M, M) of the foreground proposals; M = 28.
+        labels: (P,) int64, 1..C. Only the mask of this class is trained.
+        targets: (P, M, M) float in [0, 1], the true masks in the proposals' frames.
+        weights: (P, M, M) float in [0, 1], aligned as `targets` are; None: all are 1.
+
+    Returns:
+        A scalar; 0 without any proposal.
+    """
+    if len(labels) == 0:
+        # Not a constant: every parameter must get a gradient, or DDP waits for it.
+        return logits.sum() * 0.0
+    own = logits[torch.arange(len(labels), device=logits.device), labels]
+    # PL-DC Eq. (PMUA)
+    return F.binary_cross_entropy_with_logits(own, targets, weights)
 
 
 def total(

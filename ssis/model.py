@@ -19,6 +19,7 @@ What is added to torchvision's model:
   pseudo-labels must stay in the frame that they were predicted in;
 * box arithmetic in float32, also under mixed precision;
 * the strides of the RoI pooling, stated instead of guessed;
+* a mask loss that takes a weight for each pixel (PL-DC);
 * counts: how many anchors, proposals and foreground proposals each loss was averaged
   over. A batch spread over N processes can then be averaged like one batch on one
   process; the mean of N means is something else (`ssis/losses.py`).
@@ -43,10 +44,15 @@ from torchvision.models.detection.backbone_utils import (
     _resnet_fpn_extractor,
 )
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.roi_heads import (
+    RoIHeads,
+    fastrcnn_loss,
+    project_masks_on_boxes,
+)
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from ssis import UserError
+from ssis import UserError, losses
 
 
 class CountingSampler(BalancedPositiveNegativeSampler):
@@ -84,6 +90,60 @@ def fix_scales(pool: MultiScaleRoIAlign) -> None:
     )
 
 
+class WeightedRoIHeads(RoIHeads):
+    """torchvision's second stage, whose mask loss takes a weight for each pixel.
+
+    A target may have `mask_weights` (N, H, W) float in [0, 1] beside its `masks`.
+    """
+
+    def forward(self, features, proposals, image_shapes, targets=None):
+        if not self.training:
+            return super().forward(features, proposals, image_shapes)
+        # As torchvision does it: match proposals with instances, sample some of both
+        # kinds, classify and regress them.
+        proposals, matched, labels, regression = self.select_training_samples(
+            proposals, targets
+        )
+        box_features = self.box_head(
+            self.box_roi_pool(features, proposals, image_shapes)
+        )
+        logits, deltas = self.box_predictor(box_features)
+        loss_classifier, loss_box_reg = fastrcnn_loss(
+            logits, deltas, labels, regression
+        )
+        # Masks are learned on the foreground proposals alone.
+        foreground = [torch.where(label > 0)[0] for label in labels]
+        boxes = [p[keep] for p, keep in zip(proposals, foreground, strict=True)]
+        mask_features = self.mask_head(
+            self.mask_roi_pool(features, boxes, image_shapes)
+        )
+        mask_logits = self.mask_predictor(mask_features)
+
+        side, aligned, weights, classes = mask_logits.shape[-1], [], [], []
+        for target, box, match, keep in zip(
+            targets, boxes, matched, foreground, strict=True
+        ):
+            instance = match[keep]
+            aligned.append(project_masks_on_boxes(target["masks"], box, instance, side))
+            # The weights go exactly where the mask goes: through the same RoIAlign.
+            if "mask_weights" in target:
+                weights.append(
+                    project_masks_on_boxes(target["mask_weights"], box, instance, side)
+                )
+            classes.append(target["labels"][instance])
+        loss_mask = losses.mask_loss(
+            mask_logits,
+            torch.cat(classes),
+            torch.cat(aligned),
+            torch.cat(weights) if weights else None,
+        )
+        return [], dict(
+            loss_classifier=loss_classifier,
+            loss_box_reg=loss_box_reg,
+            loss_mask=loss_mask,
+        )
+
+
 class MaskRCNN(mask_rcnn.MaskRCNN):
     """torchvision's Mask R-CNN; in training it also says what it averaged over.
 
@@ -98,6 +158,9 @@ class MaskRCNN(mask_rcnn.MaskRCNN):
     def __init__(self, backbone: nn.Module, num_classes: int | None = None, **settings):
         # `_skip_resize`: torchvision's own switch for images resized beforehand.
         super().__init__(backbone, num_classes, _skip_resize=True, **settings)
+        # The same object with another `forward`: torchvision offers no way to pass in
+        # a second stage of one's own.
+        self.roi_heads.__class__ = WeightedRoIHeads
         for part in (self.rpn, self.roi_heads):
             old = part.fg_bg_sampler
             part.fg_bg_sampler = CountingSampler(

@@ -131,6 +131,7 @@ def summary(
 
     return dict(
         method=settings.method,
+        **oracle_note(settings),
         preset=settings.preset,
         seed=settings.seed,
         **counts,
@@ -141,7 +142,19 @@ def summary(
         box_ap=numbers("box"),
         audit=results.get("audit"),
         audit_per_class=results.get("audit_per_class"),
+        audit_stages=results.get("audit_stages"),
         details={who: results[who] for who in results if not who.startswith("audit")},
+    )
+
+
+def oracle_note(settings: config.Config) -> dict:
+    """What a summary must say when the unlabelled images' truth was used."""
+    if settings.oracle == "none":
+        return {}
+    return dict(
+        oracle=settings.oracle,
+        warning="NOT A SEMI-SUPERVISED RESULT: the pseudo-labels were corrected with "
+        f"the hidden truth (--oracle {settings.oracle}); an upper bound only",
     )
 
 
@@ -154,7 +167,8 @@ def write_summary(folder: Path, summary: dict) -> None:
 def table(summary: dict, folder: Path) -> str:
     """The small table that a run ends with."""
     who = [name for name, value in summary["mask_ap"].items() if value is not None]
-    lines = [f"{'AP in percent':<16}" + "".join(f"{name:>12}" for name in who)]
+    lines = [summary["warning"]] if "warning" in summary else []
+    lines.append(f"{'AP in percent':<16}" + "".join(f"{name:>12}" for name in who))
     for kind in ("mask_ap", "box_ap"):
         values = "".join(f"{summary[kind][name]:12.2f}" for name in who)
         lines.append(f"{kind.replace('_ap', ''):<16}{values}")
@@ -168,7 +182,11 @@ def table(summary: dict, folder: Path) -> str:
             f"{key.replace('_', ' ')} {'-' if value is None else round(value, 2)}"
             for key, value in audit.items()
         )
-        lines.append(f"kept pseudo-labels: {shown}")
+        lines.append(f"pseudo-labels: {shown}")
+        for stage, numbers in summary["audit_stages"].items():
+            keys = ("pseudo_per_image", "box_precision", "class_accuracy", "mask_iou")
+            shown = ", ".join(f"{key.replace('_', ' ')} {numbers[key]}" for key in keys)
+            lines.append(f"  {stage:<10} {shown}")
     lines.append(
         f"files: {folder}/ (summary.json, checkpoint.pt, metrics.jsonl, pictures)"
     )

@@ -34,7 +34,12 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
+from ssis import losses
 from ssis.model import MaskRCNN
+
+
+# Cells on a side of the feature map kept of each instance.
+CELLS = 7
 
 
 def make_teacher(student: nn.Module, decay: float) -> AveragedModel:
@@ -68,6 +73,7 @@ class PseudoLabels:
         masks: (N, H, W) bool, `mask_probs > 0.5`.
         distribution: (N, C) float32, probabilities of the C classes; what is missing to
             a sum of 1 is the probability of background.
+        features: (N, D, 7, 7) float32, the network's feature map in each box.
     """
 
     boxes: Tensor
@@ -77,6 +83,7 @@ class PseudoLabels:
     mask_probs: Tensor
     masks: Tensor
     distribution: Tensor
+    features: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,11 +93,18 @@ class PseudoLabels:
         fields = dataclasses.fields(self)
         return PseudoLabels(*(getattr(self, field.name)[keep] for field in fields))
 
-    def target(self) -> dict:
-        """As a training target: torchvision's dict."""
-        return dict(
+    def target(self, uncertainty: bool = False) -> dict:
+        """As a training target: torchvision's dict.
+
+        Args:
+            uncertainty: with `mask_weights` (N, H, W), 1 - u of PL-DC Eq. (PMUA).
+        """
+        target = dict(
             boxes=self.boxes, labels=self.labels, masks=self.masks.to(torch.uint8)
         )
+        if uncertainty:
+            target["mask_weights"] = losses.certainty(self.mask_probs)
+        return target
 
 
 def mask_quality(mask_probs: Tensor) -> Tensor:
@@ -147,14 +161,16 @@ def paste(
 class Detections(NamedTuple):
     """What the network says of one image, in the frame that it saw.
 
-    boxes (N, 4), labels (N,), scores (N,), distributions (N, C), as in `PseudoLabels`;
-    masks (N, 1, 28, 28) float32 in [0, 1], each relative to its box.
+    boxes (N, 4), labels (N,), scores (N,), distributions (N, C), features
+    (N, D, 7, 7) as in `PseudoLabels`; masks (N, 1, 28, 28) float32 in [0, 1], each
+    relative to its box.
     """
 
     boxes: Tensor
     labels: Tensor
     scores: Tensor
     distributions: Tensor
+    features: Tensor
     masks: Tensor
 
 
@@ -182,10 +198,37 @@ def look(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Detect
     ]
     # Second stage: a mask for each box that is left, that of its class.
     kept_boxes, labels = [f[0] for f in found], [f[1] for f in found]
-    mask_features = roi.mask_head(roi.mask_roi_pool(features, kept_boxes, sizes))
-    mask_logits = roi.mask_predictor(mask_features).float()
+    pooled = roi.mask_roi_pool(features, kept_boxes, sizes)  # (N of all, D, 14, 14)
+    mask_logits = roi.mask_predictor(roi.mask_head(pooled)).float()
     masks = maskrcnn_inference(mask_logits, labels)
-    return [Detections(*f, mask) for f, mask in zip(found, masks, strict=True)]
+    small = F.adaptive_avg_pool2d(pooled.float(), CELLS)
+    small = small.split([len(boxes) for boxes in kept_boxes])
+    return [
+        Detections(*f, map_, mask)
+        for f, map_, mask in zip(found, small, masks, strict=True)
+    ]
+
+
+@torch.no_grad()
+def features_in(
+    model: MaskRCNN, images: list[Tensor], boxes: list[Tensor]
+) -> list[Tensor]:
+    """The feature maps in given boxes, as `look` has them for its own.
+
+    Args:
+        model: in evaluation mode.
+        images: B images (3, H, W) float in [0, 1].
+        boxes: (N, 4) in the frame of each.
+
+    Returns:
+        (N, D, 7, 7) for each image.
+    """
+    sizes = [tuple(image.shape[-2:]) for image in images]
+    normal = [model.transform.normalize(image) for image in images]
+    features = model.backbone(model.transform.batch_images(normal))
+    pooled = model.roi_heads.mask_roi_pool(features, boxes, sizes)
+    small = F.adaptive_avg_pool2d(pooled.float(), CELLS)
+    return list(small.split([len(part) for part in boxes]))
 
 
 def predict(
@@ -207,7 +250,9 @@ def predict(
         soft = paste(found.masks, found.boxes, tuple(image.shape[-2:]))  # (N, H, W)
         quality, hard = mask_quality(soft), soft > 0.5
         result.append(
-            PseudoLabels(*found[:3], quality, soft, hard, found.distributions)
+            PseudoLabels(
+                *found[:3], quality, soft, hard, found.distributions, found.features
+            )
         )
     return result
 

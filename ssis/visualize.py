@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssis import augment, filters, teacher
+from ssis import audit, augment, losses, teacher
 
 # No window: the pictures are files, also on a machine without a display.
 matplotlib.use("Agg")
@@ -101,42 +101,63 @@ def grid(rows: list[list[Image.Image]], titles: list[str]) -> Image.Image:
     return sheet
 
 
-def pseudo_labels(run, streams, folder, step: int) -> None:
+def uncertainty(image: Tensor, mask_probs: Tensor) -> Image.Image:
+    """Where the teacher is unsure of its masks: u of PL-DC Eq. (PMUA), black to red.
+
+    Args:
+        image: (3, H, W) float in [0, 1], shown darkly underneath.
+        mask_probs: (N, H, W) in [0, 1]; of overlapping instances the least sure counts.
+    """
+    doubt = (1 - losses.certainty(mask_probs.cpu())).amax(0) if len(mask_probs) else 0
+    shown = 0.25 * image.cpu().mean(0, keepdim=True).repeat(3, 1, 1)
+    shown[0] = shown[0] + doubt * (1 - shown[0])
+    nothing = torch.zeros(0, *image.shape[-2:])
+    return overlay(shown, nothing, nothing, [])
+
+
+# What a stage of `train.pseudo_labels` is called above its pictures.
+TITLES = dict(
+    predicted="teacher, score >= 0.3",
+    kept="kept by the filter",
+    corrected="classes corrected",
+    oracle="replaced by the truth",
+)
+
+
+def pseudo_labels(run, label, streams, folder, step: int) -> None:
     """Write `pseudo_<step>.png` for the first unlabelled images; rank 0 only.
 
     Args:
         run: `train.Run`.
+        label: `train.pseudo_labels`.
         streams: `loader.Streams`; without known truth the last column is left out.
     """
     if run.rank:
         return
     stream = streams.audit or streams.unlabeled
-    names, config = stream.dataset.names, run.config
+    names = stream.dataset.names
     rows = []
     for k in range(min(ROWS, len(stream.indices))):
         item = stream[k]
         image = item["image"]
-        found = teacher.predict(run.teacher.module, [image.to(run.device)], 0.3)[0]
-        kept = filters.keep(found, config.tau_class, config.min_area)
+        stages = label(run, [image.to(run.device)], [item], audit.PREDICTED)
         nothing = torch.zeros(0, *image.shape[-2:])
-        row = [overlay(image, nothing, nothing, names)]
-        row += [
-            overlay(image, p.masks, p.labels, names, p.class_quality)
-            for p in (found, kept)
-        ]
+        row = {"unlabelled image": overlay(image, nothing, nothing, names)}
+        for stage, title in TITLES.items():
+            if stage in stages:
+                p = stages[stage][0]
+                row[title] = overlay(image, p.masks, p.labels, names, p.class_quality)
+        if run.config.uncertainty:
+            row["uncertainty"] = uncertainty(image, stages["final"][0].mask_probs)
         if "target" in item:
             truth = item["target"]
-            row.append(overlay(image, truth["masks"], truth["labels"], names))
+            row["truth (never seen)"] = overlay(
+                image, truth["masks"], truth["labels"], names
+            )
         rows.append(row)
-    titles = [
-        "unlabelled image",
-        "teacher, score > 0.3",
-        f"kept, score > {config.tau_class}",
-        "truth (never seen)",
-    ][: len(rows[0])]
     path = folder / f"pseudo_{step:06d}.png"
     with writing(path):
-        grid(rows, titles).save(path)
+        grid([list(row.values()) for row in rows], list(rows[0])).save(path)
 
 
 def predictions(run, dataset, folder) -> None:

@@ -46,6 +46,22 @@ def shapes_folder(tmp_path_factory) -> Path:
     return folder
 
 
+def made_labels(labels, class_quality, mask_quality, distribution=None, features=(1, 7, 7)):
+    """Pseudo-labels of 20 x 20 pixels with given qualities; three classes."""
+    from ssis.teacher import PseudoLabels
+
+    n = len(labels)
+    masks = torch.zeros(n, 20, 20, dtype=torch.bool)
+    masks[:, 4:12, 4:16] = True
+    boxes = torch.tensor([[4.0, 4.0, 16.0, 12.0]]).repeat(n, 1)
+    if distribution is None:
+        distribution = torch.full((n, 3), 0.01)
+    return PseudoLabels(
+        boxes, torch.tensor(labels), torch.tensor(class_quality), torch.tensor(mask_quality),
+        masks.float(), masks, torch.as_tensor(distribution), torch.rand(n, *features),
+    )  # fmt: skip
+
+
 def write_coco(folder: Path, change=None) -> dict:
     """A COCO dataset of 4 images with every kind of annotation; returns its JSON.
 

@@ -27,6 +27,7 @@ def pseudo(places, labels):
         masks.float(),
         masks,
         torch.zeros(n, 3),
+        torch.zeros(n, 1, 7, 7),
     )
 
 
@@ -72,3 +73,21 @@ def test_a_collapsing_and_an_exploding_teacher_are_told(found, word):
     audit.warn(dict(pseudo_per_image=found), 2.5, lines.append)
     assert len(lines) == (word is not None)
     assert word is None or (word in lines[0] and "--tau-class" in lines[0])
+
+
+def test_the_oracle_replaces_what_it_says_and_nothing_else():
+    # On the first instance, shifted and of the wrong class; and nowhere.
+    kept = pseudo([(2, 0, 10), (28, 28, 10)], [2, 3])
+    true = truth([(0, 0, 10), (20, 0, 10)], [1, 3])
+    by_class = audit.oracle(kept, true, "class")
+    assert by_class.labels.tolist() == [1, 3] and torch.equal(by_class.masks, kept.masks)
+    by_mask = audit.oracle(kept, true, "mask")
+    assert by_mask.labels.tolist() == [2, 3]
+    assert torch.equal(by_mask.masks[0], true["masks"][0].bool())
+    assert by_mask.boxes.tolist() == [[0, 0, 10, 10], [28, 28, 38, 38]]
+    both = audit.oracle(kept, true, "both")
+    perfect = audit.summary(audit.tally(both, true, 3), 1, 2.0)
+    assert perfect["class_accuracy"] == 1.0 and perfect["mask_iou"] == 1.0
+    # What lies on nothing is still wrong, and what was not found still missing.
+    assert perfect["box_precision"] == 0.5 and perfect["recall"] == 0.5
+    assert kept.labels.tolist() == [2, 3]

@@ -1,4 +1,6 @@
-"""The loss table: averaging over processes, by hand."""
+"""The loss table: averaging over processes, by hand; PL-DC's weights of the mask loss."""
+
+import math
 
 import pytest
 import torch
@@ -46,3 +48,28 @@ def test_a_loss_that_is_not_a_number_stops_the_run():
     values, counts = table([1.0, float("nan"), 3.0, 4.0, float("inf")], [4.0, 2.0, 1.0])
     with pytest.raises(UserError, match="step 7: x/loss_rpn_box_reg, x/loss_mask is not finite"):
         losses.means(losses.logged(values, counts, "x/"), step=7)
+
+
+def test_certainty_by_hand():
+    """PL-DC Eq. (PMUA): nothing known at one half, everything at 0 and 1."""
+    p = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0])
+    torch.testing.assert_close(losses.certainty(p), torch.tensor([1.0, 0.5, 0.0, 0.8, 1.0]))
+
+
+def test_the_weighted_mask_loss_by_hand_on_four_pixels():
+    logits = torch.zeros(1, 3, 2, 2)
+    # Only the mask of class 2 counts; a logit of log 3 is a probability of 3/4.
+    logits[0, 2] = math.log(3)
+    targets = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
+    weights = torch.tensor([[[1.0, 0.5], [1.0, 0.0]]])
+    right, wrong = -math.log(3 / 4), -math.log(1 / 4)
+    found = losses.mask_loss(logits, torch.tensor([2]), targets, weights)
+    assert found.item() == pytest.approx((right + 0.5 * right + wrong + 0) / 4)
+
+
+def test_without_proposals_the_mask_loss_is_zero_and_still_has_a_gradient():
+    logits = torch.zeros(0, 3, 2, 2, requires_grad=True)
+    none = torch.zeros(0, 2, 2)
+    loss = losses.mask_loss(logits, torch.zeros(0, dtype=torch.int64), none, none)
+    loss.backward()
+    assert loss.item() == 0 and logits.grad is not None

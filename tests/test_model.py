@@ -134,3 +134,44 @@ def test_weights_of_something_else_are_refused(tmp_path):
         settings = config.Config(model="resnet50", backbone_weights=str(tmp_path / name))
         with pytest.raises(UserError, match=line):
             model.build(settings, 5)
+
+
+def test_mask_weights_of_one_change_nothing_and_of_zero_leave_no_gradient():
+    """PL-DC's pixel level: aligned as the masks are, so that 1 is torchvision's own loss."""
+    net = model.build_small(4, 64, 96).train()
+    last = net.roi_heads.mask_predictor.mask_fcn_logits.weight
+    found = {}
+    for weight in (None, 1.0, 0.0, 0.5):
+        images, targets = batch()
+        if weight is not None:
+            for target in targets:
+                target["mask_weights"] = torch.full(target["masks"].shape, weight)
+        torch.manual_seed(3)
+        net.zero_grad()
+        losses, _ = net([torch.ones(3, 64, 64) * 0.3 for _ in images], targets)
+        losses["loss_mask"].backward()
+        found[weight] = (losses["loss_mask"].item(), last.grad.abs().sum().item())
+    assert found[1.0][0] == pytest.approx(found[None][0], abs=1e-6)
+    assert found[0.5][0] == pytest.approx(found[None][0] / 2, abs=1e-6)
+    assert found[0.0] == (0, 0) and found[None][1] > 0
+
+
+def test_mask_weights_go_where_the_mask_goes():
+    """Weights of the object's own shape: only what the target calls foreground counts."""
+    net = model.build_small(4, 64, 96).train()
+    images, targets = batch((1, 1))
+    for target in targets:
+        target["mask_weights"] = target["masks"].float()
+    seen = {}
+
+    def spy(logits, labels, aligned, weights):
+        seen.update(aligned=aligned, weights=weights)
+        return logits.sum() * 0.0
+
+    before, model.losses.mask_loss = model.losses.mask_loss, spy
+    try:
+        net(images, targets)
+    finally:
+        model.losses.mask_loss = before
+    assert 0 < seen["aligned"].mean() < 1
+    assert torch.equal(seen["aligned"], seen["weights"])

@@ -10,7 +10,7 @@ from torchvision.models.detection.roi_heads import (
     project_masks_on_boxes,
 )
 
-from ssis import filters, model, teacher
+from ssis import model, teacher
 
 pytestmark = pytest.mark.fast
 
@@ -111,6 +111,16 @@ def test_the_distribution_belongs_to_the_detection():
     assert (found.distribution.sum(1) <= 1 + 1e-6).all()
 
 
+def test_the_features_of_a_box_are_the_same_found_or_given():
+    net = small().eval()
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 96)]
+    found = teacher.predict(net, images, 0.25)
+    given = teacher.features_in(net, images, [p.boxes for p in found])
+    for pseudo, features in zip(found, given, strict=True):
+        assert features.shape == (len(pseudo), 64, 7, 7)
+        torch.testing.assert_close(pseudo.features, features, atol=1e-5, rtol=1e-4)
+
+
 def test_one_image_alone_and_in_a_batch_give_the_same():
     net = small().eval()
     images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
@@ -131,21 +141,3 @@ def test_mask_quality_by_hand():
     probs = torch.tensor([[[0.9, 0.7], [0.5, 0.1]], [[0.2, 0.1], [0.0, 0.5]]])
     # Foreground of the first: 0.9 and 0.7 (0.5 is not above 0.5); of the second: none.
     torch.testing.assert_close(teacher.mask_quality(probs), torch.tensor([0.8, 0.0]))
-
-
-def test_the_filter_keeps_what_is_above_both_thresholds():
-    masks = torch.zeros(4, 8, 8, dtype=torch.bool)
-    for k, pixels in enumerate((20, 5, 6, 30)):
-        masks[k].view(-1)[:pixels] = True
-    scores = torch.tensor([0.9, 0.9, 0.71, 0.70])
-    fake = teacher.PseudoLabels(
-        torch.rand(4, 4),
-        torch.tensor([1, 2, 3, 1]),
-        scores,
-        scores,
-        masks.float(),
-        masks,
-        torch.rand(4, 3),
-    )
-    kept = filters.keep(fake, 0.7, 5)
-    assert kept.labels.tolist() == [1, 3] and kept.masks.shape == (2, 8, 8)

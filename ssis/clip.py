@@ -1,0 +1,172 @@
+r"""PL-DC, category level: CLIP as the second classifier (optional, needs open_clip).
+
+CLIP has seen a billion images with captions, so it may name what a teacher trained on
+a few hundred cannot. It was never trained to outline anything; that is the
+teacher's part. For each pseudo-label the two meet:
+
+1. CLIP's convolutional tower turns the image into a feature map of stride 32;
+2. the features under the instance's mask are averaged (mask pooling) and go through the
+   tower's own head, as the average over the whole image would:
+   $v = head(\mathrm{mean}_{xy \in mask} F_{xy})$;
+3. each class is the mean of the embeddings of its prompts, $e_k$;
+4. $p_{second} = \mathrm{softmax}_k(s \cdot \cos(v, e_k))$, s being CLIP's own logit
+   scale.       PL-DC Eq. (CLIP)
+
+The paper has ConvNeXt-L trained on LAION-2B and five prompts with descriptions for each
+class. Here the prompts are made of the dataset's class names, or come from a JSON file:
+{"class name": ["a prompt", "another", ...], ...}.
+
+Difference from the released code: that passes images to CLIP without CLIP's own
+normalisation. Here they are normalised with the mean and deviation that belong to the
+weights.
+
+Read next: `ssis/correction.py`, where the opinions are mixed.
+"""
+
+import json
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ssis import UserError
+from ssis.teacher import PseudoLabels
+
+TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "there is a {} in the scene.")
+INSTALL = (
+    "--correction clip: open_clip is not installed; pip install open_clip_torch, or "
+    "choose --correction prototypes"
+)
+
+
+def prompts_of(names: list[str], descriptions: str) -> list[list[str]]:
+    """The prompts of each class.
+
+    Args:
+        names: class names.
+        descriptions: path of a JSON file {name: [prompt, ...]}; empty: templates.
+
+    Raises:
+        UserError: no such file, not of that form, or a class is missing.
+    """
+    if not descriptions:
+        return [[template.format(name) for template in TEMPLATES] for name in names]
+    try:
+        with open(descriptions, encoding="utf-8") as file:
+            given = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--descriptions {descriptions}: cannot be read as JSON ({error})"
+        ) from error
+    for name in names:
+        prompts = given.get(name) if isinstance(given, dict) else None
+        if not (prompts and isinstance(prompts, list)) or not all(
+            isinstance(prompt, str) for prompt in prompts
+        ):
+            raise UserError(
+                f"--descriptions {descriptions}: no list of prompts for class "
+                f'{name!r}; must be {{"{name}": ["a prompt", ...], ...}}'
+            )
+    return [given[name] for name in names]
+
+
+class Clip:
+    """CLIP's opinion on the class of an instance; frozen, so it is in no checkpoint.
+
+    Args:
+        source: "architecture:weights" of open_clip; weights are a tag or a path.
+        names: class names.
+        descriptions: of `prompts_of`.
+        device: where it is to be.
+
+    Raises:
+        UserError: open_clip is missing, the weights cannot be had, or the image tower
+            is not a ConvNeXt (a transformer has no feature map to pool).
+    """
+
+    # It has nothing to learn from the labelled images.
+    learns = False
+
+    def __init__(self, source: str, names: list[str], descriptions: str, device):
+        try:
+            import open_clip
+        except ImportError as error:
+            raise UserError(INSTALL) from error
+        prompts = prompts_of(names, descriptions)
+        architecture, _, weights = source.partition(":")
+        try:
+            model = open_clip.create_model(architecture, weights or None)
+            tokenizer = open_clip.get_tokenizer(architecture)
+        # Whatever it raises without network, file or architecture.
+        except Exception as error:
+            raise UserError(
+                f"--clip-model {source}: cannot be loaded ({str(error)[:160]}); give "
+                "architecture:PATH of weights fetched elsewhere"
+            ) from error
+        trunk = getattr(model.visual, "trunk", None)
+        if not hasattr(trunk, "stages") or not hasattr(trunk, "forward_head"):
+            raise UserError(
+                f"--clip-model {source}: has no ConvNeXt image tower, whose feature map "
+                "could be pooled; give one of open_clip's convnext models"
+            )
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.classes = torch.stack(
+            [self._text(tokenizer(texts).to(device)) for texts in prompts]
+        )  # (C, E)
+
+    @torch.no_grad()
+    def _text(self, tokens: Tensor) -> Tensor:
+        """The embedding of a class: the mean over its prompts, of length 1."""
+        each = F.normalize(self.model.encode_text(tokens), dim=1)
+        return F.normalize(each.mean(dim=0), dim=0)
+
+    def learn(self, net, items: list[dict]) -> None:
+        """Nothing; see `correction.Prototypes.learn`."""
+
+    def state_dict(self) -> dict:
+        """Nothing: the weights are open_clip's."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing."""
+
+    @torch.no_grad()
+    def embed(self, image: Tensor, masks: Tensor) -> Tensor:
+        """Mask-pooled embeddings.
+
+        Args:
+            image: (3, H, W) float in [0, 1].
+            masks: (N, H, W), soft or hard, in [0, 1].
+
+        Returns:
+            (N, E), each of length 1.
+        """
+        visual = self.model.visual
+        # The short side that CLIP was trained with, both sides multiples of the stride.
+        size = visual.image_size
+        short = min(size) if isinstance(size, (tuple, list)) else size
+        scale = short / min(image.shape[-2:])
+        sides = [max(32, round(side * scale / 32) * 32) for side in image.shape[-2:]]
+        mean, std = (
+            torch.tensor(value, device=image.device)[:, None, None]
+            for value in (visual.image_mean, visual.image_std)
+        )
+        resized = F.interpolate(image[None], sides, mode="bilinear", antialias=True)
+        maps = visual.trunk.forward_features((resized - mean) / std)  # (1, D, h, w)
+        # How much of each cell the mask covers: a small instance is part of one cell.
+        cover = F.interpolate(masks[None].float(), maps.shape[-2:], mode="area")[0]
+        cover = cover / cover.flatten(1).sum(dim=1).clamp(min=1e-6)[:, None, None]
+        pooled = torch.einsum("dhw,nhw->nd", maps[0].float(), cover)  # (N, D)
+        # The head expects maps; one of a single cell is its own average.
+        return F.normalize(
+            visual.head(visual.trunk.forward_head(pooled[:, :, None, None])), dim=1
+        )
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, pseudo: PseudoLabels) -> Tensor:
+        """The second opinion on the instances of one image: (N, C), rows sum to 1."""
+        if not len(pseudo):
+            return torch.zeros_like(pseudo.distribution)
+        # PL-DC Eq. (CLIP)
+        cosine = self.embed(image, pseudo.masks) @ self.classes.T
+        return (self.model.logit_scale.exp() * cosine).softmax(dim=1)

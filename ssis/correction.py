@@ -1,0 +1,208 @@
+r"""PL-DC, category level: dynamic instance category correction.
+
+A teacher trained on few images finds and outlines objects far better than it names
+them, and it is sure of its wrong names: no threshold on the class score takes them out.
+So a second classifier, which makes other mistakes, looks at each kept instance, and the
+two class distributions are mixed:
+
+$$p = w(t) \, p_{second} + (1 - w(t)) \, p_{teacher}$$ PL-DC Eq. (DICC)
+
+The label becomes argmax p, the class quality max p. The second opinion counts less and
+less, for the teacher learns and the second classifier does not:
+
+$$w(t) = \tfrac14 \left(\cos \pi \frac{t - t_{burn}}{t_{max} - t_{burn}} + 1\right)$$
+PL-DC Eq. (w): one half until the end of the burn-in, falling to 0 at the end.
+
+Two second classifiers (`--correction`):
+
+*prototypes.* The labelled instances themselves, as a memory: the teacher's features of
+up to 64 instances of each class. An instance is compared with all of them; the class
+whose three nearest are nearest on average wins. What is compared is the feature map in
+the box, with everything outside of the mask set to 0, and beside it the silhouette, the
+soft mask itself in a 16 x 16 grid. So it sees what the teacher's own classifier
+cannot see: where the object ends and what is only next to it. Why not the class means,
+pooled features, other views: they were measured and are no better than the teacher
+(docs/log.md). As training goes on the oldest instances are replaced by
+newer looks of the EMA teacher at the labelled images.
+
+*clip* (`ssis/clip.py`). What the paper has: CLIP on mask-pooled features, against the
+embeddings of described class names. For photographs of things that have names.
+
+Read next: `ssis/losses.py`, where the student learns from what came out.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+from ssis import data, distributed, teacher
+from ssis.teacher import PseudoLabels
+
+# Labelled views that fill the memory at first, and steps between its refreshments: a
+# look of the teacher at a labelled batch costs a tenth of a step.
+START_VIEWS = 128
+REFRESH_EVERY = 10
+# Cells of a silhouette, nearest instances asked, sharpness of the softmax.
+SILHOUETTE = 16
+NEAREST = 3
+TEMPERATURE = 0.005
+
+
+def weight(step: int, burn: int, last: int) -> float:
+    """How much the second opinion counts, from 0.5 down to 0.
+
+    Args:
+        step: t, steps done.
+        burn: t_burn, the step at which the guided burn-in ends.
+        last: t_max, the last step.
+    """
+    if step <= burn:
+        return 0.5
+    # PL-DC Eq. (w)
+    return 0.25 * (math.cos(math.pi * (step - burn) / (last - burn)) + 1)
+
+
+def fuse(pseudo: PseudoLabels, second: Tensor, w: float) -> PseudoLabels:
+    """Mix in a second opinion; masks, boxes and the order stay.
+
+    Args:
+        pseudo: of one image.
+        second: (N, C) class distribution of the second classifier; a row of zeros means
+            that it has none, and leaves the instance as it is.
+        w: weight of the second opinion, in [0, 1].
+    """
+    w = w * (second.sum(dim=1, keepdim=True) > 0)
+    # PL-DC Eq. (DICC)
+    mixed = w * second + (1 - w) * pseudo.distribution  # (N, C)
+    quality, index = mixed.max(dim=1)
+    return dataclasses.replace(
+        pseudo, labels=index + 1, class_quality=quality, distribution=mixed
+    )
+
+
+def make(config, names: list[str], net: nn.Module, device) -> nn.Module | None:
+    """The second classifier that a config asks for, or None.
+
+    Args:
+        config: `correction`, `prototypes`, `clip_model`, `descriptions`.
+        names: class names.
+        net: the student, for the width of its features.
+        device: where it is to be.
+    """
+    if config.correction == "prototypes":
+        channels = net.backbone.out_channels
+        return Prototypes(len(names), channels, config.prototypes).to(device)
+    if config.correction == "clip":
+        # Here, not above: whoever does without CLIP need not have it installed.
+        from ssis.clip import Clip
+
+        return Clip(config.clip_model, names, config.descriptions, device)
+    return None
+
+
+def begin(second: nn.Module, run, labeled) -> None:
+    """Let the second classifier see labelled views; every process must call this.
+
+    Args:
+        second: of `make`.
+        run: `train.Run`, with its first teacher.
+        labeled: the labelled `loader.Stream`; each process looks at its share.
+    """
+    chunk = 8
+    for first in range(0, START_VIEWS, chunk * run.world):
+        mine = range(first + run.rank * chunk, first + (run.rank + 1) * chunk)
+        second.learn(run.teacher.module, [labeled[k] for k in mine])
+
+
+class Prototypes(nn.Module):
+    """Labelled instances as the teacher sees them; a module for its state dict.
+
+    Args:
+        classes: C.
+        channels: D, of the feature pyramid.
+        size: K, instances kept of each class.
+    """
+
+    learns = True
+
+    def __init__(self, classes: int, channels: int, size: int):
+        super().__init__()
+        length = channels * teacher.CELLS**2 + SILHOUETTE**2
+        self.register_buffer("bank", torch.zeros(classes, size, length))
+        # How many instances of each class were ever put in; the k-th lies at k mod K.
+        self.register_buffer("seen", torch.zeros(classes, dtype=torch.int64))
+
+    @staticmethod
+    def describe(features: Tensor, masks: Tensor, boxes: Tensor) -> Tensor:
+        """What is compared of some instances of one image.
+
+        Args:
+            features: (N, D, 7, 7), the feature maps in their boxes.
+            masks: (N, H, W), soft or hard, in [0, 1]; none of them empty.
+            boxes: (N, 4) of the features.
+
+        Returns:
+            (N, 49 D + 256), each row of length 1.
+        """
+        masks = masks.float()
+        number = torch.arange(len(boxes), device=boxes.device)[:, None]
+        # What lies in the box but not on the object is not asked.
+        rois = torch.cat([number.to(boxes), boxes], dim=1)
+        inside = roi_align(masks[:, None], rois, teacher.CELLS, aligned=True)
+        appearance = F.normalize((features * inside).flatten(1))
+        # The shape alone, in its own box: where a loose box puts it does not matter.
+        tight = data.boxes_of(masks > 0.5) if len(masks) else boxes
+        rois = torch.cat([number.to(boxes), tight], dim=1)
+        cells = roi_align(masks[:, None], rois, SILHOUETTE, 1.0, 2, aligned=True)
+        # Less one half: the outside says as much about a shape as the inside.
+        shape = F.normalize((cells - 0.5).flatten(1))
+        return torch.cat([appearance, shape], dim=1) / math.sqrt(2)
+
+    @torch.no_grad()
+    def learn(self, net: nn.Module, items: list[dict]) -> None:
+        """Put labelled instances into the memory; every process must call this.
+
+        Args:
+            net: the teacher's network, in evaluation mode.
+            items: labelled views of this process: `image` and `target`.
+        """
+        device = self.bank.device
+        views = [item["image"].to(device) for item in items]
+        targets = [{k: v.to(device) for k, v in i["target"].items()} for i in items]
+        pooled = teacher.features_in(net, views, [t["boxes"] for t in targets])
+        described = [
+            self.describe(features.float(), target["masks"], target["boxes"])
+            for features, target in zip(pooled, targets, strict=True)
+        ]
+        labels = torch.cat([target["labels"] for target in targets])
+        # Every process puts in everybody's, so that all have the same memory.
+        for rows, classes in distributed.gather((torch.cat(described), labels)):
+            for row, label in zip(rows, classes.tolist(), strict=True):
+                place = self.seen[label - 1] % self.bank.shape[1]
+                self.bank[label - 1, place] = row.to(device)
+                self.seen[label - 1] += 1
+
+    @torch.no_grad()
+    def forward(self, image: Tensor, pseudo: PseudoLabels) -> Tensor:
+        """The second opinion on the instances of one image: (N, C), rows sum to 1."""
+        if not len(pseudo) or not self.seen.any():
+            return torch.zeros_like(pseudo.distribution)
+        query = self.describe(pseudo.features, pseudo.mask_probs, pseudo.boxes)
+        # Cosine similarity with all that is in the memory, -1 where a place is empty.
+        similar = torch.einsum("nf,ckf->nck", query, self.bank)
+        places = torch.arange(self.bank.shape[1], device=query.device)
+        similar[:, places >= self.seen[:, None]] = -1
+        # The mean of the nearest few of each class: one alone may be a mistake, and all
+        # of them are a mean, which is no longer the shape of any. A class with fewer
+        # instances is judged by those that it has.
+        nearest = similar.topk(
+            min(NEAREST, similar.shape[2]), dim=2
+        ).values  # (N, C, 3)
+        present = torch.arange(nearest.shape[2], device=query.device)
+        present = (present < self.seen[:, None].clamp(min=1)).to(nearest)
+        mean = (nearest * present).sum(dim=2) / present.sum(dim=1)  # (N, C)
+        return (mean / TEMPERATURE).softmax(dim=1)

@@ -1,0 +1,54 @@
+r"""What a training step works on: models, optimiser, precision, memory of the levels.
+
+The state of a run in one object without behaviour: `train.py` says what happens to it,
+`ssis/checkpoint.py` saves and restores it.
+
+Read next: `train.py`.
+"""
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from ssis import config, correction, distributed, filters, model, optimizer, teacher
+
+
+class Run:
+    """Built once by `train.train`.
+
+    Attributes:
+        config: the settings.
+        rank, world, device: this process, the number of them, where its models are.
+        net: the student's network.
+        student: the same, wrapped by DDP where there are several processes.
+        teacher: the EMA teacher (`torch.optim.swa_utils.AveragedModel`).
+        optimizer, schedule: AdamW and its learning rate; `schedule.last_epoch` is the
+            number of steps done.
+        autocast, scaler: mixed precision; both do nothing with `--amp off`.
+        thresholds: PL-DC's adaptive thresholds.
+        second: PL-DC's second classifier, or None.
+    """
+
+    def __init__(self, settings: config.Config, names: list[str], start: tuple):
+        self.config = settings
+        self.rank, self.world, self.device = start
+        # Same seed on all processes: the same first weights. Then one of each rank, for
+        # the sampling of anchors and proposals.
+        torch.manual_seed(settings.seed)
+        self.net = model.build(settings, len(names) + 1).to(self.device).train()
+        torch.manual_seed(settings.seed * 1000 + 1 + self.rank)
+        self.student = distributed.wrap(self.net, self.device)
+        self.teacher = teacher.make_teacher(self.net, settings.ema_decay)
+        # PL-DC: what the filter and the second opinion remember; see `begin_burnin`.
+        self.thresholds = filters.Thresholds(settings, len(names)).to(self.device)
+        self.second = correction.make(settings, names, self.net, self.device)
+        self.optimizer = optimizer.make(self.net, settings)
+        self.schedule = LambdaLR(
+            self.optimizer, lambda step: optimizer.lr_factor(step, settings)
+        )
+        dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
+        self.autocast = torch.autocast(
+            self.device.type, dtype, enabled=settings.amp != "off"
+        )
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=settings.amp == "fp16"
+        )

@@ -1,0 +1,218 @@
+"""PL-DC's category level: the fading weight and the mixing by hand, prototypes, CLIP.
+
+The prototypes are tried on what they are for: shapes whose class a (random) network does not
+know. CLIP is a real open_clip model, small and with random weights, saved to a file; it is
+held against open_clip's own image embedding.
+"""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from conftest import made_labels
+from torch.nn import functional as F
+
+from ssis import UserError, config, correction, loader, model, teacher
+from ssis.coco_json import load_coco
+
+pytestmark = pytest.mark.fast
+
+
+def test_the_weight_falls_from_one_half_to_nothing_along_a_cosine():
+    assert correction.weight(0, 100, 500) == correction.weight(100, 100, 500) == 0.5
+    assert correction.weight(300, 100, 500) == pytest.approx(0.25)
+    assert correction.weight(200, 100, 500) == pytest.approx(0.25 * (1 + math.sqrt(0.5)))
+    assert correction.weight(500, 100, 500) == pytest.approx(0)
+    # A run without mutual learning.
+    assert correction.weight(100, 100, 100) == 0.5
+
+
+def test_mixing_by_hand():
+    found = made_labels(
+        labels=[1, 1],
+        class_quality=[0.8, 0.6],
+        mask_quality=[0.9, 0.9],
+        distribution=[[0.8, 0.1, 0.0], [0.6, 0.3, 0.0]],
+    )
+    second = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    mixed = correction.fuse(found, second, 0.5)
+    # 0.4 against 0.55: corrected; 0.8 against 0.15: confirmed.
+    assert mixed.labels.tolist() == [2, 1]
+    torch.testing.assert_close(mixed.class_quality, torch.tensor([0.55, 0.8]))
+    # Late in training the same opinion no longer counts.
+    assert correction.fuse(found, second, 0.1).labels.tolist() == [1, 1]
+    # And where there is none, nothing changes.
+    same = correction.fuse(found, torch.zeros(2, 3), 0.5)
+    assert torch.equal(same.distribution, found.distribution)
+    # What came in is as it was.
+    assert found.labels.tolist() == [1, 1]
+
+
+@pytest.fixture(scope="module")
+def seen(shapes_folder):
+    """Prototypes that an untrained network made of 24 images, and the other 16 images."""
+    torch.manual_seed(0)
+    settings = config.Config()
+    net = model.build_small(7, 96, 160).eval()
+    dataset = load_coco(f"{shapes_folder}/instances_train.json", f"{shapes_folder}/train")
+    labeled = loader.Stream(dataset, list(range(24)), settings, 0, True)
+    others = loader.Stream(dataset, list(range(24, 40)), settings, 1, True)
+    second = correction.Prototypes(6, 64, 32)
+    for k in range(0, 24, 8):
+        second.learn(net, [labeled[k + i] for i in range(8)])
+    return net, second, labeled, others
+
+
+def as_pseudo(net, item) -> teacher.PseudoLabels:
+    """The truth of an image in the form of pseudo-labels."""
+    target = item["target"]
+    n = len(target["labels"])
+    features = teacher.features_in(net, [item["image"]], [target["boxes"]])[0]
+    masks = target["masks"].bool()
+    return teacher.PseudoLabels(
+        target["boxes"], target["labels"], torch.ones(n), torch.ones(n), masks.float(), masks,
+        torch.full((n, 6), 1 / 6), features,
+    )  # fmt: skip
+
+
+def test_prototypes_know_again_what_they_have_seen(seen):
+    net, second, labeled, _ = seen
+    right = []
+    for k in range(24):
+        found = as_pseudo(net, labeled[k])
+        opinion = second(labeled[k]["image"], found)
+        torch.testing.assert_close(opinion.sum(1), torch.ones(len(found)))
+        right += (opinion.argmax(1) + 1 == found.labels).tolist()
+    assert sum(right) / len(right) > 0.9
+
+
+def test_prototypes_name_unseen_shapes_better_than_chance(seen):
+    """An untrained network's features know nothing of classes; silhouettes do."""
+    net, second, _, others = seen
+    right = []
+    for k in range(16):
+        found = as_pseudo(net, others[k])
+        right += (second(others[k]["image"], found).argmax(1) + 1 == found.labels).tolist()
+    # Chance is 1/6, of some 40 instances.
+    assert len(right) > 30 and sum(right) / len(right) > 0.5
+
+
+def test_descriptions_are_of_length_one_and_ignore_what_is_outside_the_mask(seen):
+    net = seen[0]
+    masks = torch.zeros(1, 96, 96)
+    masks[0, 20:60, 20:40] = 1
+    boxes = torch.tensor([[20.0, 20.0, 60.0, 60.0]])
+    features = torch.rand(1, 64, 7, 7)
+    one = correction.Prototypes.describe(features, masks, boxes)
+    torch.testing.assert_close(one.norm(dim=1), torch.ones(1))
+    # Columns 4 to 7 of 7 are right of the mask, whose right half of the box is empty.
+    features[..., 4:] = 9
+    assert torch.equal(one, correction.Prototypes.describe(features, masks, boxes))
+
+
+def test_the_memory_keeps_the_newest_and_counts_only_what_is_there(seen):
+    net = seen[0]
+    second = correction.Prototypes(6, 64, 2)
+    nothing = second(torch.rand(3, 96, 96), made_labels([1], [0.9], [0.9], features=(64, 7, 7)))
+    # Nothing seen, no opinion.
+    assert nothing.tolist() == [[0.0] * 3]
+    items = [seen[2][k] for k in range(8)]
+    second.learn(net, items)
+    labels = torch.cat([item["target"]["labels"] for item in items])
+    assert second.seen.tolist() == torch.bincount(labels, minlength=7)[1:].tolist()
+    # Two places: the last instance of a class lies where the count says.
+    last = max(k for k, item in enumerate(items) if (item["target"]["labels"] == 1).any())
+    found = as_pseudo(net, items[last])
+    row = second.describe(found.features, found.mask_probs, found.boxes)[found.labels == 1][-1]
+    torch.testing.assert_close(second.bank[0, (second.seen[0] - 1) % 2], row)
+
+
+def test_a_class_that_was_never_seen_gets_no_vote(seen):
+    net, full, labeled, _ = seen
+    second = correction.Prototypes(6, 64, 4)
+    second.bank[0], second.seen[0] = full.bank[0, :4], 4
+    opinion = second(labeled[0]["image"], as_pseudo(net, labeled[0]))
+    assert (opinion[:, 0] > 0.999).all()
+
+
+# ------------------------------------------------------------------------------- CLIP
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    """A small random ConvNeXt CLIP, in open_clip's own form: `name:path of its weights`."""
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    folder = tmp_path_factory.mktemp("clip")
+    made = dict(
+        embed_dim=32,
+        vision_cfg=dict(
+            timm_model_name="convnext_atto", timm_model_pretrained=False, timm_pool="",
+            timm_proj="linear", image_size=64,
+        ),
+        text_cfg=dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=1),
+    )  # fmt: skip
+    (folder / "tiny-convnext.json").write_text(json.dumps(made))
+    open_clip.add_model_config(folder / "tiny-convnext.json")
+    torch.manual_seed(0)
+    reference = open_clip.create_model("tiny-convnext").eval()
+    torch.save(reference.state_dict(), folder / "weights.pt")
+    return f"tiny-convnext:{folder / 'weights.pt'}", reference
+
+
+def test_mask_pooling_over_everything_is_clips_own_embedding(tiny_clip):
+    """With its own normalisation, and of an image that needs no resizing."""
+    source, reference = tiny_clip
+    second = correction.make(
+        config.Config(correction="clip", clip_model=source), ["cat", "dog"], None, "cpu"
+    )
+    image = torch.rand(3, 64, 64)
+    mean, std = (torch.tensor(v)[:, None, None] for v in
+                 (reference.visual.image_mean, reference.visual.image_std))  # fmt: skip
+    with torch.no_grad():
+        expected = F.normalize(reference.encode_image(((image - mean) / std)[None]), dim=1)
+    ours = second.embed(image, torch.ones(1, 64, 64))
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
+    # And a mask makes a difference.
+    half = torch.zeros(1, 64, 64)
+    half[:, :, :32] = 1
+    assert (second.embed(image, half) - ours).abs().max() > 1e-3
+
+
+def test_clip_gives_a_distribution_and_takes_descriptions(tiny_clip, tmp_path):
+    source, reference = tiny_clip
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(dict(cat=["a cat", "whiskers"], dog=["a dog"], cow=["a cow"])))
+    made = config.Config(correction="clip", clip_model=source, descriptions=str(path))
+    second = correction.make(made, ["cat", "dog", "cow"], None, "cpu")
+    found = made_labels([1, 2], [0.9, 0.8], [0.9, 0.9])
+    opinion = second(torch.rand(3, 20, 20), found)
+    assert opinion.shape == (2, 3)
+    torch.testing.assert_close(opinion.sum(1), torch.ones(2))
+    # The mean of the prompts' embeddings, in the order of the class names.
+    open_clip = pytest.importorskip("open_clip")
+    tokens = open_clip.get_tokenizer("tiny-convnext")(["a cat", "whiskers"])
+    with torch.no_grad():
+        cat = F.normalize(F.normalize(reference.encode_text(tokens), dim=1).mean(0), dim=0)
+    torch.testing.assert_close(second.classes[0], cat)
+    assert second(torch.rand(3, 20, 20), found[torch.zeros(2, dtype=torch.bool)]).shape == (0, 3)
+
+
+def test_clips_errors_say_what_to_do(tiny_clip, tmp_path, monkeypatch):
+    def error(**settings) -> str:
+        with pytest.raises(UserError) as caught:
+            made = config.Config(correction="clip", **settings)
+            correction.make(made, ["cat", "dog"], None, "cpu")
+        return str(caught.value)
+
+    source, _ = tiny_clip
+    assert "cannot be loaded" in error(clip_model="tiny-convnext:/no/such/file.pt")
+    assert "cannot be loaded" in error(clip_model="no-such-tower")
+    assert "no ConvNeXt image tower" in error(clip_model="ViT-B-32:")
+    path = tmp_path / "d.json"
+    assert "cannot be read" in error(clip_model=source, descriptions=str(path))
+    path.write_text('{"cat": ["a cat"]}')
+    assert "no list of prompts for class 'dog'" in error(clip_model=source, descriptions=str(path))
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    assert "pip install open_clip_torch" in error(clip_model=source)

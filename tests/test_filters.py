@@ -1,0 +1,91 @@
+"""PL-DC's instance level: each rule by hand, the thresholds by hand and as a property."""
+
+import pytest
+import torch
+from conftest import made_labels
+
+from ssis import config, filters
+
+pytestmark = pytest.mark.fast
+
+
+def settings(rule: str, **more) -> config.Config:
+    return config.Config(filter=rule, **{"tau_class": 0.7, "tau_mask": 0.8, **more})
+
+
+def test_the_four_rules_by_hand():
+    """A clean mask of doubtful class, a sure class with a ragged mask, both, neither."""
+    found = made_labels(
+        labels=[1, 1, 2, 2], class_quality=[0.65, 0.95, 0.9, 0.5], mask_quality=[0.99, 0.75, 0.9, 0.6]
+    )
+    kept = {
+        rule: filters.keep(found, settings(rule)).class_quality.tolist()
+        for rule in ("score", "coupled", "dual")
+    }
+    assert kept["score"] == pytest.approx([0.95, 0.9])
+    # 0.64, 0.71, 0.81, 0.3: the good class made up for the ragged mask.
+    assert kept["coupled"] == pytest.approx([0.95, 0.9])
+    assert kept["dual"] == pytest.approx([0.9])
+    # And a product of 0.64 passes at 0.6, though its class would not.
+    coupled = filters.keep(found, settings("coupled", tau_class=0.64))
+    assert coupled.class_quality.tolist() == pytest.approx([0.65, 0.95, 0.9])
+
+
+def test_each_class_has_its_own_adaptive_threshold():
+    found = made_labels(labels=[1, 2, 3], class_quality=[0.6] * 3, mask_quality=[0.8] * 3)
+    thresholds = filters.Thresholds(settings("adaptive"), 3)
+    thresholds.values.copy_(torch.tensor([[0.5, 0.7, 0.5], [0.7, 0.7, 0.85]]))
+    # The second fails on its class, the third on its mask.
+    assert filters.keep(found, settings("adaptive"), thresholds).labels.tolist() == [1]
+
+
+def test_few_pixels_are_dropped_whatever_the_scores():
+    found = made_labels(labels=[1, 1], class_quality=[1.0, 1.0], mask_quality=[1.0, 1.0])
+    found.masks[0] = False
+    found.masks[0].view(-1)[:5] = True
+    for rule in ("score", "coupled", "dual"):
+        assert len(filters.keep(found, settings(rule))) == 1
+    found.masks[0].view(-1)[5] = True
+    assert len(filters.keep(found, settings("dual"))) == 2
+
+
+def test_score_is_strict_and_the_others_are_not():
+    found = made_labels(labels=[1], class_quality=[0.7], mask_quality=[0.8])
+    # GD: "larger than"; PL-DC: "at least".
+    assert len(filters.keep(found, settings("score"))) == 0
+    assert len(filters.keep(found, settings("dual"))) == 1
+
+
+def test_adaptive_thresholds_by_hand():
+    """PL-DC Eq. (init) and (adapt): two classes, one of which is not seen."""
+    made = settings("adaptive", tau_min=0.5, tau_max=0.9, threshold_decay=0.75)
+    thresholds = filters.Thresholds(made, 2)
+    thresholds.start(torch.tensor([0.25, 0.75]))
+    torch.testing.assert_close(thresholds.values, torch.tensor([[0.6, 0.8], [0.6, 0.8]]))
+    # 0.4 is no candidate: it is under T_min.
+    found = made_labels(
+        labels=[1, 1, 1], class_quality=[0.7, 0.9, 0.4], mask_quality=[0.6, 1.0, 0.1]
+    )
+    thresholds.update([found, found[torch.zeros(3, dtype=torch.bool)]])
+    # 0.75 x 0.6 + 0.25 x 0.8 = 0.65 for both qualities of class 1.
+    torch.testing.assert_close(thresholds.values, torch.tensor([[0.65, 0.8], [0.65, 0.8]]))
+
+
+def test_adaptive_thresholds_converge_to_the_quality_and_stay_in_their_range():
+    made = settings("adaptive", tau_min=0.5, tau_max=0.9, threshold_decay=0.9)
+    thresholds = filters.Thresholds(made, 2)
+    thresholds.start(torch.tensor([0.5, 0.5]))
+    found = made_labels(
+        labels=[1, 2], class_quality=[0.6, 0.99], mask_quality=[0.55, 0.3]
+    )
+    for _ in range(200):
+        thresholds.update([found])
+    expected = torch.tensor([[0.6, 0.9], [0.55, 0.5]])
+    torch.testing.assert_close(thresholds.values, expected, atol=1e-4, rtol=0)
+
+
+def test_only_the_adaptive_rule_moves_them():
+    thresholds = filters.Thresholds(settings("dual"), 2)
+    before = thresholds.values.clone()
+    thresholds.update([made_labels(labels=[1], class_quality=[0.9], mask_quality=[0.9])])
+    assert torch.equal(before, thresholds.values)

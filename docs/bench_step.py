@@ -2,6 +2,8 @@ r"""What a step costs: against plain torchvision, and its peak memory against it
 
     python docs/bench_step.py time      supervised step / the same step on plain torchvision
     python docs/bench_step.py memory    semi-supervised step / its larger half
+    python docs/bench_step.py levels --pretrained runs/<name>/pretrained.pt
+                                        PL-DC's step / Guided Distillation's
 
 Time: both sides have the same weights, images, targets, optimiser and threads; their
 steps take turns, so that a machine that slows down slows down both. The ratio is that of
@@ -23,7 +25,7 @@ from torch import nn
 from torchvision.models.detection.mask_rcnn import MaskRCNN as TorchvisionMaskRCNN
 
 import train
-from ssis import augment, config, distributed, loader, model, teacher
+from ssis import augment, checkpoint, config, distributed, loader, model, split, teacher
 
 
 def setup(**settings) -> tuple[train.Run, list, list]:
@@ -85,6 +87,43 @@ def measure_time(steps: int) -> None:
     )
 
 
+def measure_levels(pretrained: str, steps: int) -> None:
+    """Alternate the steps of two methods that start from the same first teacher.
+
+    The ratio is that of the sums: every tenth step of PL-DC refreshes its prototypes.
+    """
+    saved = checkpoint.load(pretrained)["config"]
+    runs, times = {}, {}
+    for method in ("guided-distillation", "pl-dc"):
+        made = config.Config(**{**saved, "method": method, **config.METHODS[method]})
+        train_set, _, _ = loader.open_parts(made)
+        # The split of the run itself, which lies beside the checkpoint.
+        beside = str(Path(pretrained).parent / "labeled.json")
+        labeled, _ = split.draw_split(train_set, beside, made.seed)
+        rest = sorted(set(range(len(train_set))) - set(labeled))
+        streams = loader.streams(train_set, labeled, rest, made)
+        run = train.Run(made, train_set.names, distributed.start("cpu"))
+        checkpoint.restore(run, train_set.names, pretrained, first_teacher=True)
+        train.begin_burnin(run, streams.labeled, train_set.class_shares(labeled))
+        runs[method], times[method] = run, []
+    for k in range(steps + 2):
+        batches = [
+            [stream[8 * k + i] for i in range(8)] for stream in (streams.labeled, streams.unlabeled)
+        ]
+        for method, run in runs.items():
+            torch.manual_seed(k)
+            began = time.perf_counter()
+            train.step(run, *batches)
+            times[method].append(time.perf_counter() - began)
+    means = {method: statistics.mean(values[2:]) for method, values in times.items()}
+    for method, value in means.items():
+        print(f"{method:20} {1000 * value:7.1f} ms per step of 8 + 8 images")
+    print(
+        f"ratio {means['pl-dc'] / means['guided-distillation']:.3f}  "
+        f"({torch.get_num_threads()} threads, {steps} steps each)"
+    )
+
+
 def one_variant(variant: str) -> None:
     """Run some steps of one variant and print the growth of the peak memory, MiB."""
     # Images of 320 pixels: activations, not weights, make the peak.
@@ -140,13 +179,18 @@ def measure_memory() -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", help="time, memory (or one variant of memory)")
+    parser.add_argument("what", help="time, levels, memory (or one variant of memory)")
+    parser.add_argument("--pretrained", help="first teacher, for levels")
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
     if args.what == "time":
         measure_time(args.steps)
     elif args.what == "memory":
         measure_memory()
+    elif args.what == "levels":
+        if not args.pretrained:
+            parser.error("levels needs --pretrained")
+        measure_levels(args.pretrained, args.steps)
     else:
         one_variant(args.what)
 

@@ -106,8 +106,8 @@ class Clip:
         trunk = getattr(model.visual, "trunk", None)
         if not hasattr(trunk, "stages") or not hasattr(trunk, "forward_head"):
             raise UserError(
-                f"--clip-model {source}: has no ConvNeXt image tower, whose feature map "
-                "could be pooled; give one of open_clip's convnext models"
+                f"--clip-model {source}: has no ConvNeXt image tower, whose feature "
+                "map could be pooled; give one of open_clip's convnext models"
             )
         self.model = model.eval().requires_grad_(False).to(device)
         self.classes = torch.stack(

@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import train
-from ssis import coco_json, config, distributed, loader, model, teacher
+from ssis import coco_json, config, correction, distributed, filters, loader, model, teacher
 
 
 def freeze_norms(module: nn.Module) -> None:
@@ -86,10 +86,21 @@ def main(out: str, folder: str) -> None:
         run.teacher.update_parameters(run.net) if step else None
         found.append(row["pseudo_per_image"][0].item())
     counts = distributed.gather(found)
+    # PL-DC: what its levels remember must come out the same on every process. Each one has
+    # its share of the predictions and of the labelled images.
+    levels = config.Config(filter="adaptive", correction="prototypes", tau_min=0.05)
+    thresholds = filters.Thresholds(levels, 6)
+    thresholds.start(torch.full((6,), 1 / 6))
+    views = [item["image"] for item in chosen][mine]
+    thresholds.update(teacher.predict(run.teacher.module, views, 0.05))
+    second = correction.make(levels, ["a"] * 6, run.net, "cpu")
+    second.learn(run.teacher.module, [labeled[k] for k in range(4)][mine])
+    remembered = distributed.gather((thresholds.values, second.bank, second.seen))
     if rank == 0:
         torch.save(
             dict(
                 found=counts,
+                remembered=remembered,
                 student=run.net.state_dict(),
                 teacher=run.teacher.state_dict(),
                 before=before,

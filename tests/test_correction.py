@@ -99,8 +99,7 @@ def test_prototypes_name_unseen_shapes_better_than_chance(seen):
     assert len(right) > 30 and sum(right) / len(right) > 0.5
 
 
-def test_descriptions_are_of_length_one_and_ignore_what_is_outside_the_mask(seen):
-    net = seen[0]
+def test_descriptions_are_of_length_one_and_ignore_what_is_outside_the_mask():
     masks = torch.zeros(1, 96, 96)
     masks[0, 20:60, 20:40] = 1
     boxes = torch.tensor([[20.0, 20.0, 60.0, 60.0]])
@@ -113,12 +112,12 @@ def test_descriptions_are_of_length_one_and_ignore_what_is_outside_the_mask(seen
 
 
 def test_the_memory_keeps_the_newest_and_counts_only_what_is_there(seen):
-    net = seen[0]
+    net, _, labeled, _ = seen
     second = correction.Prototypes(6, 64, 2)
     nothing = second(torch.rand(3, 96, 96), made_labels([1], [0.9], [0.9], features=(64, 7, 7)))
     # Nothing seen, no opinion.
     assert nothing.tolist() == [[0.0] * 3]
-    items = [seen[2][k] for k in range(8)]
+    items = [labeled[k] for k in range(8)]
     second.learn(net, items)
     labels = torch.cat([item["target"]["labels"] for item in items])
     assert second.seen.tolist() == torch.bincount(labels, minlength=7)[1:].tolist()

@@ -10,6 +10,7 @@ import sys
 
 import torch
 from conftest import ROOT
+from ssis import config
 from test_train import TINY, dataset_of
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -38,6 +39,12 @@ def test_two_processes_one_without_pseudo_labels_agree_with_one(tmp_path, shapes
             moved, moved_too = one[who][prefix + name] - start, two[who][prefix + name] - start
             tolerance = 1e-7 + 0.01 * moved.abs().max().item()
             assert (moved - moved_too).abs().max() <= min(tolerance, 1e-5), (who, name)
+    # PL-DC's memory: the same on both processes, and what one process has.
+    start = config.Config().tau_min + 0.4 / 6
+    for rank in (0, 1):
+        for ours, single in zip(two["remembered"][rank], one["remembered"][0], strict=True):
+            torch.testing.assert_close(ours, single, atol=1e-4, rtol=1e-4)
+    assert one["remembered"][0][2].sum() > 4 and (one["remembered"][0][0] != start).any()
     # And training did something: a teacher that lags is not the student.
     name = "roi_heads.mask_predictor.mask_fcn_logits.weight"
     lag = (one["student"][name] - one["teacher"]["module." + name]).abs().max()

@@ -16,7 +16,9 @@ def settings(rule: str, **more) -> config.Config:
 def test_the_four_rules_by_hand():
     """A clean mask of doubtful class, a sure class with a ragged mask, both, neither."""
     found = made_labels(
-        labels=[1, 1, 2, 2], class_quality=[0.65, 0.95, 0.9, 0.5], mask_quality=[0.99, 0.75, 0.9, 0.6]
+        labels=[1, 1, 2, 2],
+        class_quality=[0.65, 0.95, 0.9, 0.5],
+        mask_quality=[0.99, 0.75, 0.9, 0.6],
     )
     kept = {
         rule: filters.keep(found, settings(rule)).class_quality.tolist()

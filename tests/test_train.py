@@ -185,6 +185,49 @@ def test_a_shared_first_teacher_leads_to_the_same_end(whole, tmp_path):
     assert json.loads(steps[0])["step"] > 4
 
 
+PL_DC = ["--method", "pl-dc", "--tau-min", "0.02", "--tau-max", "0.1"]
+
+
+def test_pl_dc_resumes_bit_identical_and_audits_its_levels(whole, tmp_path, monkeypatch):
+    """Stopped in the burn-in and in mutual learning; thresholds and memory go on."""
+    _, arguments, _ = whole
+    step, stops = train.step, []
+
+    def step_and_stop(run, *batches):
+        row = step(run, *batches)
+        if run.schedule.last_epoch in stops:
+            signal.raise_signal(signal.SIGTERM)
+        return row
+
+    monkeypatch.setattr(train, "step", step_and_stop)
+    for name, when in (("once", []), ("thrice", [6, 9])):
+        given = [*arguments, *PL_DC, "--output", str(tmp_path / name)]
+        stops[:] = when
+        for _ in range(len(when) + 1):
+            train.main(given)
+    assert_same_end(tmp_path / "once", tmp_path / "thrice")
+    one, two = (checkpoint.load(tmp_path / n / "checkpoint.pt") for n in ("once", "thrice"))
+    assert same(one["thresholds"], two["thresholds"]) and same(one["second"], two["second"])
+    assert (one["thresholds"]["values"] != one["thresholds"]["values"][0, 0]).any()
+    assert one["second"]["seen"].sum() > 0
+    summary = json.loads((tmp_path / "once" / "summary.json").read_text())
+    stages = summary["audit_stages"]
+    assert list(stages) == ["predicted", "kept", "corrected"]
+    assert stages["predicted"]["pseudo_per_image"] >= stages["kept"]["pseudo_per_image"] > 0
+    # The correction names; it does not move anything.
+    assert stages["kept"]["mask_iou"] == stages["corrected"]["mask_iou"]
+
+
+def test_an_oracle_says_that_it_is_one(whole, tmp_path, capsys):
+    _, arguments, _ = whole
+    given = [*arguments, "--oracle", "both", "--output", str(tmp_path)]
+    out = inside(capsys, train.main, *given)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert "NOT A SEMI-SUPERVISED RESULT" in summary["warning"] and summary["warning"] in out
+    audit = summary["audit"]
+    assert audit["class_accuracy"] in (None, 1.0) and audit["mask_iou"] in (None, 1.0)
+
+
 def test_a_first_teacher_of_another_pretraining_is_refused(whole, tmp_path, capsys):
     folder, arguments, _ = whole
     for name, more, says in (

@@ -1,4 +1,4 @@
-r"""Every setting once: a dataclass with a reason per field; presets; the command line.
+r"""Every setting once: a dataclass with a reason per field; the command line.
 
 There is one `Config`. Its fields are the command line (`--tau-class 0.7` sets
 `tau_class`), its defaults are the preset `shapes`, and the other presets are the same
@@ -20,14 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssis import UserError
+from ssis.presets import METHODS, PL_DC_REAL, PRESETS
 
-# The methods that exist so far. `supervised` is pretraining for all the steps.
-METHODS = {
-    "supervised": {},
-    "guided-distillation": {},
-    # PL-DC: its three levels, each with a switch of its own.
-    "pl-dc": dict(filter="adaptive", correction="prototypes", uncertainty=True),
-}
 # Fields that may differ between a run and its resumption: they say where and how fast,
 # never what is computed.
 NOT_IN_RESULT = (
@@ -328,83 +322,6 @@ class Config:
         for name in (*counts, "weight_decay", "unsup_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: must be >= 0")
-
-
-# ResNet-50 on photographs: what all three real presets share. The view sizes are
-# torchvision's (short side 640 to 800), the optimiser GD's.
-REAL = dict(
-    model="resnet50",
-    backbone_weights="imagenet",
-    workers=4,
-    amp="bf16",
-    short_side_min=640,
-    short_side=800,
-    long_side=1333,
-    lr=1e-4,
-    backbone_lr_factor=0.1,
-    clip_norm=0.01,
-    warmup_steps=1000,
-    ema_decay=0.9996,
-    unsup_weight=2.0,
-    burnin_init="fresh",
-    labeled_batch=16,
-    unlabeled_batch=16,
-    eval_every=5000,
-    audit_images=500,
-    checkpoint_every=1000,
-)
-
-PRESETS = {
-    # The defaults above: 12 minutes on two CPU cores.
-    "shapes": {},
-    # Your own data: the small model and the short schedule, until you choose otherwise.
-    "custom": dict(
-        data="", labeled="10%", short_side_min=192, short_side=256, long_side=448
-    ),
-    # GD, section 4: 368,750 iterations after pretraining, burn-in 50k.
-    "coco": dict(
-        REAL,
-        data="data/coco",
-        labeled="1%",
-        pretrain_steps=60_000,
-        burnin_steps=50_000,
-        mutual_steps=318_750,
-    ),
-    # GD, section 4: 90k iterations; S4M's burn-in of 15k.
-    "cityscapes": dict(
-        REAL,
-        data="data/cityscapes",
-        labeled="5%",
-        short_side_min=800,
-        short_side=1024,
-        long_side=2048,
-        pretrain_steps=20_000,
-        burnin_steps=15_000,
-        mutual_steps=75_000,
-    ),
-    # No paper of the three reports VOC; Cityscapes' schedule, COCO's image sizes.
-    "voc": dict(
-        REAL,
-        data="data/voc",
-        labeled="10%",
-        pretrain_steps=20_000,
-        burnin_steps=15_000,
-        mutual_steps=75_000,
-    ),
-}
-
-
-# PL-DC's own numbers on real data, where they differ from GD's.
-PL_DC_REAL = dict(
-    filter="adaptive",
-    tau_class=0.85,
-    tau_mask=0.9,
-    threshold_decay=0.9996,
-    unsup_weight=1.0,
-    burnin_steps=20_000,
-    labeled_batch=8,
-    unlabeled_batch=8,
-)
 
 
 def flag(name: str) -> str:

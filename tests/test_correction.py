@@ -128,6 +128,20 @@ def test_the_memory_keeps_the_newest_and_counts_only_what_is_there(seen):
     torch.testing.assert_close(second.bank[0, (second.seen[0] - 1) % 2], row)
 
 
+def test_an_image_without_instances_teaches_nothing_and_asks_nothing(seen):
+    net = seen[0]
+    second = correction.Prototypes(6, 64, 4)
+    none = dict(
+        boxes=torch.zeros(0, 4),
+        labels=torch.zeros(0, dtype=torch.int64),
+        masks=torch.zeros(0, 96, 96, dtype=torch.uint8),
+    )
+    item = dict(image=torch.rand(3, 96, 96), target=none)
+    second.learn(net, [item, item])
+    assert second.seen.sum() == 0
+    assert seen[1](item["image"], as_pseudo(net, item)).shape == (0, 6)
+
+
 def test_a_class_that_was_never_seen_gets_no_vote(seen):
     net, full, labeled, _ = seen
     second = correction.Prototypes(6, 64, 4)

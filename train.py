@@ -162,8 +162,7 @@ def begin_burnin(run: Run, labeled: loader.Stream, frequency: torch.Tensor) -> N
     teacher.restart(run.teacher)
     run.teacher.update_parameters(run.net)
     run.thresholds.start(frequency)
-    if run.second and run.second.learns:
-        correction.begin(run.second, run, labeled)
+    correction.begin(run, labeled)
     if run.config.burnin_init == "fresh":
         with torch.random.fork_rng():
             torch.manual_seed(run.config.seed + 1)
@@ -199,9 +198,8 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
         done, results, earlier = state["step"], state["results"], state["seconds"]
     metrics = run_folder.Metrics(folder / "metrics.jsonl", done, writes=main_process)
     labeled_batches = loader.batches(streams.labeled, settings.labeled_batch, done, run)
-    unlabeled_batches = loader.batches(
-        streams.unlabeled, settings.unlabeled_batch, max(done, pretrain_end), run
-    )
+    first = max(done, pretrain_end)
+    unlabeled_batches = loader.batches(streams.unlabeled, settings.unlabeled_batch, first, run)
     began, table = time.monotonic(), {}
 
     def save(name: str) -> None:
@@ -222,6 +220,8 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
                 save("pretrained.pt")
                 begin_burnin(run, streams.labeled, train_set.class_shares(labeled))
             if number == burnin_end:
+                # While PL-DC's correction counts most; at the end it counts nothing.
+                results["burnin"] = audit.run(run, pseudo_labels, streams.audit, density)
                 # GD: teacher := student. The update below, the first one, is then a copy.
                 teacher.restart(run.teacher)
             semi, mutual = number >= pretrain_end, number >= burnin_end
@@ -233,9 +233,10 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
             if mutual:
                 # GD Eq. (EMA)
                 run.teacher.update_parameters(run.net)
+            if number == burnin_end and settings.burnin_init == "fresh":
+                correction.begin(run, streams.labeled)  # it remembers another network
             done = number + 1
             bar.update()
-
             # The loss table is summed over steps here, over processes when it is written.
             table = {name: table.get(name, 0) + value for name, value in row.items()}
             stopping = stop.asked()
@@ -256,11 +257,11 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
             if judging:
                 line = {"val_mask_ap_student": judge(run, run.net, val_set)["mask"]["AP"]}
                 if semi:
-                    report = judge(run, run.teacher.module, val_set)
-                    line["val_mask_ap_teacher"] = report["mask"]["AP"]
+                    report = judge(run, run.teacher.module, val_set)["mask"]
+                    line["val_mask_ap_teacher"] = report["AP"]
                     line |= audit.run(run, pseudo_labels, streams.audit, density)
                     if main_process:
-                        audit.warn(means, density, bar.write)
+                        audit.warn(means, density, settings.filter, bar.write)
                     visualize.pseudo_labels(run, pseudo_labels, streams, folder, done)
                 metrics.add(step=done, **line)
 
@@ -290,8 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         distributed.stop()
     except UserError as error:
         distributed.give_up(error)
-    except KeyboardInterrupt:
-        # Outside the steps, during data preparation or the last evaluation.
+    except KeyboardInterrupt:  # during data preparation or the last evaluation
         print("stopped; what was saved stays, the same command goes on", file=sys.stderr)
         sys.exit(130)
 

@@ -13,8 +13,8 @@ compared with the truth:
 Shares are in [0, 1]; one that is a share of nothing is None.
 
 and this for every stage of their making (`train.pseudo_labels`): all that the teacher
-predicts (class score >= 0.3), what the filter keeps, what is left of it when its
-classes are corrected. So each level shows what it does, and what it costs.
+predicts (from class score 0.3 on, or from the filter's lowest), what the filter keeps,
+and that with its classes corrected. So each level shows what it does and what it costs.
 
 A pseudo-label and an instance are matched one to one, best class quality first, as
 COCO does, but regardless of the class: the class is what is being audited.
@@ -164,7 +164,7 @@ def run(run, label, stream, labeled_per_image: float) -> dict:
         {"audit": the numbers of what the student is trained on, "audit_per_class":
         {name: numbers}, "audit_stages": {stage: numbers}}; None without truth.
     """
-    if stream is None:
+    if stream is None or not run.config.audit_images:
         return dict(audit=None, audit_per_class=None, audit_stages=None)
     names, config = stream.dataset.names, run.config
     count = min(config.audit_images, len(stream.indices))
@@ -185,13 +185,13 @@ def run(run, label, stream, labeled_per_image: float) -> dict:
         for stage, table in zip(stages, together, strict=True)
     }
     return dict(
-        audit=numbers.pop("final"),
+        audit=numbers["final"],
         audit_per_class=per_class(together[-1], count, names),
         audit_stages=numbers,
     )
 
 
-def warn(means: dict, labeled_per_image: float, write) -> None:
+def warn(means: dict, labeled_per_image: float, rule: str, write) -> None:
     """Write a line when the teacher keeps next to nothing, or far too much.
 
     The labelled images say how many instances there should be. This needs no truth of
@@ -200,18 +200,22 @@ def warn(means: dict, labeled_per_image: float, write) -> None:
     Args:
         means: of `losses.means`; `pseudo_per_image` is used.
         labeled_per_image: instances per labelled image.
+        rule: the filter's, for the advice.
         write: a function that prints a line.
     """
     found = means["pseudo_per_image"]
+    flags = dict(
+        dual="--tau-class or --tau-mask", adaptive="--tau-min and --tau-max"
+    ).get(rule, "--tau-class")
     if found < 0.05 * labeled_per_image:
         write(
             f"warning: the teacher has collapsed: {found:.2f} pseudo-labels per image, "
-            f"{labeled_per_image:.2f} instances per labelled image; lower "
-            "--tau-class (or --tau-mask, --tau-min), or pretrain longer"
+            f"{labeled_per_image:.2f} instances per labelled image; lower {flags}, or "
+            "pretrain longer"
         )
     if found > 5 * labeled_per_image:
         write(
             f"warning: the teacher explodes: {found:.2f} pseudo-labels per image, "
-            f"{labeled_per_image:.2f} instances per labelled image; raise "
-            "--tau-class, or lower --unsup-weight"
+            f"{labeled_per_image:.2f} instances per labelled image; raise {flags}, or "
+            "lower --unsup-weight"
         )

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssis import UserError
+from ssis.checkpoint import short
 from ssis.teacher import PseudoLabels
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "there is a {} in the scene.")
@@ -56,7 +57,7 @@ def prompts_of(names: list[str], descriptions: str) -> list[list[str]]:
             given = json.load(file)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--descriptions {descriptions}: cannot be read as JSON ({error})"
+            f"--descriptions {descriptions}: cannot be read as JSON ({short(error)})"
         ) from error
     for name in names:
         prompts = given.get(name) if isinstance(given, dict) else None
@@ -94,13 +95,19 @@ class Clip:
             raise UserError(INSTALL) from error
         prompts = prompts_of(names, descriptions)
         architecture, _, weights = source.partition(":")
+        if not weights:
+            # open_clip would go on with random ones.
+            raise UserError(
+                f"--clip-model {source}: names no weights; give architecture:TAG or "
+                "architecture:PATH"
+            )
         try:
-            model = open_clip.create_model(architecture, weights or None)
+            model = open_clip.create_model(architecture, weights)
             tokenizer = open_clip.get_tokenizer(architecture)
         # Whatever it raises without network, file or architecture.
         except Exception as error:
             raise UserError(
-                f"--clip-model {source}: cannot be loaded ({str(error)[:160]}); give "
+                f"--clip-model {source}: cannot be loaded ({short(error)[:160]}); give "
                 "architecture:PATH of weights fetched elsewhere"
             ) from error
         trunk = getattr(model.visual, "trunk", None)

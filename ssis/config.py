@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssis import UserError
-from ssis.presets import METHODS, PL_DC_REAL, PRESETS
+from ssis.presets import METHODS, OF_BOTH, PRESETS
 
 # Fields that may differ between a run and its resumption: they say where and how fast,
 # never what is computed.
@@ -178,7 +178,9 @@ class Config:
         ("score", "coupled", "dual", "adaptive"),
     )
     tau_class: float = setting(
-        0.7, "class quality asked for (GD 0.7, PL-DC 0.85); of coupled, the product"
+        0.7,
+        "class quality asked for (GD 0.7, PL-DC 0.85); of coupled, the product; "
+        "adaptive has its own",
     )
     tau_mask: float = setting(0.8, "mask quality asked for by dual (PL-DC 0.9)")
     tau_min: float = setting(0.5, "lowest adaptive threshold (PL-DC: not published)")
@@ -260,7 +262,16 @@ class Config:
         if self.output:
             return Path(self.output)
         share = Path(self.labeled).name.replace("%", "pct").replace(".json", "")
-        return Path("runs") / f"{self.preset}-{self.method}-{share}-s{self.seed}"
+        # A level switched otherwise than the method has it is part of the name, and so
+        # is an oracle: its result must not be taken for a method's.
+        usual = dict(filter="score", correction="none", uncertainty=False)
+        usual |= dict(oracle="none", **METHODS.get(self.method, {}))
+        names = [self.preset, self.method]
+        for name, value in usual.items():
+            now = getattr(self, name)
+            if now != value:
+                names.append(f"{name}-{now}" if now else f"no-{name}")
+        return Path("runs") / "-".join([*names, share, f"s{self.seed}"])
 
     def check(self) -> None:
         """Raise UserError for values that no run could use."""
@@ -279,6 +290,7 @@ class Config:
         for name in (
             "labeled_batch",
             "unlabeled_batch",
+            "prototypes",
             "eval_every",
             "checkpoint_every",
             "short_side_min",
@@ -303,6 +315,10 @@ class Config:
                 )
         if self.tau_min > self.tau_max:
             raise UserError("--tau-min <= --tau-max does not hold")
+        if self.descriptions and self.correction != "clip":
+            raise UserError(
+                f"--descriptions {self.descriptions}: are for --correction clip alone"
+            )
         for name in ("lr", "clip_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(
@@ -363,9 +379,7 @@ def parse(argv: list[str] | None = None) -> Config:
             )
     given = vars(parser.parse_args(argv))
     preset, method = given.get("preset", "shapes"), given.get("method", Config.method)
-    levels = dict(METHODS.get(method, {}))
-    if method == "pl-dc" and preset in ("coco", "cityscapes", "voc"):
-        levels |= PL_DC_REAL
+    levels = {**METHODS.get(method, {}), **OF_BOTH.get((preset, method), {})}
     config = Config(**{**PRESETS[preset], **levels, **given})
     config.check()
     return config

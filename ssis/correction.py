@@ -8,7 +8,7 @@ two class distributions are mixed:
 $$p = w(t) \, p_{second} + (1 - w(t)) \, p_{teacher}$$ PL-DC Eq. (DICC)
 
 The label becomes argmax p, the class quality max p. The second opinion counts less and
-less, for the teacher learns and the second classifier does not:
+less, for the teacher learns more than the second classifier does:
 
 $$w(t) = \tfrac14 \left(\cos \pi \frac{t - t_{burn}}{t_{max} - t_{burn}} + 1\right)$$
 PL-DC Eq. (w): one half until the end of the burn-in, falling to 0 at the end.
@@ -23,7 +23,9 @@ soft mask itself in a 16 x 16 grid. So it sees what the teacher's own classifier
 cannot see: where the object ends and what is only next to it. Why not the class means,
 pooled features, other views: they were measured and are no better than the teacher
 (docs/log.md). As training goes on the oldest instances are replaced by
-newer looks of the EMA teacher at the labelled images.
+newer looks of the EMA teacher at the labelled images; where the student started afresh
+(`--burnin-init fresh`) the first teacher's are thrown away with it, since the features
+of two networks have nothing to do with each other.
 
 *clip* (`ssis/clip.py`). What the paper has: CLIP on mask-pooled features, against the
 embeddings of described class names. For photographs of things that have names.
@@ -42,8 +44,8 @@ from torchvision.ops import roi_align
 from ssis import data, distributed, teacher
 from ssis.teacher import PseudoLabels
 
-# Labelled views that fill the memory at first, and steps between its refreshments: a
-# look of the teacher at a labelled batch costs a tenth of a step.
+# Labelled views that fill the memory at first, and steps between its refreshments: each
+# is a forward pass of the teacher's backbone over a labelled batch.
 START_VIEWS = 128
 REFRESH_EVERY = 10
 # Cells of a silhouette, nearest instances asked, sharpness of the softmax.
@@ -72,15 +74,21 @@ def fuse(pseudo: PseudoLabels, second: Tensor, w: float) -> PseudoLabels:
     Args:
         pseudo: of one image.
         second: (N, C) class distribution of the second classifier; a row of zeros means
-            that it has none, and leaves the instance as it is.
-        w: weight of the second opinion, in [0, 1].
+            that it has no opinion.
+        w: weight of the second opinion, in [0, 1]. Where it is 0, or there is no
+            opinion, the instance stays as it is.
     """
-    w = w * (second.sum(dim=1, keepdim=True) > 0)
+    if w == 0:
+        return pseudo
+    asked = second.sum(dim=1) > 0  # (N,)
     # PL-DC Eq. (DICC)
     mixed = w * second + (1 - w) * pseudo.distribution  # (N, C)
     quality, index = mixed.max(dim=1)
     return dataclasses.replace(
-        pseudo, labels=index + 1, class_quality=quality, distribution=mixed
+        pseudo,
+        labels=torch.where(asked, index + 1, pseudo.labels),
+        class_quality=torch.where(asked, quality, pseudo.class_quality),
+        distribution=torch.where(asked[:, None], mixed, pseudo.distribution),
     )
 
 
@@ -104,18 +112,20 @@ def make(config, names: list[str], net: nn.Module, device) -> nn.Module | None:
     return None
 
 
-def begin(second: nn.Module, run, labeled) -> None:
-    """Let the second classifier see labelled views; every process must call this.
+def begin(run, labeled) -> None:
+    """Fill the memory of the second classifier anew; every process must call this.
 
     Args:
-        second: of `make`.
-        run: `train.Run`, with its first teacher.
+        run: `run.Run`; the present teacher looks.
         labeled: the labelled `loader.Stream`; each process looks at its share.
     """
+    if run.second is None or not run.second.learns:
+        return
+    run.second.seen.zero_()
     chunk = 8
     for first in range(0, START_VIEWS, chunk * run.world):
         mine = range(first + run.rank * chunk, first + (run.rank + 1) * chunk)
-        second.learn(run.teacher.module, [labeled[k] for k in mine])
+        run.second.learn(run.teacher.module, [labeled[k] for k in mine])
 
 
 class Prototypes(nn.Module):
@@ -180,7 +190,9 @@ class Prototypes(nn.Module):
         ]
         labels = torch.cat([target["labels"] for target in targets])
         # Every process puts in everybody's, so that all have the same memory.
-        for rows, classes in distributed.gather((torch.cat(described), labels)):
+        # Through the CPU: objects gathered from GPUs would stay on the sender's.
+        mine = (torch.cat(described).cpu(), labels.cpu())
+        for rows, classes in distributed.gather(mine):
             for row, label in zip(rows, classes.tolist(), strict=True):
                 place = self.seen[label - 1] % self.bank.shape[1]
                 self.bank[label - 1, place] = row.to(device)
@@ -196,13 +208,18 @@ class Prototypes(nn.Module):
         similar = torch.einsum("nf,ckf->nck", query, self.bank)
         places = torch.arange(self.bank.shape[1], device=query.device)
         similar[:, places >= self.seen[:, None]] = -1
-        # The mean of the nearest few of each class: one alone may be a mistake, and all
-        # of them are a mean, which is no longer the shape of any. A class with fewer
-        # instances is judged by those that it has.
+        # The mean of the nearest few of each class: one alone may be a mistake, and the
+        # mean of all is no longer the shape of any. A class with fewer instances is
+        # judged by those that it has.
         nearest = similar.topk(
             min(NEAREST, similar.shape[2]), dim=2
         ).values  # (N, C, 3)
         present = torch.arange(nearest.shape[2], device=query.device)
         present = (present < self.seen[:, None].clamp(min=1)).to(nearest)
         mean = (nearest * present).sum(dim=2) / present.sum(dim=1)  # (N, C)
-        return (mean / TEMPERATURE).softmax(dim=1)
+        # Of a class that was never seen there is no opinion: it keeps the probability
+        # that the teacher gives it, and the others share the rest.
+        unseen = self.seen == 0
+        kept = pseudo.distribution * unseen
+        shares = (mean / TEMPERATURE).masked_fill(unseen, -torch.inf).softmax(dim=1)
+        return kept + (1 - kept.sum(dim=1, keepdim=True)) * shares

@@ -41,8 +41,6 @@ from torch import Tensor, nn
 from ssis import distributed
 from ssis.teacher import PseudoLabels
 
-RULES = ("score", "coupled", "dual", "adaptive")
-
 
 class Thresholds(nn.Module):
     """PL-DC's adaptive class-aware thresholds; a module for its state dict.

@@ -31,16 +31,18 @@ class Run:
     def __init__(self, settings: config.Config, names: list[str], start: tuple):
         self.config = settings
         self.rank, self.world, self.device = start
-        # Same seed on all processes: the same first weights. Then one of each rank, for
-        # the sampling of anchors and proposals.
+        # Same seed on all processes: the same first weights. Then, below, one of each
+        # rank, for the sampling of anchors and proposals.
         torch.manual_seed(settings.seed)
         self.net = model.build(settings, len(names) + 1).to(self.device).train()
-        torch.manual_seed(settings.seed * 1000 + 1 + self.rank)
         self.student = distributed.wrap(self.net, self.device)
         self.teacher = teacher.make_teacher(self.net, settings.ema_decay)
         # PL-DC: what the filter and the second opinion remember; see `begin_burnin`.
         self.thresholds = filters.Thresholds(settings, len(names)).to(self.device)
         self.second = correction.make(settings, names, self.net, self.device)
+        # After all that draws weights: with and without a second classifier, training
+        # draws the same.
+        torch.manual_seed(settings.seed * 1000 + 1 + self.rank)
         self.optimizer = optimizer.make(self.net, settings)
         self.schedule = LambdaLR(
             self.optimizer, lambda step: optimizer.lr_factor(step, settings)

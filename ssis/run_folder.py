@@ -19,6 +19,10 @@ from pathlib import Path
 from ssis import UserError, config
 
 
+# The models whose AP a run reports.
+MODELS = ("pretrained", "student", "teacher")
+
+
 @contextlib.contextmanager
 def writing(path: Path):
     """Turn a failure to write `path` into a UserError."""
@@ -124,9 +128,8 @@ def summary(
     """The content of `summary.json`; AP in percent, None for a model not there."""
 
     def numbers(kind: str) -> dict:
-        models = ("pretrained", "student", "teacher")
         return {
-            who: results[who][kind]["AP"] if who in results else None for who in models
+            who: results[who][kind]["AP"] if who in results else None for who in MODELS
         }
 
     return dict(
@@ -142,8 +145,12 @@ def summary(
         box_ap=numbers("box"),
         audit=results.get("audit"),
         audit_per_class=results.get("audit_per_class"),
-        audit_stages=results.get("audit_stages"),
-        details={who: results[who] for who in results if not who.startswith("audit")},
+        # What each level did, when the correction counts most and at the end.
+        audit_stages={
+            "end of burn-in": results.get("burnin", {}).get("audit_stages"),
+            "end": results.get("audit_stages"),
+        },
+        details={who: results[who] for who in MODELS if who in results},
     )
 
 
@@ -183,10 +190,13 @@ def table(summary: dict, folder: Path) -> str:
             for key, value in audit.items()
         )
         lines.append(f"pseudo-labels: {shown}")
-        for stage, numbers in summary["audit_stages"].items():
-            keys = ("pseudo_per_image", "box_precision", "class_accuracy", "mask_iou")
-            shown = ", ".join(f"{key.replace('_', ' ')} {numbers[key]}" for key in keys)
-            lines.append(f"  {stage:<10} {shown}")
+        keys = ("pseudo_per_image", "box_precision", "class_accuracy", "mask_iou")
+        for when, stages in summary["audit_stages"].items():
+            for stage, numbers in (stages or {}).items():
+                shown = ", ".join(
+                    f"{key.replace('_', ' ')} {numbers[key]}" for key in keys
+                )
+                lines.append(f"  {when:<14} {stage:<9} {shown}")
     lines.append(
         f"files: {folder}/ (summary.json, checkpoint.pt, metrics.jsonl, pictures)"
     )

@@ -62,7 +62,9 @@ def restart(teacher: AveragedModel) -> None:
 
 @dataclass
 class PseudoLabels:
-    """Predicted instances of one image, best first; each stage takes and returns one.
+    """Predicted instances of one image, by the teacher's score, best first.
+
+    Each stage takes one and returns one; none changes the order.
 
     Attributes:
         boxes: (N, 4) float32, xyxy, pixels of the image given to `predict`.

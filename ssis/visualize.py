@@ -1,10 +1,11 @@
 r"""Pictures: pseudo-labels, predictions, curves.
 
 A number says how many pseudo-labels are right; a picture says what is wrong with the
-others. Every evaluation writes `pseudo_<step>.png`, a strip for each of some unlabelled
-images: the image, everything the teacher predicts, what the filter keeps, and
-the truth that training never sees. The end of a run writes `predictions.png` (the
-teacher on test images beside the truth) and `curves.png`.
+others. Every evaluation writes `pseudo_<step>.png`, a strip for each of some
+unlabelled images: the image, all that the teacher predicts, what the filter keeps, the
+corrected classes, where the masks are unsure, and the truth that training never sees.
+The end of a run writes `predictions.png` (the teacher on test images beside the truth)
+and `curves.png`.
 
 Read next: back to `train.py`.
 """
@@ -117,7 +118,7 @@ def uncertainty(image: Tensor, mask_probs: Tensor) -> Image.Image:
 
 # What a stage of `train.pseudo_labels` is called above its pictures.
 TITLES = dict(
-    predicted="teacher, score >= 0.3",
+    predicted="teacher, all",
     kept="kept by the filter",
     corrected="classes corrected",
     oracle="replaced by the truth",

@@ -43,7 +43,11 @@ def main(out: str, folder: str) -> None:
     settings = config.Config(
         # No clipping: it would hide a gradient that is too large by a factor.
         clip_norm=1e9,
-        method="guided-distillation",
+        method="pl-dc",
+        filter="dual",
+        tau_mask=0.0,
+        correction="prototypes",
+        uncertainty=True,
         short_side_min=64,
         short_side=64,
         long_side=64,
@@ -75,6 +79,10 @@ def main(out: str, folder: str) -> None:
     order = sorted(range(8), key=lambda k: -best[k])
     run.config.tau_class = (best[order[1]] + best[order[-2]]) / 2
     chosen = [items[k] for k in (*order[:2], *order[-2:])]
+
+    # PL-DC's second classifier, refreshed in the second of the three steps.
+    correction.REFRESH_EVERY = 2
+    correction.begin(run, labeled)
 
     share = 4 // world
     mine = slice(rank * share, (rank + 1) * share)

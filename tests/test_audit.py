@@ -70,9 +70,12 @@ def test_nothing_kept_and_nothing_there_are_no_shares():
 @pytest.mark.parametrize("found, word", [(0.01, "collapsed"), (2.0, None), (30.0, "explodes")])
 def test_a_collapsing_and_an_exploding_teacher_are_told(found, word):
     lines = []
-    audit.warn(dict(pseudo_per_image=found), 2.5, lines.append)
-    assert len(lines) == (word is not None)
+    audit.warn(dict(pseudo_per_image=found), 2.5, "score", lines.append)
+    audit.warn(dict(pseudo_per_image=found), 2.5, "adaptive", lines.append)
+    assert len(lines) == 2 * (word is not None)
+    # With the advice that belongs to the filter.
     assert word is None or (word in lines[0] and "--tau-class" in lines[0])
+    assert word is None or (word in lines[1] and "--tau-min" in lines[1])
 
 
 def test_the_oracle_replaces_what_it_says_and_nothing_else():

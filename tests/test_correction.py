@@ -142,12 +142,27 @@ def test_an_image_without_instances_teaches_nothing_and_asks_nothing(seen):
     assert seen[1](item["image"], as_pseudo(net, item)).shape == (0, 6)
 
 
-def test_a_class_that_was_never_seen_gets_no_vote(seen):
+def test_a_class_that_was_never_seen_keeps_what_the_teacher_gives_it(seen):
     net, full, labeled, _ = seen
     second = correction.Prototypes(6, 64, 4)
-    second.bank[0], second.seen[0] = full.bank[0, :4], 4
-    opinion = second(labeled[0]["image"], as_pseudo(net, labeled[0]))
-    assert (opinion[:, 0] > 0.999).all()
+    for k in (0, 1):
+        second.bank[k], second.seen[k] = full.bank[k, :4], 4
+    found = as_pseudo(net, labeled[0])
+    found.distribution[:] = torch.tensor([0.1, 0.1, 0.1, 0.05, 0.05, 0.5])
+    opinion = second(labeled[0]["image"], found)
+    torch.testing.assert_close(opinion[:, 2:], found.distribution[:, 2:])
+    torch.testing.assert_close(opinion.sum(1), torch.ones(len(found)))
+    # So the teacher's choice of such a class cannot be outvoted by those that are known.
+    mixed = correction.fuse(found, torch.tensor([[0.3, 0, 0.1, 0.05, 0.05, 0.5]]), 0.5)
+    assert (mixed.labels == 6).all()
+
+
+def test_without_weight_or_opinion_a_label_stays_even_if_it_is_not_the_likeliest():
+    """A proposal can be detected as two classes; the lesser one is no argmax."""
+    found = made_labels([2], [0.35], [0.9], distribution=[[0.6, 0.35, 0.0]])
+    for second, w in ((torch.zeros(1, 3), 0.5), (torch.tensor([[1.0, 0.0, 0.0]]), 0.0)):
+        same = correction.fuse(found, second, w)
+        assert same.labels.tolist() == [2] and same.class_quality.tolist() == pytest.approx([0.35])
 
 
 # ------------------------------------------------------------------------------- CLIP
@@ -212,6 +227,20 @@ def test_clip_gives_a_distribution_and_takes_descriptions(tiny_clip, tmp_path):
     assert second(torch.rand(3, 20, 20), found[torch.zeros(2, dtype=torch.bool)]).shape == (0, 3)
 
 
+def tiny_vit(folder) -> str:
+    """A CLIP whose image tower is a transformer."""
+    open_clip = pytest.importorskip("open_clip")
+    made = dict(
+        embed_dim=32,
+        vision_cfg=dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16),
+        text_cfg=dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=1),
+    )
+    (folder / "tiny-vit.json").write_text(json.dumps(made))
+    open_clip.add_model_config(folder / "tiny-vit.json")
+    torch.save(open_clip.create_model("tiny-vit").state_dict(), folder / "vit.pt")
+    return f"tiny-vit:{folder / 'vit.pt'}"
+
+
 def test_clips_errors_say_what_to_do(tiny_clip, tmp_path, monkeypatch):
     def error(**settings) -> str:
         with pytest.raises(UserError) as caught:
@@ -221,8 +250,9 @@ def test_clips_errors_say_what_to_do(tiny_clip, tmp_path, monkeypatch):
 
     source, _ = tiny_clip
     assert "cannot be loaded" in error(clip_model="tiny-convnext:/no/such/file.pt")
-    assert "cannot be loaded" in error(clip_model="no-such-tower")
-    assert "no ConvNeXt image tower" in error(clip_model="ViT-B-32:")
+    assert "cannot be loaded" in error(clip_model="no-such-tower:x")
+    assert "names no weights" in error(clip_model="tiny-convnext")
+    assert "no ConvNeXt image tower" in error(clip_model=tiny_vit(tmp_path))
     path = tmp_path / "d.json"
     assert "cannot be read" in error(clip_model=source, descriptions=str(path))
     path.write_text('{"cat": ["a cat"]}')

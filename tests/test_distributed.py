@@ -40,7 +40,7 @@ def test_two_processes_one_without_pseudo_labels_agree_with_one(tmp_path, shapes
             tolerance = 1e-7 + 0.01 * moved.abs().max().item()
             assert (moved - moved_too).abs().max() <= min(tolerance, 1e-5), (who, name)
     # PL-DC's memory: the same on both processes, and what one process has.
-    start = config.Config().tau_min + 0.4 / 6
+    start = 0.05 + (config.Config().tau_max - 0.05) / 6
     for rank in (0, 1):
         for ours, single in zip(two["remembered"][rank], one["remembered"][0], strict=True):
             torch.testing.assert_close(ours, single, atol=1e-4, rtol=1e-4)

@@ -55,7 +55,13 @@ def test_help_shows_every_field_with_its_reason(capsys):
 
 def test_presets_are_valid_and_the_papers_numbers_are_there():
     for name in config.PRESETS:
-        config.parse(["--preset", name])
+        for method in config.METHODS:
+            config.parse(["--preset", name, "--method", method])
+    # PL-DC's own numbers, at Guided Distillation's number of steps.
+    pl_dc = config.parse(["--preset", "coco", "--method", "pl-dc"])
+    assert (pl_dc.tau_class, pl_dc.tau_mask, pl_dc.unsup_weight) == (0.85, 0.9, 1.0)
+    assert (pl_dc.burnin_steps, pl_dc.burnin_steps + pl_dc.mutual_steps) == (20_000, 368_750)
+    assert pl_dc.uncertainty and pl_dc.filter == "dual" and pl_dc.correction == "prototypes"
     coco = config.parse(["--preset", "coco"])
     assert (coco.burnin_steps, coco.burnin_steps + coco.mutual_steps) == (50_000, 368_750)
     cityscapes = config.parse(["--preset", "cityscapes"])

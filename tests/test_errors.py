@@ -151,6 +151,19 @@ OPTIONS = {
     "no steps": (["--pretrain-steps", 0, "--burnin-steps", 0], "all are 0"),
     "negative steps": (["--pretrain-steps", -1], "must be >= 0"),
     "share above one": (["--ema-decay", 1.5], "--ema-decay 1.5: must be from 0 to 1"),
+    "no prototypes": (["--prototypes", 0], "--prototypes 0: must be at least 1"),
+    "thresholds crossed": (["--tau-min", 0.9, "--tau-max", 0.5], "--tau-min <= --tau-max"),
+    "threshold above one": (["--tau-mask", 1.5], "--tau-mask 1.5: must be from 0 to 1"),
+    "prompts for nobody": (["--descriptions", "x.json"], "are for --correction clip alone"),
+    "prompts absent": (
+        ["--correction", "clip", "--descriptions", "x.json"],
+        "x.json: cannot be read as JSON",
+    ),
+    "no such CLIP": (
+        ["--correction", "clip", "--clip-model", "magic:weights"],
+        "--clip-model magic:weights: cannot be loaded",
+    ),
+    "first teacher absent": (["--pretrained", "x.pt"], "x.pt: checkpoint not found"),
     "no step size": (["--lr", 0], "--lr 0.0: must be"),
     "weights of the other model": (["--backbone-weights", "imagenet"], "the small model has none"),
     "infinite share": (["--labeled", "inf%"], "must be a share (5%)"),
@@ -206,6 +219,14 @@ def test_a_split_that_does_not_fit(tmp_path, capsys, content, expected):
     (tmp_path / "split.json").write_text(json.dumps(content))
     options = ["--labeled", tmp_path / "split.json"]
     assert expected in error_of(capsys, train.main, [*arguments(tmp_path), *options])
+
+
+def test_an_oracle_needs_the_truth_of_every_unlabelled_image(tmp_path, capsys):
+    write_coco(tmp_path)
+    write_coco(tmp_path / "more")
+    more = ["--unlabeled-images", tmp_path / "more" / "images", "--oracle", "class"]
+    line = error_of(capsys, train.main, [*arguments(tmp_path), *more])
+    assert "--oracle class: needs the truth" in line
 
 
 def test_a_class_that_training_does_not_know(tmp_path, capsys):

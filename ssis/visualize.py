@@ -37,6 +37,8 @@ COLOURS = [
 ]
 TILE = 256
 ROWS = 6
+# Instances drawn into one picture at most, the best: a hundred outlines show nothing.
+SHOWN = 24
 
 
 def overlay(
@@ -146,7 +148,7 @@ def pseudo_labels(run, label, streams, folder, step: int) -> None:
         row = {"unlabelled image": overlay(image, nothing, nothing, names)}
         for stage, title in TITLES.items():
             if stage in stages:
-                p = stages[stage][0]
+                p = stages[stage][0][:SHOWN]
                 row[title] = overlay(image, p.masks, p.labels, names, p.class_quality)
         if run.config.uncertainty:
             row["uncertainty"] = uncertainty(image, stages["final"][0].mask_probs)

@@ -155,7 +155,7 @@ def run(run, label, stream, labeled_per_image: float) -> dict:
     The images are weak views, as the student's are.
 
     Args:
-        run: `train.Run`.
+        run: `run.Run`.
         label: `train.pseudo_labels`.
         stream: unlabelled images with their hidden targets; None without truth.
         labeled_per_image: instances per labelled image.

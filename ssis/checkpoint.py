@@ -107,7 +107,7 @@ def snapshot(run, names: list[str], step: int, results: dict, seconds: float) ->
     """All that the next step depends on; every process must call this.
 
     Args:
-        run: `train.Run`.
+        run: `run.Run`.
         names: class names, so that the checkpoint can be evaluated on its own.
         step: steps done, and so the position in the data streams.
         results: evaluations that cannot be repeated later.
@@ -136,10 +136,10 @@ def snapshot(run, names: list[str], step: int, results: dict, seconds: float) ->
 
 
 def restore(run, names: list[str], path: Path, first_teacher: bool = False) -> dict:
-    """Put a snapshot back into a `train.Run`, and return it.
+    """Put a snapshot back into a `run.Run`, and return it.
 
     Args:
-        run: `train.Run`, new.
+        run: `run.Run`, new.
         names: class names.
         path: the checkpoint.
         first_teacher: it is that of another run at the end of the same pretraining

@@ -181,7 +181,7 @@ def batches(stream: Stream, batch: int, start: int, run):
         stream: what to draw from.
         batch: size of the global batch.
         start: the first step.
-        run: `train.Run`.
+        run: `run.Run`.
 
     Raises:
         UserError: the batch cannot be shared out equally.

@@ -40,6 +40,9 @@ REAL = dict(
     checkpoint_every=1000,
 )
 
+# Cityscapes' schedule: GD's 90k iterations after pretraining, S4M's burn-in of 15k.
+STEPS_90K = dict(pretrain_steps=20_000, burnin_steps=15_000, mutual_steps=75_000)
+
 PRESETS = {
     # The defaults of `config.Config`: 10 minutes on two CPU cores.
     "shapes": {},
@@ -56,27 +59,17 @@ PRESETS = {
         burnin_steps=50_000,
         mutual_steps=318_750,
     ),
-    # GD, section 4: 90k iterations; S4M's burn-in of 15k.
     "cityscapes": dict(
         REAL,
+        **STEPS_90K,
         data="data/cityscapes",
         labeled="5%",
         short_side_min=800,
         short_side=1024,
         long_side=2048,
-        pretrain_steps=20_000,
-        burnin_steps=15_000,
-        mutual_steps=75_000,
     ),
     # No paper of the three reports VOC; Cityscapes' schedule, COCO's image sizes.
-    "voc": dict(
-        REAL,
-        data="data/voc",
-        labeled="10%",
-        pretrain_steps=20_000,
-        burnin_steps=15_000,
-        mutual_steps=75_000,
-    ),
+    "voc": dict(REAL, **STEPS_90K, data="data/voc", labeled="10%"),
 }
 
 

@@ -90,8 +90,8 @@ class PseudoLabels:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, keep: Tensor | slice) -> "PseudoLabels":
-        """The instances that a bool mask, an index tensor or a slice selects."""
+    def __getitem__(self, keep: Tensor) -> "PseudoLabels":
+        """The instances that a bool mask or an index tensor selects."""
         fields = dataclasses.fields(self)
         return PseudoLabels(*(getattr(self, field.name)[keep] for field in fields))
 

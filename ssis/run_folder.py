@@ -193,8 +193,11 @@ def table(summary: dict, folder: Path) -> str:
         keys = ("pseudo_per_image", "box_precision", "class_accuracy", "mask_iou")
         for when, stages in summary["audit_stages"].items():
             for stage, numbers in (stages or {}).items():
+                if stage == "final":
+                    continue
                 shown = ", ".join(
-                    f"{key.replace('_', ' ')} {numbers[key]}" for key in keys
+                    f"{key.replace('_', ' ')} {'-' if numbers[key] is None else numbers[key]}"
+                    for key in keys
                 )
                 lines.append(f"  {when:<14} {stage:<9} {shown}")
     lines.append(

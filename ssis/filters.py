@@ -26,8 +26,8 @@ $$T_k^0 = T_{min} + (T_{max} - T_{min}) \, n_k / N$$ PL-DC Eq. (init)
 
 $$T_k \leftarrow a T_k + (1 - a) \, \bar q_k$$ PL-DC Eq. (adapt)
 
-With one class alone n / N is 1, so the start is T_max: a teacher that is not yet so sure
-keeps nothing at first (the run warns). Lower `--tau-max`, or take `--filter dual`.
+With one class alone n / N is 1, so the start is T_max: a teacher that is not yet so
+sure keeps nothing at first (the run warns). Lower `--tau-max`, or take `--filter dual`.
 
 Differences from the released code: it averages all of the 100 best predictions, most of
 them background, so the thresholds sink; each process has its own; a resumed run starts

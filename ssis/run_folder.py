@@ -195,9 +195,10 @@ def table(summary: dict, folder: Path) -> str:
             for stage, numbers in (stages or {}).items():
                 if stage == "final":
                     continue
+                values = ("-" if numbers[key] is None else numbers[key] for key in keys)
                 shown = ", ".join(
-                    f"{key.replace('_', ' ')} {'-' if numbers[key] is None else numbers[key]}"
-                    for key in keys
+                    f"{key.replace('_', ' ')} {value}"
+                    for key, value in zip(keys, values, strict=True)
                 )
                 lines.append(f"  {when:<14} {stage:<9} {shown}")
     lines.append(

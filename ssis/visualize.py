@@ -123,7 +123,7 @@ def uncertainty(image: Tensor, mask_probs: Tensor) -> Image.Image:
 
 # What a stage of `train.pseudo_labels` is called above its pictures.
 TITLES = dict(
-    predicted="teacher, all",
+    predicted="predicted by the teacher",
     kept="kept by the filter",
     corrected="classes corrected",
     oracle="replaced by the truth",

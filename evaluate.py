@@ -151,6 +151,14 @@ def percent(value: float) -> float | None:
     return None if value < 0 else round(100 * float(value), 3)
 
 
+def judge(run, net, dataset) -> dict:
+    """`evaluate` within a training run: the model stays in the mode that it was in."""
+    mode = net.training
+    report, _ = evaluate(net.eval(), dataset, run.device, run.rank, run.world)
+    net.train(mode)
+    return report
+
+
 def evaluate(net, dataset, device, rank: int = 0, world: int = 1, progress: bool = False):
     """Mask and box AP of a model on a whole dataset, over all processes.
 

@@ -1,15 +1,14 @@
 r"""The whole training loop, readable from top to bottom.
 
-    torchrun train.py                 guided distillation on the built-in dataset
+    torchrun train.py                 S4M and PL-DC together, on the built-in dataset
     python train.py --help            every setting, with its reason
 
 One run has three stages (Guided Distillation, arXiv 2308.02668, section 3):
 
-    pretrain           the student learns from the labelled images alone
+    pretrain           the student learns from the labelled images alone; S4M: and from SAM
     guided burn-in     teacher := student, frozen; the student learns from both
     mutual learning    teacher := EMA of the student, in every step
 
-Order of the file: one step, what happens between the steps, the run, the command line.
 B = images of a batch on this process, N = instances, C = classes; images (3, H, W).
 """
 
@@ -21,11 +20,10 @@ from torch import nn
 from tqdm import tqdm
 
 import evaluate
-from ssis import UserError, audit, augment, checkpoint, config, correction, data, distributed
-from ssis import filters, loader, losses, model, run_folder, split, teacher, visualize
+from ssis import UserError, audit, augment, checkpoint, config, correction, distributed
+from ssis import filters, loader, losses, model, refine, run_folder, sam_distill, split
+from ssis import teacher, visualize
 from ssis.run import Run
-
-LOG_EVERY = 10
 
 
 # ---------------------------------------------------------------------------- one step
@@ -35,9 +33,8 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
     """One optimiser step.
 
     Args:
-        run: the models and their optimiser.
-        labeled: B items of `loader.Stream`, with targets.
-        unlabeled: B items without, or None while pretraining.
+        run: the models and their optimiser; labeled: B items of `loader.Stream`, with
+            targets; unlabeled: B items without, or None while pretraining.
 
     Returns:
         The row of the loss table: name -> (2,) tensor [sum, count] of this process.
@@ -49,15 +46,23 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
 
     # The labelled images get the strong view too. Otherwise a gain over supervised training
     # would in part be that of the augmentation, which supervised training can have as well.
-    images = [augment.strong_view(item["image"].to(run.device), item["seed"]) for item in labeled]
+    images = [item["image"].to(run.device) for item in labeled]
     targets = [{k: v.to(run.device) for k, v in item["target"].items()} for item in labeled]
+    if unlabeled is not None and run.config.arp == "both":
+        images, targets = augment.arp(images, targets, run.config, labeled[0]["seed"])
+    images = augment.strong_views(images, labeled)
     with run.autocast:
-        loss_s, counts = run.student(images, targets)
+        loss_s, counts, features = run.student(images, targets)
     # GD Eq. (total): the labelled part. Its backward pass synchronises the gradients
     # of both passes over the processes; every process always has labelled images.
     objective = losses.total(loss_s, counts, distributed.all_sum(counts), run.world)
-    run.scaler.scale(objective).backward()
     row |= losses.logged(loss_s, counts, "labeled/")
+    if unlabeled is None and run.structure:
+        # S4M Eq. (SD), while pretraining: the teacher-to-be gets SAM's layout.
+        loss_sd = sam_distill.loss(features, labeled, run.structure)
+        objective = objective + run.config.structure_weight * loss_sd
+        row["labeled/loss_structure"] = torch.stack([loss_sd.detach(), torch.ones_like(loss_sd)])
+    run.scaler.scale(objective).backward()
 
     run.scaler.unscale_(run.optimizer)
     nn.utils.clip_grad_norm_(run.net.parameters(), run.config.clip_norm)
@@ -84,16 +89,20 @@ def unlabeled_pass(run: Run, unlabeled: list[dict]) -> dict:
     # 2. An image without a pseudo-label says nothing. It is left out, never trained as
     #    background: the teacher may just not have been sure.
     chosen = [i for i, found in enumerate(pseudo) if len(found)]
-    # 3. The student must see the same in the strong view of the same pixels.
-    strong = [augment.strong_view(weak[i], unlabeled[i]["seed"]) for i in chosen]
     # PL-DC Eq. (PMUA): with the teacher's certainty as a weight of each mask pixel.
-    targets = [pseudo[i].target(settings.uncertainty) for i in chosen]
+    targets = [pseudo[i].target(settings.uncertainty, settings.refine_calibrate) for i in chosen]
+    images, items = [weak[i] for i in chosen], [unlabeled[i] for i in chosen]
+    # 3. S4M: instances are pasted from image to image.
+    if settings.arp != "none":
+        images, targets = augment.arp(images, targets, settings, unlabeled[0]["seed"])
+    # 4. The student must see the same in the strong view of the same pixels.
+    strong = augment.strong_views(images, items)
     loss_u, counts = None, torch.zeros(losses.COUNTS, device=run.device)
     # `run.net`, not DDP's `run.student`: a process with no pseudo-label skips this pass, so
     # nothing in it may wait for the others. All take part in the sum of the counts.
     if chosen:
         with run.autocast:
-            loss_u, counts = run.net(strong, targets)
+            loss_u, counts, _ = run.net(strong, targets)
     total_counts = distributed.all_sum(counts)
     if chosen:
         objective = losses.total(loss_u, counts, total_counts, run.world)
@@ -108,8 +117,7 @@ def pseudo_labels(run: Run, weak: list, items: list[dict], lowest: float | None 
     """The teacher's pseudo-labels for B weak views, after each stage.
 
     Args:
-        run: the models.
-        weak: B images (3, H, W) float in [0, 1].
+        run: the models; weak: B images (3, H, W) float in [0, 1].
         items: what the stream gave for them; their truth is used by --oracle alone.
         lowest: also return predictions of this class score; None: what could pass.
 
@@ -118,7 +126,6 @@ def pseudo_labels(run: Run, weak: list, items: list[dict], lowest: float | None 
     """
     settings = run.config
     least = min(filters.lowest_score(settings), 1 if lowest is None else lowest)
-    # GD: no gradient, evaluation mode.
     with run.autocast:
         predicted = teacher.predict(run.teacher.module, weak, least)
     # PL-DC, instance level: class and mask quality decide what is kept.
@@ -130,6 +137,12 @@ def pseudo_labels(run: Run, weak: list, items: list[dict], lowest: float | None 
         stages["corrected"] = [
             correction.fuse(found, run.second(image, found), weight)
             for image, found in zip(weak, kept, strict=True)
+        ]
+    # S4M: SAM, which sees the original image, redraws the masks.
+    if settings.refine != "none":
+        stages["refined"] = [
+            refine.refine(found, run.embeddings, item, settings)
+            for found, item in zip(list(stages.values())[-1], items, strict=True)
         ]
     # Headroom, not a method.
     if settings.oracle != "none":
@@ -143,31 +156,18 @@ def pseudo_labels(run: Run, weak: list, items: list[dict], lowest: float | None 
 # ------------------------------------------------------------------- between the steps
 
 
-def judge(run: Run, net: nn.Module, dataset: data.Dataset) -> dict:
-    """COCO AP of a model, which stays in the mode that it was in."""
-    mode = net.training
-    report, _ = evaluate.evaluate(net.eval(), dataset, run.device, run.rank, run.world)
-    net.train(mode)
-    return report
-
-
 def begin_burnin(run: Run, labeled: loader.Stream, frequency: torch.Tensor) -> None:
     """GD: teacher := student, frozen; the student goes on, or starts afresh.
 
-    Args:
-        run: with the student that pretraining ended with.
-        labeled: the labelled stream, for PL-DC's second classifier.
-        frequency: (C,) shares of the classes, for PL-DC's thresholds.
+    PL-DC's second classifier learns from the stream `labeled`; its thresholds start from
+    the `frequency` (C,) of the classes.
     """
     teacher.restart(run.teacher)
     run.teacher.update_parameters(run.net)
     run.thresholds.start(frequency)
     correction.begin(run, labeled)
     if run.config.burnin_init == "fresh":
-        with torch.random.fork_rng():
-            torch.manual_seed(run.config.seed + 1)
-            fresh = model.build(run.config, run.net.roi_heads.box_predictor.cls_score.out_features)
-        run.net.load_state_dict(fresh.state_dict())
+        model.start_afresh(run.net, run.config)
         run.optimizer.state.clear()
 
 
@@ -179,8 +179,8 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
     main_process, device, folder = start[0] == 0, start[2], settings.run_folder
     torch.use_deterministic_algorithms(settings.deterministic)
 
-    # Data. Rank 0 draws the shapes, checks the files and decides the split; the others
-    # read what it wrote, so no two processes can disagree on what is labelled.
+    # Data. Rank 0 draws the shapes, checks the files and decides the split; the others read
+    # what it wrote, so no two processes can disagree on what is labelled.
     distributed.from_main(loader.prepare, settings)
     going_on = distributed.from_main(run_folder.prepare, settings)
     train_set, val_set, test_set = loader.open_parts(settings)
@@ -189,7 +189,7 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
     streams = loader.streams(train_set, labeled, unlabeled, settings)
 
     # Model: new, or as it was when the run was stopped.
-    run = Run(settings, train_set.names, start)
+    run = Run(settings, train_set, start)
     pretrain_end, burnin_end, total = settings.stage_ends
     done, results, earlier = 0, {}, 0.0
     source = folder / "checkpoint.pt" if going_on else settings.pretrained
@@ -216,7 +216,7 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
             if number == pretrain_end:
                 # The first teacher: judge it, keep it (for `--pretrained`), freeze it.
                 if "pretrained" not in results:
-                    results["pretrained"] = judge(run, run.net, test_set)
+                    results["pretrained"] = evaluate.judge(run, run.net, test_set)
                 save("pretrained.pt")
                 begin_burnin(run, streams.labeled, train_set.class_shares(labeled))
             if number == burnin_end:
@@ -242,7 +242,7 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
             stopping = stop.asked()
             saving = done % settings.checkpoint_every == 0 or done == total or stopping
             judging = done % settings.eval_every == 0 and done < total
-            if done % LOG_EVERY == 0 or saving or judging:
+            if done % 10 == 0 or saving or judging:
                 # Raises on NaN, before anything is saved: such a checkpoint is worth nothing.
                 means = losses.means(table, done)
                 table = {}
@@ -255,9 +255,9 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
                     bar.write(f"stopped after step {done} of {total}; the same command goes on")
                 return
             if judging:
-                line = {"val_mask_ap_student": judge(run, run.net, val_set)["mask"]["AP"]}
+                line = {"val_mask_ap_student": evaluate.judge(run, run.net, val_set)["mask"]["AP"]}
                 if semi:
-                    report = judge(run, run.teacher.module, val_set)["mask"]
+                    report = evaluate.judge(run, run.teacher.module, val_set)["mask"]
                     line["val_mask_ap_teacher"] = report["AP"]
                     line |= audit.run(run, pseudo_labels, streams.audit, density)
                     if main_process:
@@ -266,9 +266,9 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
                 metrics.add(step=done, **line)
 
     # The end: the student and, where there is one, the teacher, on the test part.
-    results["student"] = judge(run, run.net, test_set)
+    results["student"] = evaluate.judge(run, run.net, test_set)
     if run.teacher.n_averaged > 0:
-        results["teacher"] = judge(run, run.teacher.module, test_set)
+        results["teacher"] = evaluate.judge(run, run.teacher.module, test_set)
         results |= audit.run(run, pseudo_labels, streams.audit, density)
     spent = earlier + time.monotonic() - began
     counts = dict(labeled=len(labeled), unlabeled=len(unlabeled), steps=total)

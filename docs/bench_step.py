@@ -26,6 +26,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN as TorchvisionMaskRC
 
 import train
 from ssis import augment, checkpoint, config, distributed, loader, model, split, teacher
+from ssis.presets import METHODS
 
 
 def setup(**settings) -> tuple[train.Run, list, list]:
@@ -34,7 +35,7 @@ def setup(**settings) -> tuple[train.Run, list, list]:
     loader.prepare(made)
     train_set, _, _ = loader.open_parts(made)
     streams = loader.streams(train_set, list(range(64)), list(range(64, 1280)), made)
-    run = train.Run(made, train_set.names, distributed.start("cpu"))
+    run = train.Run(made, train_set, distributed.start("cpu"))
     size = made.labeled_batch
     batches = [
         [[stream[size * k + i] for i in range(size)] for k in range(4)]
@@ -95,14 +96,14 @@ def measure_levels(pretrained: str, steps: int) -> None:
     saved = checkpoint.load(pretrained)["config"]
     runs, times = {}, {}
     for method in ("guided-distillation", "pl-dc"):
-        made = config.Config(**{**saved, "method": method, **config.METHODS[method]})
+        made = config.Config(**{**saved, "method": method, **METHODS[method]})
         train_set, _, _ = loader.open_parts(made)
         # The split of the run itself, which lies beside the checkpoint.
         beside = str(Path(pretrained).parent / "labeled.json")
         labeled, _ = split.draw_split(train_set, beside, made.seed)
         rest = sorted(set(range(len(train_set))) - set(labeled))
         streams = loader.streams(train_set, labeled, rest, made)
-        run = train.Run(made, train_set.names, distributed.start("cpu"))
+        run = train.Run(made, train_set, distributed.start("cpu"))
         checkpoint.restore(run, train_set.names, pretrained, first_teacher=True)
         train.begin_burnin(run, streams.labeled, train_set.class_shares(labeled))
         runs[method], times[method] = run, []
@@ -151,9 +152,9 @@ def one_graph_step(run: train.Run, labeled: list[dict], unlabeled: list[dict]) -
     kept = teacher.predict(run.teacher.module, weak, run.config.tau_class)
     images = [image for image, pseudo in zip(weak, kept, strict=True) if len(pseudo)]
     targets = [pseudo.target() for pseudo in kept if len(pseudo)]
-    loss_u, _ = run.student(images, targets)
+    loss_u, *_ = run.student(images, targets)
     del kept
-    loss_s, _ = run.student(
+    loss_s, *_ = run.student(
         [item["image"] for item in labeled], [item["target"] for item in labeled]
     )
     (sum(loss_u.values()) + sum(loss_s.values())).backward()

@@ -1,4 +1,4 @@
-r"""Weak and strong views.
+r"""Weak and strong views; S4M's copy-paste of refined pseudo-labels (ARP).
 
 Consistency under augmentation drives teacher-student learning: the teacher sees an easy
 *weak* view and must be right, the student sees a hard *strong* view of the same
@@ -12,14 +12,36 @@ image and must agree. What the two views may do follows from that:
 GD (arXiv 2308.02668), section 4: ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8,
 grayscale 0.2, Gaussian blur of sigma 0.1 to 2.0 with probability 0.5.
 
+*ARP* (S4M, augmentation with refined pseudo-labels). Between the two: the instances of
+one image are pasted onto another, and the other way round. It makes occlusions, new
+backgrounds and crowds, of which few labelled images have few. With loose masks it
+teaches the student to find pasted halos of background (S4M's ablation: it then
+hurts); with masks redrawn by SAM it helps.
+
+    pairs       max(1, B // 4) disjoint pairs of the batch's images, both directions
+    what        every instance of at least `arp_min_area` of its image (S4M: 3000 pixels
+                of a crop of 1024 x 1024)
+    where       at its own coordinates, centres of the images on each other; at a random
+                scale with `arp_jitter` (S4M on COCO: 0.8 to 1.2)
+    occlusion   what is pasted lies in front; of what is pasted together, the best
+                pseudo-label does. No pixel belongs to two instances afterwards
+    labels      masks lose what is hidden; boxes are those of the new masks; what has
+                lost nearly all of itself is dropped
+
 Every view has a seed of its own, so a run does not depend on how the images are spread
-over workers and processes. Read next: `ssis/teacher.py`, who looks at the weak view.
+over workers and processes; only ARP's pairs are those of one process. Read next:
+`ssis/teacher.py`, who looks at the weak view.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+
+from ssis import data
 
 NEAREST_EXACT = v2.InterpolationMode.NEAREST_EXACT
 # GD section 4, in the order of its text. The kernel spans about three sigmas.
@@ -32,6 +54,35 @@ STRONG = v2.Compose(
 )
 
 
+class Geometry(NamedTuple):
+    """Where a weak view's pixels come from: what SAM needs to know of it.
+
+    Attributes:
+        original: height and width of the original image.
+        view: height and width of the view.
+        flip: whether it is mirrored, left to right.
+    """
+
+    original: tuple[int, int]
+    view: tuple[int, int]
+    flip: bool
+
+    def to_original(self, points: Tensor) -> Tensor:
+        """Points (.., 2) of the view, x and y, in the original frame.
+
+        Continuous coordinates in both: the centre of the first pixel is 0.5.
+        """
+        height, width = self.view
+        x, y = points.unbind(dim=-1)
+        x = width - x if self.flip else x
+        scale_x, scale_y = self.original[1] / width, self.original[0] / height
+        return torch.stack([x * scale_x, y * scale_y], dim=-1)
+
+    def to_view(self, maps: Tensor) -> Tensor:
+        """Maps (.., h, w) of the original, already of the view's size, in the view."""
+        return maps.flip(-1) if self.flip else maps
+
+
 def weak_view(image: Tensor, target: dict | None, config, seed: int):
     """Resize to a random short side and flip with probability one half.
 
@@ -42,9 +93,10 @@ def weak_view(image: Tensor, target: dict | None, config, seed: int):
         seed: of this view.
 
     Returns:
-        image (3, h, w) float32 in [0, 1], and the target with its masks in that frame.
-        Masks may have become empty: `data.sanitize` comes next.
+        image (3, h, w) float32 in [0, 1], the target with its masks in that frame, and
+        its `Geometry`. Masks may have become empty: `data.sanitize` comes next.
     """
+    original = tuple(image.shape[-2:])
     generator = torch.Generator().manual_seed(seed)
     short = torch.randint(
         config.short_side_min, config.short_side + 1, (), generator=generator
@@ -56,7 +108,8 @@ def weak_view(image: Tensor, target: dict | None, config, seed: int):
     if flip:
         image = F.horizontal_flip(image)
         target = target and dict(target, masks=target["masks"].flip(-1))
-    return F.to_dtype(image, torch.float32, scale=True), target
+    geometry = Geometry(original, tuple(image.shape[-2:]), flip)
+    return F.to_dtype(image, torch.float32, scale=True), target, geometry
 
 
 def resize(image: Tensor, short: int, longest: int) -> Tensor:
@@ -95,3 +148,110 @@ def strong_view(image: Tensor, seed: int) -> Tensor:
         # Only this one: `torch.manual_seed` would also reseed the GPUs', for good.
         torch.default_generator.manual_seed(seed)
         return STRONG(image)
+
+
+def strong_views(images: list[Tensor], items: list[dict]) -> list[Tensor]:
+    """The strong view of each image, by the seed of its item."""
+    pairs = zip(images, items, strict=True)
+    return [strong_view(image, item["seed"]) for image, item in pairs]
+
+
+# Of an instance that is less than this part still to be seen, nothing is taught.
+VISIBLE = 0.1
+
+
+def arp(
+    images: list[Tensor], targets: list[dict], config, seed: int
+) -> tuple[list[Tensor], list[dict]]:
+    """S4M's copy-paste among the images of a batch.
+
+    Args:
+        images: B of (3, H, W) float in [0, 1], of any sizes; not changed.
+        targets: B dicts of boxes, labels, masks (N, H, W) uint8, and mask_weights
+            (N, H, W) or not; best instance first. Not changed.
+        config: `arp_min_area`, `arp_jitter`.
+        seed: of pairs and scales.
+
+    Returns:
+        Images and targets of the same sizes; those outside of the pairs are the same
+        objects.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=generator).tolist()
+    made_images, made_targets = list(images), list(targets)
+    # S4M: max(1, B // 4) pairs; no image is in two of them.
+    for k in range(max(1, len(images) // 4) if len(images) > 1 else 0):
+        a, b = order[2 * k : 2 * k + 2]
+        # Both directions, each from the images as they were.
+        for below, above in ((a, b), (b, a)):
+            jitter = config.arp_jitter * (2 * torch.rand((), generator=generator) - 1)
+            made_images[below], made_targets[below] = paste(
+                images[below],
+                targets[below],
+                *placed(
+                    images[above], targets[above], images[below], 1 + jitter.item()
+                ),
+                config.arp_min_area,
+            )
+    return made_images, made_targets
+
+
+def placed(
+    image: Tensor, target: dict, like: Tensor, scale: float
+) -> tuple[Tensor, dict]:
+    """An image and its target, scaled, in the middle of a frame like another's."""
+    size = [max(1, round(side * scale)) for side in image.shape[-2:]]
+    if size != list(image.shape[-2:]):
+        image = F.resize(image, size, antialias=False)
+        resized = dict(target, masks=F.resize(target["masks"], size, NEAREST_EXACT))
+        if "mask_weights" in target:
+            resized["mask_weights"] = F.resize(target["mask_weights"], size)
+        target = resized
+    # Positive: room on that side; negative: cut off.
+    top = (like.shape[-2] - size[0]) // 2
+    left = (like.shape[-1] - size[1]) // 2
+    right, bottom = like.shape[-1] - size[1] - left, like.shape[-2] - size[0] - top
+    room = (left, right, top, bottom)
+    kept = {k: pad(maps, room) for k, maps in target.items() if k.startswith("mask")}
+    return pad(image, room), {**target, **kept}
+
+
+def paste(
+    image: Tensor, target: dict, above: Tensor, source: dict, min_area: float
+) -> tuple[Tensor, dict]:
+    """The instances of one image in front of another's.
+
+    Args:
+        image, target: what is pasted onto.
+        above, source: what is pasted, in the same frame (`placed`).
+        min_area: smallest mask that is pasted, as a share of the frame.
+
+    Returns:
+        The new image and its target: disjoint masks, their boxes, nothing degenerate.
+    """
+    masks = source["masks"].bool()
+    # S4M: tiny pieces are not pasted; mostly they are wrong.
+    big = masks.flatten(1).sum(dim=1) >= min_area * image.shape[-2] * image.shape[-1]
+    source = {key: value[big] for key, value in source.items()}
+    stack = torch.cat([source["masks"], target["masks"]]).bool()  # (N, H, W)
+    # In front comes first: what is pasted before what was there, best ones first.
+    # A pixel belongs to the first instance that has it.
+    before = stack.long().cumsum(dim=0) - stack.long()
+    visible = stack & (before == 0)
+    pasted = visible[: len(source["labels"])].any(dim=0)
+    both = dict(
+        masks=visible.to(torch.uint8),
+        labels=torch.cat([source["labels"], target["labels"]]),
+    )
+    if "mask_weights" in target:
+        weights = torch.cat([source["mask_weights"], target["mask_weights"]])
+        # What was around a pasted instance has stayed behind, and where something was
+        # pasted nothing else is: there the masks are as sure as they are anywhere.
+        number = torch.arange(len(weights), device=weights.device)[:, None, None]
+        sure = torch.where(number < len(source["labels"]), ~visible, pasted)
+        most = weights.amax(dim=(1, 2), keepdim=True) if len(weights) else 1.0
+        both["mask_weights"] = torch.where(sure, most, weights)
+    area = stack.flatten(1).sum(dim=1)
+    seen = visible.flatten(1).sum(dim=1) >= VISIBLE * area
+    both = {key: value[seen] for key, value in both.items()}
+    return torch.where(pasted, above, image), data.sanitize(both)

@@ -19,7 +19,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssis import UserError
+from ssis import UserError, sam
 from ssis.presets import METHODS, OF_BOTH, PRESETS
 
 # Fields that may differ between a run and its resumption: they say where and how fast,
@@ -31,6 +31,9 @@ NOT_IN_RESULT = (
     "workers",
     "checkpoint_every",
     "device",
+    "sam_cache",
+    "sam_cache_gb",
+    "sam_memory_gb",
 )
 # Fields that pretraining does not depend on. Runs that differ in these alone have the
 # same first teacher, bit for bit, and can share one (`--pretrained`).
@@ -39,8 +42,16 @@ AFTER_PRETRAINING = (
     *NOT_IN_RESULT, "method", "burnin_steps", "mutual_steps", "unlabeled_batch",
     "ema_decay", "filter", "tau_class", "tau_mask", "tau_min", "tau_max",
     "threshold_decay", "min_area", "correction", "clip_model", "descriptions",
-    "prototypes", "uncertainty", "oracle", "unsup_weight",
-    "unlabeled_includes_labeled", "eval_every", "audit_images",
+    "prototypes", "uncertainty", "refine", "refine_points", "refine_sampling",
+    "refine_gate", "refine_calibrate", "arp", "arp_min_area", "arp_jitter", "oracle",
+    "unsup_weight", "unlabeled_includes_labeled", "eval_every", "audit_images",
+)
+# fmt: on
+# Switches of the methods' parts.
+# fmt: off
+LEVELS = (
+    "filter", "correction", "uncertainty", "structure_weight", "refine",
+    "refine_sampling", "refine_gate", "refine_calibrate", "arp", "oracle",
 )
 # fmt: on
 
@@ -63,7 +74,7 @@ class Config:
         ("shapes", "custom", "coco", "cityscapes", "voc"),
     )
     method: str = setting(
-        "guided-distillation", f"what is compared: {', '.join(METHODS)}"
+        "full", f"what is compared: {', '.join(METHODS)}"
     )
     seed: int = setting(0, "every random choice follows from it, the split included")
     output: str = setting(
@@ -216,6 +227,55 @@ class Config:
         1.0, "weight of the pseudo-labelled loss (GD 2, PL-DC 1)"
     )
 
+    # S4M's three parts, and SAM, which two of them ask.
+    structure_weight: float = setting(
+        0.0, "weight of structural distillation from SAM while pretraining (S4M 1)"
+    )
+    structure_queries: int = setting(64, "query points of a labelled image (S4M 128)")
+    structure_boundary: float = setting(
+        0.0, "share of those on the objects that is drawn from the band at their edges"
+    )
+    refine: str = setting(
+        "none",
+        "SAM redraws the masks of pseudo-labels (S4M); of its candidates the one of "
+        "which it expects most (paper), or which agrees best with the teacher's mask",
+        ("none", "iou", "agreement"),
+    )
+    refine_points: int = setting(3, "points that each mask is prompted with (S4M 3)")
+    refine_sampling: str = setting(
+        "paper",
+        "chance of a point: the mask's probability inside it, or a softmax over the "
+        "logits of the whole map (S4M's released code)",
+        ("paper", "code"),
+    )
+    refine_gate: float = setting(
+        0.5,
+        "IoU with the teacher's mask under which SAM's is not taken; 0: always (S4M)",
+    )
+    refine_calibrate: bool = setting(
+        False, "weight the mask loss by mask quality times agreement of the two masks"
+    )
+    arp: str = setting(
+        "none",
+        "paste instances between images (S4M): of pseudo-labelled ones, or of both",
+        ("none", "unlabeled", "both"),
+    )
+    arp_min_area: float = setting(
+        0.00286, "smallest mask pasted, share of the image (S4M: 3000 of 1024 x 1024)"
+    )
+    arp_jitter: float = setting(0.0, "scale of what is pasted: 1 plus or minus")
+    sam: str = setting(
+        "tiny",
+        "tiny, for drawn shapes, comes along; the others, for photographs, are Meta's",
+        ("tiny", "vit_b", "vit_l", "vit_h"),
+    )
+    sam_checkpoint: str = setting("", "PATH of SAM's weights; empty: tiny's own")
+    sam_cache: str = setting("", "folder that keeps SAM's embeddings, for all runs")
+    sam_cache_gb: float = setting(50.0, "limit of that folder; COCO would need 250")
+    sam_memory_gb: float = setting(
+        2.0, "embeddings kept in memory by all processes; official SAM: 2 MB each"
+    )
+
     # Machine.
     device: str = setting(
         "auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda")
@@ -257,6 +317,11 @@ class Config:
         return pretrain, pretrain + burnin, total
 
     @property
+    def uses_sam(self) -> bool:
+        """Whether anything asks SAM."""
+        return self.structure_weight > 0 or self.refine != "none"
+
+    @property
     def run_folder(self) -> Path:
         """`output`, or a name that says what the run is."""
         if self.output:
@@ -264,13 +329,14 @@ class Config:
         share = Path(self.labeled).name.replace("%", "pct").replace(".json", "")
         # A level switched otherwise than the method has it is part of the name, and so
         # is an oracle: its result must not be taken for a method's.
-        usual = dict(filter="score", correction="none", uncertainty=False)
-        usual |= dict(oracle="none", **METHODS.get(self.method, {}))
+        usual = {name: getattr(Config, name) for name in LEVELS}
+        usual |= METHODS.get(self.method, {})
         names = [self.preset, self.method]
         for name, value in usual.items():
             now = getattr(self, name)
             if now != value:
-                names.append(f"{name}-{now}" if now else f"no-{name}")
+                label = name.replace("_", "-")
+                names.append(f"{label}-{now}" if now else f"no-{label}")
         return Path("runs") / "-".join([*names, share, f"s{self.seed}"])
 
     def check(self) -> None:
@@ -291,6 +357,8 @@ class Config:
             "labeled_batch",
             "unlabeled_batch",
             "prototypes",
+            "structure_queries",
+            "refine_points",
             "eval_every",
             "checkpoint_every",
             "short_side_min",
@@ -308,6 +376,7 @@ class Config:
         if not 0 <= self.decay_at < 1:
             raise UserError(f"--decay-at {self.decay_at}: must be from 0 to below 1")
         shares = ("tau_class", "tau_mask", "tau_min", "tau_max")
+        shares += ("structure_boundary", "refine_gate", "arp_min_area")
         for name in ("ema_decay", "threshold_decay", *shares):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(
@@ -318,6 +387,18 @@ class Config:
         if self.descriptions and self.correction != "clip":
             raise UserError(
                 f"--descriptions {self.descriptions}: are for --correction clip alone"
+            )
+        if not 0 <= self.arp_jitter < 1:
+            raise UserError(
+                f"--arp-jitter {self.arp_jitter}: must be from 0 to below 1"
+            )
+        if self.uses_sam and self.sam != "tiny":
+            # Now, not after all images have been checked.
+            sam.find(self.sam, self.sam_checkpoint)
+        if self.sam_checkpoint and not self.uses_sam:
+            raise UserError(
+                f"--sam-checkpoint {self.sam_checkpoint}: nothing uses SAM; give "
+                "--method s4m or full, or leave it out"
             )
         for name in ("lr", "clip_norm"):
             if not 0 < getattr(self, name) < float("inf"):
@@ -335,7 +416,8 @@ class Config:
                 "none; add --model resnet50"
             )
         counts = ("seed", "workers", "min_area", "warmup_steps", "audit_images")
-        for name in (*counts, "weight_decay", "unsup_weight"):
+        sizes = ("structure_weight", "sam_cache_gb", "sam_memory_gb")
+        for name in (*counts, "weight_decay", "unsup_weight", *sizes):
             if getattr(self, name) < 0:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: must be >= 0")
 
@@ -353,8 +435,8 @@ def parse(argv: list[str] | None = None) -> Config:
     """
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Semi-supervised instance segmentation. Without arguments: guided "
-        "distillation on the built-in dataset, 5%% labelled, in about 10 minutes on "
+        description="Semi-supervised instance segmentation. Without arguments: S4M and "
+        "PL-DC together on the built-in dataset, 5%% labelled, in about 10 minutes on "
         "two cores.",
         formatter_class=argparse.RawTextHelpFormatter,
         # A flag that is not given must not hide the preset's value.

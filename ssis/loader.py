@@ -92,7 +92,7 @@ class Stream(torch.utils.data.Dataset):
         self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     def __getitem__(self, k: int) -> dict:
-        """A weak view: image (3, h, w) float in [0, 1], its seed, any target."""
+        """A weak view: image (3, h, w) in [0, 1], index, seed, geometry, any target."""
         epoch, place = divmod(k, len(self.indices))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
@@ -101,10 +101,10 @@ class Stream(torch.utils.data.Dataset):
         index = int(self.indices[self._order[place]])
         target = self.dataset.target(index) if self.with_target else None
         seed = _mix(self.seed, ~k)
-        image, target = augment.weak_view(
+        image, target, geometry = augment.weak_view(
             self.dataset.image(index), target, self.config, seed
         )
-        item = dict(image=image, index=index, seed=seed)
+        item = dict(image=image, index=index, seed=seed, geometry=geometry)
         return item if target is None else dict(item, target=sanitize(target))
 
 

@@ -22,7 +22,8 @@ What is added to torchvision's model:
 * a mask loss that takes a weight for each pixel (PL-DC);
 * counts: how many anchors, proposals and foreground proposals each loss was averaged
   over. A batch spread over N processes can then be averaged like one batch on one
-  process; the mean of N means is something else (`ssis/losses.py`).
+  process; the mean of N means is something else (`ssis/losses.py`);
+* the stride-4 feature map, given out in training: S4M's distillation needs it.
 
 Read next: `ssis/teacher.py`, the second copy of this model.
 """
@@ -147,10 +148,11 @@ class WeightedRoIHeads(RoIHeads):
 class MaskRCNN(mask_rcnn.MaskRCNN):
     """torchvision's Mask R-CNN; in training it also says what it averaged over.
 
-    Called with images and targets in training mode, returns `(losses, counts)`:
-    `losses` is torchvision's dict of five scalars, `counts` a (3,) float tensor of the
-    sampled anchors, sampled proposals and foreground proposals (see
-    `losses.COUNT_OF`). In evaluation mode it is torchvision's model, unchanged.
+    Called with images and targets in training mode, returns `(losses, counts,
+    features)`. `losses` is torchvision's dict of five scalars; `counts` a (3,) float
+    tensor of the sampled anchors, sampled proposals and foreground proposals (see
+    `losses.COUNT_OF`); `features` the FPN's stride-4 level (B, D, H / 4, W / 4) of the
+    padded batch. In evaluation mode it is torchvision's model, unchanged.
 
     Images are lists of (3, H, W) float tensors in [0, 1], of any sizes.
     """
@@ -171,11 +173,16 @@ class MaskRCNN(mask_rcnn.MaskRCNN):
             fix_scales(pool)
 
     def forward(self, images: list[Tensor], targets: list[dict] | None = None):
-        output = super().forward(images, targets)
         if not self.training:
-            return output
+            return super().forward(images, targets)
+        # torchvision's own five lines, which keep the features to themselves.
+        batch, targets = self.transform(images, targets)
+        features = self.backbone(batch.tensors)
+        proposals, first = self.rpn(batch, features, targets)
+        _, second = self.roi_heads(features, proposals, batch.image_sizes, targets)
         rpn, roi = self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler
-        return output, torch.stack([rpn.sampled, roi.sampled, roi.positives]).float()
+        counts = torch.stack([rpn.sampled, roi.sampled, roi.positives]).float()
+        return {**second, **first}, counts, features["0"]
 
 
 def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
@@ -314,3 +321,11 @@ def build(config, num_classes: int, frozen_norm: bool | None = None) -> MaskRCNN
         config.backbone_weights,
         frozen_norm,
     )
+
+
+def start_afresh(net: MaskRCNN, config) -> None:
+    """New random weights, as GD's student has; all other draws are as before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed + 1)
+        fresh = build(config, net.roi_heads.box_predictor.cls_score.out_features)
+    net.load_state_dict(fresh.state_dict())

@@ -8,12 +8,17 @@ Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL
 Read next: `ssis/config.py`, which says what each field means.
 """
 
-# The methods that exist so far. `supervised` is pretraining for all the steps.
+# PL-DC: its three levels; S4M: its three parts. Each has a switch of its own.
+PL_DC = dict(filter="adaptive", correction="prototypes", uncertainty=True)
+S4M = dict(structure_weight=1.0, refine="agreement", arp="unlabeled")
+
+# `supervised` is pretraining for all the steps, `full` both papers in one loop.
 METHODS = {
     "supervised": {},
     "guided-distillation": {},
-    # PL-DC: its three levels, each with a switch of its own.
-    "pl-dc": dict(filter="adaptive", correction="prototypes", uncertainty=True),
+    "pl-dc": PL_DC,
+    "s4m": S4M,
+    "full": {**PL_DC, **S4M},
 }
 
 # ResNet-50 on photographs: what all three real presets share. The view sizes are
@@ -32,6 +37,9 @@ REAL = dict(
     warmup_steps=1000,
     ema_decay=0.9996,
     unsup_weight=2.0,
+    # SAM, where the method asks it: the largest, as S4M; 128 query points.
+    sam="vit_h",
+    structure_queries=128,
     burnin_init="fresh",
     labeled_batch=16,
     unlabeled_batch=16,
@@ -48,7 +56,12 @@ PRESETS = {
     "shapes": {},
     # Your own data: the small model and the short schedule, until you choose otherwise.
     "custom": dict(
-        data="", labeled="10%", short_side_min=192, short_side=256, long_side=448
+        data="",
+        labeled="10%",
+        short_side_min=192,
+        short_side=256,
+        long_side=448,
+        sam="vit_b",
     ),
     # GD, section 4: 368,750 iterations after pretraining, burn-in 50k.
     "coco": dict(
@@ -86,10 +99,18 @@ PL_DC_REAL = dict(
     unlabeled_batch=8,
 )
 
+# S4M's: pasted instances at 0.8 to 1.2 of their size on COCO.
+S4M_COCO = dict(burnin_steps=25_000, arp_jitter=0.2)
+
 # What belongs to a preset and a method together. The numbers of steps are GD's, so that
 # methods are compared at equal numbers of updates; the batches are each paper's own.
+# `full` has the filter, the thresholds and the batches of PL-DC.
 OF_BOTH = {
     ("coco", "pl-dc"): dict(PL_DC_REAL, mutual_steps=348_750),
     ("cityscapes", "pl-dc"): dict(PL_DC_REAL, mutual_steps=70_000),
     ("voc", "pl-dc"): dict(PL_DC_REAL, mutual_steps=70_000),
+    ("coco", "s4m"): dict(S4M_COCO, mutual_steps=343_750),
+    ("coco", "full"): dict(PL_DC_REAL, arp_jitter=0.2, mutual_steps=348_750),
+    ("cityscapes", "full"): dict(PL_DC_REAL, mutual_steps=70_000),
+    ("voc", "full"): dict(PL_DC_REAL, mutual_steps=70_000),
 }

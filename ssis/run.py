@@ -9,7 +9,8 @@ Read next: `train.py`.
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ssis import config, correction, distributed, filters, model, optimizer, teacher
+from ssis import config, correction, distributed, filters, model, optimizer, sam
+from ssis import sam_distill, teacher
 
 
 class Run:
@@ -26,10 +27,17 @@ class Run:
         autocast, scaler: mixed precision; both do nothing with `--amp off`.
         thresholds: PL-DC's adaptive thresholds.
         second: PL-DC's second classifier, or None.
+        embeddings: SAM's, of the training images, or None.
+        structure: what S4M's structural distillation compares with, or None.
+
+    Args:
+        settings: of the run.
+        train_set: for the classes, and for SAM, who looks at the original images.
+        start: rank, number of processes and device, of `distributed.start`.
     """
 
-    def __init__(self, settings: config.Config, names: list[str], start: tuple):
-        self.config = settings
+    def __init__(self, settings: config.Config, train_set, start: tuple):
+        self.config, names = settings, train_set.names
         self.rank, self.world, self.device = start
         # Same seed on all processes: the same first weights. Then, below, one of each
         # rank, for the sampling of anchors and proposals.
@@ -40,6 +48,17 @@ class Run:
         # PL-DC: what the filter and the second opinion remember; see `begin_burnin`.
         self.thresholds = filters.Thresholds(settings, len(names)).to(self.device)
         self.second = correction.make(settings, names, self.net, self.device)
+        # S4M: SAM is asked about images of the training set only.
+        self.embeddings = self.structure = None
+        if settings.uses_sam:
+            asked = sam.SegmentAnything(
+                settings.sam, settings.sam_checkpoint, self.device
+            )
+            self.embeddings = sam.Embeddings(asked, train_set, settings, self.world)
+        if settings.structure_weight:
+            self.structure = sam_distill.Structure(
+                self.embeddings, settings, self.world
+            )
         # After all that draws weights: with and without a second classifier, training
         # draws the same.
         torch.manual_seed(settings.seed * 1000 + 1 + self.rank)

@@ -95,17 +95,23 @@ class PseudoLabels:
         fields = dataclasses.fields(self)
         return PseudoLabels(*(getattr(self, field.name)[keep] for field in fields))
 
-    def target(self, uncertainty: bool = False) -> dict:
+    def target(self, uncertainty: bool = False, calibrated: bool = False) -> dict:
         """As a training target: torchvision's dict.
 
         Args:
             uncertainty: with `mask_weights` (N, H, W), 1 - u of PL-DC Eq. (PMUA).
+            calibrated: these times the mask quality, S4M Eq. (calibration).
         """
         target = dict(
             boxes=self.boxes, labels=self.labels, masks=self.masks.to(torch.uint8)
         )
-        if uncertainty:
-            target["mask_weights"] = losses.certainty(self.mask_probs)
+        if uncertainty or calibrated:
+            weights = torch.ones_like(self.mask_probs)
+            if uncertainty:
+                weights = losses.certainty(self.mask_probs)
+            if calibrated:
+                weights = weights * self.mask_quality[:, None, None]
+            target["mask_weights"] = weights
         return target
 
 

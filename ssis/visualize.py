@@ -3,7 +3,8 @@ r"""Pictures: pseudo-labels, predictions, curves.
 A number says how many pseudo-labels are right; a picture says what is wrong with the
 others. Every evaluation writes `pseudo_<step>.png`, a strip for each of some
 unlabelled images: the image, all that the teacher predicts, what the filter keeps, the
-corrected classes, where the masks are unsure, and the truth that training never sees.
+corrected classes, the masks that SAM drew, where they are unsure, the image after
+copy-paste, and the truth that training never sees.
 The end of a run writes `predictions.png` (the teacher on test images beside the truth)
 and `curves.png`.
 
@@ -121,11 +122,44 @@ def uncertainty(image: Tensor, mask_probs: Tensor) -> Image.Image:
     return overlay(shown, nothing, nothing, [])
 
 
+def caption(picture: Image.Image, text: str) -> Image.Image:
+    """The picture with a line of text at its lower edge."""
+    at = (4, picture.height - 14)
+    pen = ImageDraw.Draw(picture)
+    pen.text(at, text, fill="white", stroke_width=2, stroke_fill="black")
+    return picture
+
+
+def mask_iou(pseudo, item: dict, names: list[str]) -> str:
+    """ "mask IoU 0.81", the mean over what lies on an instance; "" without truth."""
+    if "target" not in item:
+        return ""
+    sums = audit.tally(pseudo, item["target"], len(names)).sum(dim=0)
+    if not sums[audit.MATCHED]:
+        return ""
+    return f"mask IoU {sums[audit.IOU] / sums[audit.MATCHED]:.2f}"
+
+
+def pasted(results: list[tuple], config) -> list[tuple]:
+    """Images and targets after ARP, each image with the next one; see `augment.arp`.
+
+    Args:
+        results: image, target, seed.
+    """
+    made = []
+    for k in range(0, len(results), 2):
+        images, targets, seeds = zip(*results[k : k + 2], strict=True)
+        moved = [{key: t.cpu() for key, t in target.items()} for target in targets]
+        made += zip(*augment.arp(images, moved, config, seeds[0]), strict=True)
+    return made
+
+
 # What a stage of `train.pseudo_labels` is called above its pictures.
 TITLES = dict(
     predicted="predicted by the teacher",
     kept="kept by the filter",
     corrected="classes corrected",
+    refined="masks redrawn by SAM",
     oracle="replaced by the truth",
 )
 
@@ -143,6 +177,7 @@ def pseudo_labels(run, label, streams, folder, step: int) -> None:
     stream = streams.audit or streams.unlabeled
     names = stream.dataset.names
     rows = []
+    results = []
     for k in range(min(ROWS, len(stream.indices))):
         item = stream[k]
         image = item["image"]
@@ -152,15 +187,24 @@ def pseudo_labels(run, label, streams, folder, step: int) -> None:
         for stage, title in TITLES.items():
             if stage in stages:
                 p = stages[stage][0]
-                row[title] = overlay(image, p.masks, p.labels, names, p.class_quality)
+                tile = overlay(image, p.masks, p.labels, names, p.class_quality)
+                row[title] = caption(tile, mask_iou(p, item, names))
         if run.config.uncertainty:
             row["uncertainty"] = uncertainty(image, stages["final"][0].mask_probs)
+        if run.config.arp != "none":
+            # Its place among the columns; the picture needs the next image too.
+            row["after copy-paste"] = None
         if "target" in item:
             truth = item["target"]
             row["truth (never seen)"] = overlay(
                 image, truth["masks"], truth["labels"], names
             )
         rows.append(row)
+        results.append((image, stages["final"][0].target(), item["seed"]))
+    if run.config.arp != "none":
+        for k, (image, labels) in enumerate(pasted(results, run.config)):
+            tile = overlay(image, labels["masks"], labels["labels"], names)
+            rows[k]["after copy-paste"] = tile
     path = folder / f"pseudo_{step:06d}.png"
     with writing(path):
         grid([list(row.values()) for row in rows], list(rows[0])).save(path)

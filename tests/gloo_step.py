@@ -61,12 +61,12 @@ def main(out: str, folder: str) -> None:
     # Before `Run` wraps the model in DDP: a model cannot be wrapped twice.
     build = model.build
     model.build = lambda *args: frozen(build(*args))
-    run = train.Run(settings, ["a"] * 6, start)
+    dataset = coco_json.load_coco(f"{folder}/instances_train.json", f"{folder}/train")
+    run = train.Run(settings, dataset, start)
     run.teacher = teacher.make_teacher(run.net, 0.9)
     run.optimizer = torch.optim.SGD(run.net.parameters(), lr=2e-4)
     run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
 
-    dataset = coco_json.load_coco(f"{folder}/instances_train.json", f"{folder}/train")
     labeled = loader.Stream(dataset, list(range(8)), settings, 0, True)
     unlabeled = loader.Stream(dataset, list(range(8, 40)), settings, 1, False)
     # Of eight unlabelled images take the two with the best and the two with the worst

@@ -62,7 +62,7 @@ def test_counts_are_what_the_losses_were_averaged_over():
         return result
 
     net.roi_heads.select_training_samples = spy
-    _, counts = net(*batch())
+    _, counts, _ = net(*batch())
     anchors, proposals, foreground = counts.tolist()
     assert 0 < anchors <= 2 * 3 * (16 * 16 + 8 * 8 + 4 * 4 + 2 * 2)
     assert proposals == len(seen["labels"])
@@ -71,7 +71,7 @@ def test_counts_are_what_the_losses_were_averaged_over():
 
 def test_a_negative_image_is_legal_and_has_no_mask_loss():
     net = model.build_small(4, 64, 96).train()
-    losses, counts = net(*batch(instances=(0, 0)))
+    losses, counts, _ = net(*batch(instances=(0, 0)))
     assert counts[2] == 0 and losses["loss_mask"] == 0 and losses["loss_classifier"] > 0
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in net.parameters())
@@ -96,7 +96,7 @@ def test_mask_weights_of_one_change_nothing_and_of_zero_leave_no_gradient():
                 target["mask_weights"] = torch.full(target["masks"].shape, weight)
         torch.manual_seed(3)
         net.zero_grad()
-        losses, _ = net([torch.ones(3, 64, 64) * 0.3 for _ in images], targets)
+        losses, *_ = net([torch.ones(3, 64, 64) * 0.3 for _ in images], targets)
         losses["loss_mask"].backward()
         found[weight] = (losses["loss_mask"].item(), last.grad.abs().sum().item())
     assert found[1.0][0] == pytest.approx(found[None][0], abs=1e-6)

@@ -1,0 +1,149 @@
+"""What the tiny SAM can do, and what SAM costs; each table in one run.
+
+python docs/bench_sam.py iou     the tiny SAM on shapes that it has never seen
+python docs/bench_sam.py cache   official vit_b (random weights): cached or not
+python docs/bench_sam.py share   the part of SAM in a semi-supervised step on shapes
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from segment_anything import sam_model_registry
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train
+from ssis import config, distributed, loader, refine, sam, tiny_sam
+from ssis.images import read_image
+from ssis.presets import METHODS
+
+
+def measure_iou(count: int = 128) -> None:
+    """Mean IoU on the validation part of the shapes, points drawn in the true masks."""
+    made = config.Config()
+    loader.prepare(made)
+    _, val_set, _ = loader.open_parts(made)
+    tiny = sam.SegmentAnything("tiny", "", "cpu")
+    torch.manual_seed(0)
+    print(f"{count} images, IoU with the truth: mean (share of instances above 0.75)")
+    for points in (1, 3, 5):
+        found: dict[str, list] = {"expected IoU": [], "best of three": []}
+        for index in range(count):
+            image, masks = val_set.image(index), val_set.target(index)["masks"].bool()
+            if not len(masks):
+                continue
+            size = tuple(image.shape[-2:])
+            prompts = tiny_sam.draw_points(masks, points, blurred=False) + 0.5
+            logits, iou = tiny.candidates(tiny.encode(image), prompts, size, size)
+            found["expected IoU"] += refine.choose(logits, iou, masks, "iou")[1].tolist()
+            every = refine.overlap(logits > 0, masks[:, None])
+            found["best of three"] += every.amax(dim=1).tolist()
+        for rule, values in found.items():
+            share = sum(v > 0.75 for v in values) / len(values)
+            print(
+                f"{points} points, {rule:14} {statistics.mean(values):.3f} ({share:.2f}),"
+                f" {len(values)} instances"
+            )
+
+
+class Photographs:
+    """Two images of a photograph's size; what is in them does not change the time."""
+
+    def __init__(self, folder: Path):
+        self.paths = [folder / f"{k}.jpg" for k in range(2)]
+        for k, path in enumerate(self.paths):
+            generator = torch.Generator().manual_seed(k)
+            coarse = torch.rand(1, 3, 30, 40, generator=generator)
+            pixels = torch.nn.functional.interpolate(coarse, (768, 1024), mode="bicubic")[0]
+            pixels = (pixels.clamp(0, 1) * 255).to(torch.uint8)
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+
+    def path(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def image(self, index: int) -> torch.Tensor:
+        return read_image(self.path(index))
+
+
+def measure_cache(prompts: int = 5) -> None:
+    """Seconds in SAM per unlabelled image and step, three ways, and the ratios."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sam_vit_b.pth"
+        torch.save(sam_model_registry["vit_b"]().state_dict(), path)
+        official = sam.SegmentAnything("vit_b", str(path), "cpu")
+        pictures = Photographs(Path(folder))
+        size = (768, 1024)
+        points = torch.rand(prompts, 3, 2) * torch.tensor([1024.0, 768.0])
+        none = dict(sam_memory_gb=0.0, sam_cache_gb=0.0)
+        disk = dict(sam_memory_gb=0.0, sam_cache=f"{folder}/cache")
+        ways = {
+            "encoded in every step": sam.Embeddings(official, pictures, config.Config(**none)),
+            "cached on disk": sam.Embeddings(official, pictures, config.Config(**disk)),
+            "cached in memory": sam.Embeddings(official, pictures, config.Config()),
+        }
+        for name in ("cached on disk", "cached in memory"):
+            for index in range(2):
+                ways[name][index]
+        means = {}
+        for name, embeddings in ways.items():
+            times = []
+            for index in (0, 1):
+                began = time.perf_counter()
+                official.candidates(embeddings[index], points, size, size)
+                times.append(time.perf_counter() - began)
+            means[name] = statistics.mean(times)
+            first = means["encoded in every step"]
+            print(f"{name:22} {means[name]:7.3f} s per image, {first / means[name]:6.1f} x")
+        print(f"({prompts} prompts of 3 points an image, {torch.get_num_threads()} threads)")
+
+
+def measure_share(steps: int = 20) -> None:
+    """Time of `full` steps on the shapes, and of SAM within them."""
+    made = config.Config(device="cpu", **{**METHODS["full"], "filter": "score", "tau_class": 0.16})
+    made.structure_weight = 0.0
+    train_set, _, _ = loader.open_parts(made)
+    streams = loader.streams(train_set, list(range(64)), list(range(64, 1280)), made)
+    run = train.Run(made, train_set, distributed.start("cpu"))
+    # An untrained teacher is sure of nothing and finds something everywhere; at most
+    # three a picture, as a trained one does.
+    run.teacher.module.roi_heads.detections_per_img = 3
+    spent = [0.0]
+    own = refine.refine
+
+    def timed(*args):
+        began = time.perf_counter()
+        result = own(*args)
+        spent[0] += time.perf_counter() - began
+        return result
+
+    refine.refine = timed
+    for k in range(1216):
+        run.embeddings[streams.unlabeled.indices[k].item()]
+    whole = 0.0
+    for k in range(steps + 2):
+        batches = [
+            [stream[8 * k + i] for i in range(8)] for stream in (streams.labeled, streams.unlabeled)
+        ]
+        before, began = spent[0], time.perf_counter()
+        row = train.step(run, *batches)
+        if k >= 2:
+            whole += time.perf_counter() - began
+        else:
+            spent[0] = before
+    print(
+        f"step {1000 * whole / steps:.0f} ms, of which SAM {1000 * spent[0] / steps:.0f} ms: "
+        f"{100 * spent[0] / whole:.0f} % ({row['pseudo_per_image'][0] / 8:.1f} pseudo-labels an "
+        f"image, {torch.get_num_threads()} threads)"
+    )
+
+
+if __name__ == "__main__":
+    what = dict(iou=measure_iou, cache=measure_cache, share=measure_share)
+    if len(sys.argv) != 2 or sys.argv[1] not in what:
+        sys.exit(__doc__.strip())
+    what[sys.argv[1]]()

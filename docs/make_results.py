@@ -40,7 +40,7 @@ SECTIONS = [
         command="OMP_NUM_THREADS=1 python train.py --eval-every 250 --method METHOD --seed SEED",
         rows={
             m: f"shapes-{m}-5pct-s*.json"
-            for m in ("supervised", "guided-distillation", "pl-dc")
+            for m in ("supervised", "guided-distillation", "pl-dc", "s4m", "full")
         },
         stages="shapes-pl-dc-5pct-audit-s*.jsonl",
         stages_text="What PL-DC's levels do to the pseudo-labels at the end of the burn-in, where "
@@ -65,6 +65,28 @@ SECTIONS = [
             "--oracle mask": "shapes-oracle-mask-5pct-s0.json",
             "--oracle both": "shapes-oracle-both-5pct-s0.json",
         },
+    ),
+    dict(
+        title="S4M without each of its parts",
+        text="One seed. Rows with structural distillation share a first teacher, those without "
+        "have guided distillation's.",
+        command="OMP_NUM_THREADS=1 python train.py --eval-every 250 --seed 0 FLAGS",
+        rows={
+            "guided-distillation": "shapes-guided-distillation-5pct-s0.json",
+            "--method s4m": "shapes-s4m-5pct-s0.json",
+            "--method s4m --structure-weight 0": "shapes-s4m-nostructure-5pct-s0.json",
+            "--method s4m --refine none": "shapes-s4m-norefine-5pct-s0.json",
+            "--method s4m --arp none": "shapes-s4m-noarp-5pct-s0.json",
+            "--method s4m --refine-gate 0": "shapes-s4m-nogate-5pct-s0.json",
+        },
+    ),
+    dict(
+        title="What S4M's refinement does to the pseudo-labels",
+        text="The runs of the first table, stage by stage, at the end of the burn-in and at the "
+        "end; in `full` the masks are redrawn before the classes are corrected.",
+        command="OMP_NUM_THREADS=1 python train.py --eval-every 250 --method METHOD --seed SEED",
+        by_stage={m: f"shapes-{m}-5pct-s*.json" for m in ("s4m", "full")},
+        rows={},
     ),
     dict(
         title="The ceiling: all 1,280 images labelled",
@@ -119,6 +141,8 @@ def spread(values: list) -> str:
 def section(spec: dict) -> str:
     """One section: its text, its command, the AP table and the audit table."""
     lines = [f"## {spec['title']}", "", spec["text"], "", "```", spec["command"], "```", ""]
+    if "by_stage" in spec:
+        return "\n".join(lines + stages(spec["by_stage"]))
     lines += [
         "| method | seeds | pretrained mask AP | student mask AP | teacher mask AP | "
         "student box AP | teacher box AP | minutes |",
@@ -154,6 +178,28 @@ def section(spec: dict) -> str:
     return "\n".join(lines)
 
 
+STAGE_KEYS = ("pseudo_per_image", "box_precision", "class_accuracy", "mask_iou", "recall")
+
+
+def stages(rows: dict) -> list[str]:
+    """The audit of each stage of making pseudo-labels, from the runs' summaries."""
+    titles = " | ".join(key.replace("_", " ") for key in STAGE_KEYS)
+    lines = [f"| method | seed | when | stage | {titles} |", "|---" * 9 + "|"]
+    for name, pattern in rows.items():
+        for path in sorted((HERE / "results").glob(pattern)):
+            run = json.loads(path.read_text())
+            for when, found in run["audit_stages"].items():
+                for stage, numbers in found.items():
+                    if stage == "final":
+                        continue
+                    values = (numbers[key] for key in STAGE_KEYS)
+                    cells = ["–" if value is None else f"{value:.2f}" for value in values]
+                    lines.append(
+                        f"| {name} | {run['seed']} | {when} | {stage} | {' | '.join(cells)} |"
+                    )
+    return lines
+
+
 def levels(spec: dict) -> list[str]:
     """What each stage did to the pseudo-labels during a run: lines of `metrics.jsonl`."""
     lines = []
@@ -165,9 +211,8 @@ def levels(spec: dict) -> list[str]:
         seed = path.stem.rsplit("-s", 1)[1]
         for line in map(json.loads, path.read_text().splitlines()):
             for stage, numbers in line["audit_stages"].items():
-                keys = ("pseudo_per_image", "box_precision", "class_accuracy", "mask_iou", "recall")
                 cells = " | ".join(
-                    "–" if numbers[key] is None else f"{numbers[key]:.2f}" for key in keys
+                    "–" if numbers[key] is None else f"{numbers[key]:.2f}" for key in STAGE_KEYS
                 )
                 lines.append(f"| {seed} | {line['step']} | {stage} | {cells} |")
     return lines

@@ -477,8 +477,10 @@ def differences(
 ) -> list[str]:
     """Fields that change the result and differ from a run's saved config, in words."""
     now = dataclasses.asdict(config)
+    # A field that came after the saved config was written: its default switches it off.
+    saved = {**dataclasses.asdict(Config()), **saved}
     return [
-        f"{flag(name)} was {saved.get(name)}, is {value}"
+        f"{flag(name)} was {saved[name]}, is {value}"
         for name, value in now.items()
-        if name not in ignored and saved.get(name) != value
+        if name not in ignored and saved[name] != value
     ]

@@ -37,6 +37,8 @@ def test_every_option_in_the_documents_exists():
         "--help",
         "--check",
         "--steps",
+        "--out",
+        "--minutes",
     }
     for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
         found = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", path.read_text(encoding="utf-8")))
@@ -56,19 +58,26 @@ def test_help_shows_every_field_with_its_reason(capsys):
 def test_presets_are_valid_and_the_papers_numbers_are_there():
     for name in config.PRESETS:
         for method in config.METHODS:
-            config.parse(["--preset", name, "--method", method])
+            config.parse(["--preset", name, "--method", method, "--sam", "tiny"])
     # PL-DC's own numbers, at Guided Distillation's number of steps.
     pl_dc = config.parse(["--preset", "coco", "--method", "pl-dc"])
     assert (pl_dc.tau_class, pl_dc.tau_mask, pl_dc.unsup_weight) == (0.85, 0.9, 1.0)
     assert (pl_dc.burnin_steps, pl_dc.burnin_steps + pl_dc.mutual_steps) == (20_000, 368_750)
     assert pl_dc.uncertainty and pl_dc.filter == "dual" and pl_dc.correction == "prototypes"
-    coco = config.parse(["--preset", "coco"])
+    gd = ["--method", "guided-distillation"]
+    coco = config.parse(["--preset", "coco", *gd])
     assert (coco.burnin_steps, coco.burnin_steps + coco.mutual_steps) == (50_000, 368_750)
-    cityscapes = config.parse(["--preset", "cityscapes"])
+    cityscapes = config.parse(["--preset", "cityscapes", *gd])
     assert cityscapes.burnin_steps + cityscapes.mutual_steps == 90_000
     assert (coco.ema_decay, coco.unsup_weight, coco.tau_class) == (0.9996, 2.0, 0.7)
+    # S4M's, and both together.
+    s4m = config.parse(["--preset", "coco", "--method", "s4m", "--sam", "tiny"])
+    assert (s4m.burnin_steps, s4m.burnin_steps + s4m.mutual_steps) == (25_000, 368_750)
+    assert (s4m.structure_weight, s4m.refine_points, s4m.structure_queries) == (1.0, 3, 128)
+    full = config.parse(["--preset", "cityscapes", "--sam", "tiny"])
+    assert full.method == "full" and full.refine != "none" and full.correction == "prototypes"
     # A flag beats the preset, and the preset the default.
-    assert config.parse(["--preset", "coco", "--lr", "1"]).lr == 1.0 and coco.lr == 1e-4
+    assert config.parse(["--preset", "coco", *gd, "--lr", "1"]).lr == 1.0 and coco.lr == 1e-4
 
 
 def test_ci_runs_the_readmes_test_command():

@@ -33,6 +33,8 @@ def error_of(capsys, main, argv) -> str:
 def arguments(folder) -> list[str]:
     parts = ("train", "val")
     return [
+        "--method",
+        "guided-distillation",
         "--preset",
         "custom",
         "--output",
@@ -147,6 +149,12 @@ def test_a_truncated_image_seen_only_in_training_in_a_loader_worker(tmp_path, ca
 
 
 OPTIONS = {
+    "SAM without weights": (["--method", "s4m"], "fetch https://dl.fbaipublicfiles.com"),
+    "SAM's weights absent": (["--method", "s4m", "--sam-checkpoint", "x.pth"], "x.pth: not found"),
+    "SAM for nothing": (["--sam-checkpoint", "x.pth"], "nothing uses SAM"),
+    "jitter of all": (["--arp-jitter", 1], "--arp-jitter 1.0: must be from 0 to below 1"),
+    "no points": (["--refine-points", 0], "--refine-points 0: must be at least 1"),
+    "gate above one": (["--refine-gate", 1.1], "--refine-gate 1.1: must be from 0 to 1"),
     "unknown method": (["--method", "magic"], "there is supervised, guided-distillation"),
     "no steps": (["--pretrain-steps", 0, "--burnin-steps", 0], "all are 0"),
     "negative steps": (["--pretrain-steps", -1], "must be >= 0"),

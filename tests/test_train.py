@@ -20,6 +20,8 @@ import train
 from ssis import checkpoint, correction
 
 TINY = [
+    "--method",
+    "guided-distillation",
     "--pretrain-steps",
     "4",
     "--burnin-steps",
@@ -185,11 +187,13 @@ def test_a_shared_first_teacher_leads_to_the_same_end(whole, tmp_path):
     assert json.loads(steps[0])["step"] > 4
 
 
-PL_DC = ["--method", "pl-dc", "--tau-min", "0.02", "--tau-max", "0.1"]
+# Both papers, every switch on, and a teacher that finds a few things after four steps.
+FULL = ["--method", "full", "--tau-min", "0.02", "--tau-max", "0.1", "--refine-gate", "0"]
+FULL += ["--refine-calibrate", "--arp", "both", "--structure-queries", "8"]
 
 
-def test_pl_dc_resumes_bit_identical_and_audits_its_levels(whole, tmp_path, monkeypatch):
-    """Stopped in the burn-in and in mutual learning; thresholds and memory go on."""
+def test_both_papers_resume_bit_identical_and_audit_every_stage(whole, tmp_path, monkeypatch):
+    """Stopped while pretraining, in the burn-in and in mutual learning; all goes on."""
     _, arguments, _ = whole
     step, stops = train.step, []
 
@@ -201,22 +205,28 @@ def test_pl_dc_resumes_bit_identical_and_audits_its_levels(whole, tmp_path, monk
 
     monkeypatch.setattr(train, "step", step_and_stop)
     monkeypatch.setattr(correction, "START_VIEWS", 16)
-    for name, when in (("once", []), ("thrice", [6, 9])):
-        given = [*arguments, *PL_DC, "--output", str(tmp_path / name)]
+    for name, when in (("once", []), ("often", [2, 6, 9])):
+        given = [*arguments, *FULL, "--output", str(tmp_path / name)]
+        # One fills the cache of embeddings, the other finds it.
+        given += ["--sam-cache", str(tmp_path / "sam")]
         stops[:] = when
         for _ in range(len(when) + 1):
             train.main(given)
-    assert_same_end(tmp_path / "once", tmp_path / "thrice")
-    one, two = (checkpoint.load(tmp_path / n / "checkpoint.pt") for n in ("once", "thrice"))
+    assert_same_end(tmp_path / "once", tmp_path / "often")
+    one, two = (checkpoint.load(tmp_path / n / "checkpoint.pt") for n in ("once", "often"))
     assert same(one["thresholds"], two["thresholds"]) and same(one["second"], two["second"])
     # Class and mask thresholds start alike, and part as soon as they follow the teacher.
     assert (one["thresholds"]["values"][0] != one["thresholds"]["values"][1]).any()
     assert one["second"]["seen"].sum() > 0
     summary = json.loads((tmp_path / "once" / "summary.json").read_text())
     stages = summary["audit_stages"]["end of burn-in"]
-    assert list(stages) == ["predicted", "kept", "corrected", "final"]
+    assert list(stages) == ["predicted", "kept", "corrected", "refined", "final"]
     assert stages["predicted"]["pseudo_per_image"] >= stages["kept"]["pseudo_per_image"] > 0
     assert summary["audit_stages"]["end"]["final"] == summary["audit"]
+    metrics = (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in metrics]
+    # S4M's distillation, while pretraining only.
+    assert lines[0]["labeled/loss_structure"] > 0 and "labeled/loss_structure" not in lines[2]
 
 
 def test_an_oracle_says_that_it_is_one(whole, tmp_path, capsys):
@@ -290,7 +300,7 @@ def test_evaluate_repeats_the_runs_numbers_and_saves_predictions(whole, tmp_path
 
 def test_bf16_trains(shapes_folder, tmp_path):
     short = ["--burnin-steps", "1", "--mutual-steps", "1", "--amp", "bf16"]
-    train.main([*dataset_of(shapes_folder), *TINY, *PL_DC, *short, "--output", str(tmp_path)])
+    train.main([*dataset_of(shapes_folder), *TINY, *FULL, *short, "--output", str(tmp_path)])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert 0 < lines[-1]["labeled/loss_mask"] < 2
 
@@ -301,6 +311,10 @@ def test_real_images_train_evaluate_and_resume(name, tmp_path, capsys):
     arguments = [
         "--preset",
         "custom",
+        "--sam",
+        "tiny",
+        "--refine-gate",
+        "0",
         "--labeled",
         "10%",
         "--short-side-min",
@@ -309,7 +323,9 @@ def test_real_images_train_evaluate_and_resume(name, tmp_path, capsys):
         "64",
         "--long-side",
         "96",
-        "--tau-class",
+        "--tau-min",
+        "0.02",
+        "--tau-max",
         "0.1",
         "--pretrain-steps",
         "2",

@@ -131,24 +131,24 @@ def pseudo_labels(run: Run, weak: list, items: list[dict], lowest: float | None 
     # PL-DC, instance level: class and mask quality decide what is kept.
     kept = [filters.keep(found, settings, run.thresholds) for found in predicted]
     stages = dict(predicted=predicted, kept=kept)
-    # PL-DC, category level: a second opinion on the class, which fades with time.
+    # S4M: SAM, which sees the original image, redraws the masks.
+    latest = kept
+    if settings.refine != "none":
+        pairs = zip(kept, items, strict=True)
+        latest = [refine.refine(found, run.embeddings, item, settings) for found, item in pairs]
+        stages["refined"] = latest
+    # PL-DC, category level: a second opinion on the class, which fades with time. It comes
+    # after SAM: a better silhouette is easier to name.
     if settings.correction != "none":
         weight = correction.weight(run.schedule.last_epoch, *settings.stage_ends[1:])
-        stages["corrected"] = [
-            correction.fuse(found, run.second(image, found), weight)
-            for image, found in zip(weak, kept, strict=True)
-        ]
-    # S4M: SAM, which sees the original image, redraws the masks.
-    if settings.refine != "none":
-        stages["refined"] = [
-            refine.refine(found, run.embeddings, item, settings)
-            for found, item in zip(list(stages.values())[-1], items, strict=True)
-        ]
+        latest = stages["corrected"] = correction.correct(latest, weak, run.second, weight)
+    if settings.distinct:
+        latest = stages["distinct"] = [filters.distinct(p, settings.distinct) for p in latest]
     # Headroom, not a method.
     if settings.oracle != "none":
         stages["oracle"] = [
             audit.oracle(found, item["target"], settings.oracle)
-            for found, item in zip(list(stages.values())[-1], items, strict=True)
+            for found, item in zip(latest, items, strict=True)
         ]
     return stages | {"final": list(stages.values())[-1]}
 

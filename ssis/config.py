@@ -43,15 +43,16 @@ AFTER_PRETRAINING = (
     "ema_decay", "filter", "tau_class", "tau_mask", "tau_min", "tau_max",
     "threshold_decay", "min_area", "correction", "clip_model", "descriptions",
     "prototypes", "uncertainty", "refine", "refine_points", "refine_sampling",
-    "refine_gate", "refine_calibrate", "arp", "arp_min_area", "arp_jitter", "oracle",
-    "unsup_weight", "unlabeled_includes_labeled", "eval_every", "audit_images",
+    "refine_gate", "refine_calibrate", "arp", "arp_min_area", "arp_jitter", "distinct",
+    "oracle", "unsup_weight", "unlabeled_includes_labeled", "eval_every",
+    "audit_images",
 )
 # fmt: on
 # Switches of the methods' parts.
 # fmt: off
 LEVELS = (
     "filter", "correction", "uncertainty", "structure_weight", "refine",
-    "refine_sampling", "refine_gate", "refine_calibrate", "arp", "oracle",
+    "refine_sampling", "refine_gate", "refine_calibrate", "arp", "distinct", "oracle",
 )
 # fmt: on
 
@@ -217,6 +218,11 @@ class Config:
     uncertainty: bool = setting(
         False, "weight pseudo-labelled mask pixels by the teacher's certainty (PL-DC)"
     )
+    distinct: float = setting(
+        0.0,
+        "mask IoU from which on two pseudo-labels are of one object, and the less sure "
+        "is dropped; 0: never",
+    )
     oracle: str = setting(
         "none",
         "headroom, not a method: the truth replaces class, mask or both of the "
@@ -376,7 +382,7 @@ class Config:
         if not 0 <= self.decay_at < 1:
             raise UserError(f"--decay-at {self.decay_at}: must be from 0 to below 1")
         shares = ("tau_class", "tau_mask", "tau_min", "tau_max")
-        shares += ("structure_boundary", "refine_gate", "arp_min_area")
+        shares += ("structure_boundary", "refine_gate", "arp_min_area", "distinct")
         for name in ("ema_decay", "threshold_decay", *shares):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(

@@ -92,6 +92,14 @@ def fuse(pseudo: PseudoLabels, second: Tensor, w: float) -> PseudoLabels:
     )
 
 
+def correct(
+    pseudo: list[PseudoLabels], images: list[Tensor], second: nn.Module, w: float
+) -> list[PseudoLabels]:
+    """The pseudo-labels of B weak views with the second classifier's opinions."""
+    pairs = zip(pseudo, images, strict=True)
+    return [fuse(found, second(image, found), w) for found, image in pairs]
+
+
 def make(config, names: list[str], net: nn.Module, device) -> nn.Module | None:
     """The second classifier that a config asks for, or None.
 
@@ -203,7 +211,7 @@ class Prototypes(nn.Module):
         """The second opinion on the instances of one image: (N, C), rows sum to 1."""
         if not len(pseudo) or not self.seen.any():
             return torch.zeros_like(pseudo.distribution)
-        query = self.describe(pseudo.features, pseudo.mask_probs, pseudo.boxes)
+        query = self.describe(pseudo.features, pseudo.mask_probs, pseudo.feature_boxes)
         # Cosine similarity with all that is in the memory, -1 where a place is empty.
         similar = torch.einsum("nf,ckf->nck", query, self.bank)
         places = torch.arange(self.bank.shape[1], device=query.device)

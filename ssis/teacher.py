@@ -75,7 +75,8 @@ class PseudoLabels:
         masks: (N, H, W) bool, `mask_probs > 0.5`.
         distribution: (N, C) float32, probabilities of the C classes; what is missing to
             a sum of 1 is the probability of background.
-        features: (N, D, 7, 7) float32, the network's feature map in each box.
+        features: (N, D, 7, 7) float32, the network's feature map in each predicted box.
+        feature_boxes: (N, 4) those boxes, whatever becomes of `boxes`.
     """
 
     boxes: Tensor
@@ -86,6 +87,7 @@ class PseudoLabels:
     masks: Tensor
     distribution: Tensor
     features: Tensor
+    feature_boxes: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -259,7 +261,13 @@ def predict(
         quality, hard = mask_quality(soft), soft > 0.5
         result.append(
             PseudoLabels(
-                *found[:3], quality, soft, hard, found.distributions, found.features
+                *found[:3],
+                quality,
+                soft,
+                hard,
+                found.distributions,
+                found.features,
+                found.boxes,
             )
         )
     return result

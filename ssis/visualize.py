@@ -158,8 +158,9 @@ def pasted(results: list[tuple], config) -> list[tuple]:
 TITLES = dict(
     predicted="predicted by the teacher",
     kept="kept by the filter",
-    corrected="classes corrected",
     refined="masks redrawn by SAM",
+    corrected="classes corrected",
+    distinct="one an object",
     oracle="replaced by the truth",
 )
 

@@ -58,7 +58,7 @@ def made_labels(labels, class_quality, mask_quality, distribution=None, features
         distribution = torch.full((n, 3), 0.01)
     return PseudoLabels(
         boxes, torch.tensor(labels), torch.tensor(class_quality), torch.tensor(mask_quality),
-        masks.float(), masks, torch.as_tensor(distribution), torch.rand(n, *features),
+        masks.float(), masks, torch.as_tensor(distribution), torch.rand(n, *features), boxes,
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ def pseudo(places, labels):
         masks,
         torch.zeros(n, 3),
         torch.zeros(n, 1, 7, 7),
+        boxes,
     )
 
 

@@ -69,7 +69,7 @@ def as_pseudo(net, item) -> teacher.PseudoLabels:
     masks = target["masks"].bool()
     return teacher.PseudoLabels(
         target["boxes"], target["labels"], torch.ones(n), torch.ones(n), masks.float(), masks,
-        torch.full((n, 6), 1 / 6), features,
+        torch.full((n, 6), 1 / 6), features, target["boxes"],
     )  # fmt: skip
 
 

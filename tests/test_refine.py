@@ -19,7 +19,7 @@ def labels_of(mask_probs: torch.Tensor) -> PseudoLabels:
     return PseudoLabels(
         boxes_of(masks), torch.arange(n) % 3 + 1, torch.full((n,), 0.9),
         mask_quality(mask_probs), mask_probs, masks, torch.full((n, 3), 0.3),
-        torch.zeros(n, 1, 7, 7),
+        torch.zeros(n, 1, 7, 7), boxes_of(masks),
     )  # fmt: skip
 
 

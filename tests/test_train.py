@@ -220,7 +220,7 @@ def test_both_papers_resume_bit_identical_and_audit_every_stage(whole, tmp_path,
     assert one["second"]["seen"].sum() > 0
     summary = json.loads((tmp_path / "once" / "summary.json").read_text())
     stages = summary["audit_stages"]["end of burn-in"]
-    assert list(stages) == ["predicted", "kept", "corrected", "refined", "final"]
+    assert list(stages) == ["predicted", "kept", "refined", "corrected", "final"]
     assert stages["predicted"]["pseudo_per_image"] >= stages["kept"]["pseudo_per_image"] > 0
     assert summary["audit_stages"]["end"]["final"] == summary["audit"]
     metrics = (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()

@@ -238,6 +238,9 @@ class Config:
         0.0, "weight of structural distillation from SAM while pretraining (S4M 1)"
     )
     structure_queries: int = setting(64, "query points of a labelled image (S4M 128)")
+    structure_channels: float = setting(
+        1.0, "share of the feature map's channels that is compared (S4M 1)"
+    )
     structure_boundary: float = setting(
         0.0, "share of those on the objects that is drawn from the band at their edges"
     )
@@ -382,7 +385,13 @@ class Config:
         if not 0 <= self.decay_at < 1:
             raise UserError(f"--decay-at {self.decay_at}: must be from 0 to below 1")
         shares = ("tau_class", "tau_mask", "tau_min", "tau_max")
-        shares += ("structure_boundary", "refine_gate", "arp_min_area", "distinct")
+        shares += (
+            "structure_boundary",
+            "structure_channels",
+            "refine_gate",
+            "arp_min_area",
+            "distinct",
+        )
         for name in ("ema_decay", "threshold_decay", *shares):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(

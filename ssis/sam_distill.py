@@ -129,9 +129,13 @@ class Structure:
     def __init__(self, embeddings: Embeddings, config, world: int = 1):
         self.embeddings, self.sam = embeddings, embeddings.sam
         self.count, self.boundary = config.structure_queries, config.structure_boundary
-        self.seed = config.seed
+        self.seed, self.share = config.seed, config.structure_channels
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
         self.room = config.sam_memory_gb * 1e9 / world
+
+    def channels(self, whole: int) -> int:
+        """How many of the student's channels are compared; at least one."""
+        return max(1, round(self.share * whole))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Query cells (Q,) int64 and their rows (Q, P) float16 of an image, on the CPU.
@@ -216,6 +220,7 @@ def loss(features: Tensor, items: list[dict], structure: Structure) -> Tensor:
         structure: SAM's side, without gradient.
     """
     total = features.new_zeros(())
+    features = features[:, : structure.channels(features.shape[1])]
     for own, item in zip(features.float(), items, strict=True):
         geometry = item["geometry"]
         queries, wanted = structure[item["index"]]

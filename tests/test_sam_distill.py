@@ -95,6 +95,15 @@ def test_the_gradient_reaches_only_the_student(structure):
     assert after < loss
 
 
+def test_a_share_of_the_channels_can_be_compared(structure):
+    settings = config.Config(structure_queries=16, structure_channels=0.25)
+    some = sam_distill.Structure(structure.embeddings, settings)
+    features = torch.randn(1, 8, 16, 24, requires_grad=True)
+    sam_distill.loss(features, [item()], some).backward()
+    reached = features.grad.abs().sum(dim=(0, 2, 3)) > 0
+    assert reached.tolist() == [True] * 2 + [False] * 6
+
+
 def test_views_and_padding_do_not_change_the_loss(structure):
     """A smooth map, seen plain, flipped, at twice the size, and in a padded batch."""
     y, x = torch.meshgrid(torch.linspace(0, 3, 16), torch.linspace(0, 4, 24), indexing="ij")

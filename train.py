@@ -142,8 +142,6 @@ def pseudo_labels(run: Run, weak: list, items: list[dict], lowest: float | None 
     if settings.correction != "none":
         weight = correction.weight(run.schedule.last_epoch, *settings.stage_ends[1:])
         latest = stages["corrected"] = correction.correct(latest, weak, run.second, weight)
-    if settings.distinct:
-        latest = stages["distinct"] = [filters.distinct(p, settings.distinct) for p in latest]
     # Headroom, not a method.
     if settings.oracle != "none":
         stages["oracle"] = [

@@ -1,8 +1,9 @@
 """What the tiny SAM can do, and what SAM costs; each table in one run.
 
+SAM's share of a step on the shapes: `python docs/bench_step.py levels`.
+
 python docs/bench_sam.py iou     the tiny SAM on shapes that it has never seen
 python docs/bench_sam.py cache   official vit_b (random weights): cached or not
-python docs/bench_sam.py share   the part of SAM in a semi-supervised step on shapes
 """
 
 import statistics
@@ -17,10 +18,8 @@ from segment_anything import sam_model_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train
-from ssis import config, distributed, loader, refine, sam, tiny_sam
+from ssis import config, loader, refine, sam, tiny_sam
 from ssis.images import read_image
-from ssis.presets import METHODS
 
 
 def measure_iou(count: int = 128) -> None:
@@ -102,48 +101,8 @@ def measure_cache(prompts: int = 5) -> None:
         print(f"({prompts} prompts of 3 points an image, {torch.get_num_threads()} threads)")
 
 
-def measure_share(steps: int = 20) -> None:
-    """Time of `full` steps on the shapes, and of SAM within them."""
-    made = config.Config(device="cpu", **{**METHODS["full"], "filter": "score", "tau_class": 0.16})
-    made.structure_weight = 0.0
-    train_set, _, _ = loader.open_parts(made)
-    streams = loader.streams(train_set, list(range(64)), list(range(64, 1280)), made)
-    run = train.Run(made, train_set, distributed.start("cpu"))
-    # An untrained teacher is sure of nothing and finds something everywhere; at most
-    # three a picture, as a trained one does.
-    run.teacher.module.roi_heads.detections_per_img = 3
-    spent = [0.0]
-    own = refine.refine
-
-    def timed(*args):
-        began = time.perf_counter()
-        result = own(*args)
-        spent[0] += time.perf_counter() - began
-        return result
-
-    refine.refine = timed
-    for k in range(1216):
-        run.embeddings[streams.unlabeled.indices[k].item()]
-    whole = 0.0
-    for k in range(steps + 2):
-        batches = [
-            [stream[8 * k + i] for i in range(8)] for stream in (streams.labeled, streams.unlabeled)
-        ]
-        before, began = spent[0], time.perf_counter()
-        row = train.step(run, *batches)
-        if k >= 2:
-            whole += time.perf_counter() - began
-        else:
-            spent[0] = before
-    print(
-        f"step {1000 * whole / steps:.0f} ms, of which SAM {1000 * spent[0] / steps:.0f} ms: "
-        f"{100 * spent[0] / whole:.0f} % ({row['pseudo_per_image'][0] / 8:.1f} pseudo-labels an "
-        f"image, {torch.get_num_threads()} threads)"
-    )
-
-
 if __name__ == "__main__":
-    what = dict(iou=measure_iou, cache=measure_cache, share=measure_share)
+    what = dict(iou=measure_iou, cache=measure_cache)
     if len(sys.argv) != 2 or sys.argv[1] not in what:
         sys.exit(__doc__.strip())
     what[sys.argv[1]]()

@@ -3,7 +3,7 @@ r"""What a step costs: against plain torchvision, and its peak memory against it
     python docs/bench_step.py time      supervised step / the same step on plain torchvision
     python docs/bench_step.py memory    semi-supervised step / its larger half
     python docs/bench_step.py levels --pretrained runs/<name>/pretrained.pt
-                                        PL-DC's step / Guided Distillation's
+                                        the papers' steps / Guided Distillation's, and SAM's share
 
 Time: both sides have the same weights, images, targets, optimiser and threads; their
 steps take turns, so that a machine that slows down slows down both. The ratio is that of
@@ -25,7 +25,7 @@ from torch import nn
 from torchvision.models.detection.mask_rcnn import MaskRCNN as TorchvisionMaskRCNN
 
 import train
-from ssis import augment, checkpoint, config, distributed, loader, model, split, teacher
+from ssis import augment, checkpoint, config, distributed, loader, model, refine, split, teacher
 from ssis.presets import METHODS
 
 
@@ -89,14 +89,17 @@ def measure_time(steps: int) -> None:
 
 
 def measure_levels(pretrained: str, steps: int) -> None:
-    """Alternate the steps of two methods that start from the same first teacher.
+    """Alternate the steps of four methods that start from the same first teacher.
 
-    The ratio is that of the sums: every tenth step of PL-DC refreshes its prototypes.
+    The ratios are those of the sums: every tenth step of PL-DC refreshes its prototypes.
+    SAM's embeddings are there beforehand, as after a run's first pass over the images.
     """
     saved = checkpoint.load(pretrained)["config"]
-    runs, times = {}, {}
-    for method in ("guided-distillation", "pl-dc"):
-        made = config.Config(**{**saved, "method": method, **METHODS[method]})
+    runs, times, in_sam = {}, {}, {}
+    for method in ("guided-distillation", "pl-dc", "s4m", "full"):
+        # The first teacher is the same for all: what came before it costs nothing here.
+        parts = {**METHODS[method], "structure_weight": saved.get("structure_weight", 0.0)}
+        made = config.Config(**{**saved, "method": method, **parts})
         train_set, _, _ = loader.open_parts(made)
         # The split of the run itself, which lies beside the checkpoint.
         beside = str(Path(pretrained).parent / "labeled.json")
@@ -106,23 +109,38 @@ def measure_levels(pretrained: str, steps: int) -> None:
         run = train.Run(made, train_set, distributed.start("cpu"))
         checkpoint.restore(run, train_set.names, pretrained, first_teacher=True)
         train.begin_burnin(run, streams.labeled, train_set.class_shares(labeled))
-        runs[method], times[method] = run, []
+        runs[method], times[method], in_sam[method] = run, [], []
+    redraw = refine.refine
+    spent = [0.0]
+
+    def timed(*arguments):
+        began = time.perf_counter()
+        result = redraw(*arguments)
+        spent[0] += time.perf_counter() - began
+        return result
+
+    refine.refine = timed
     for k in range(steps + 2):
         batches = [
             [stream[8 * k + i] for i in range(8)] for stream in (streams.labeled, streams.unlabeled)
         ]
         for method, run in runs.items():
+            if run.embeddings:
+                for item in batches[1]:
+                    run.embeddings[item["index"]]
             torch.manual_seed(k)
-            began = time.perf_counter()
+            spent[0], began = 0.0, time.perf_counter()
             train.step(run, *batches)
             times[method].append(time.perf_counter() - began)
+            in_sam[method].append(spent[0])
     means = {method: statistics.mean(values[2:]) for method, values in times.items()}
     for method, value in means.items():
-        print(f"{method:20} {1000 * value:7.1f} ms per step of 8 + 8 images")
-    print(
-        f"ratio {means['pl-dc'] / means['guided-distillation']:.3f}  "
-        f"({torch.get_num_threads()} threads, {steps} steps each)"
-    )
+        share = statistics.mean(in_sam[method][2:]) / value
+        print(
+            f"{method:20} {1000 * value:7.1f} ms per step of 8 + 8 images, "
+            f"ratio {value / means['guided-distillation']:.3f}, SAM {100 * share:4.1f} %"
+        )
+    print(f"({torch.get_num_threads()} threads, {steps} steps each)")
 
 
 def one_variant(variant: str) -> None:

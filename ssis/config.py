@@ -43,7 +43,7 @@ AFTER_PRETRAINING = (
     "ema_decay", "filter", "tau_class", "tau_mask", "tau_min", "tau_max",
     "threshold_decay", "min_area", "correction", "clip_model", "descriptions",
     "prototypes", "uncertainty", "refine", "refine_points", "refine_sampling",
-    "refine_gate", "refine_calibrate", "arp", "arp_min_area", "arp_jitter", "distinct",
+    "refine_gate", "refine_calibrate", "arp", "arp_min_area", "arp_jitter",
     "oracle", "unsup_weight", "unlabeled_includes_labeled", "eval_every",
     "audit_images",
 )
@@ -52,7 +52,7 @@ AFTER_PRETRAINING = (
 # fmt: off
 LEVELS = (
     "filter", "correction", "uncertainty", "structure_weight", "refine",
-    "refine_sampling", "refine_gate", "refine_calibrate", "arp", "distinct", "oracle",
+    "refine_sampling", "refine_gate", "refine_calibrate", "arp", "oracle",
 )
 # fmt: on
 
@@ -218,11 +218,6 @@ class Config:
     uncertainty: bool = setting(
         False, "weight pseudo-labelled mask pixels by the teacher's certainty (PL-DC)"
     )
-    distinct: float = setting(
-        0.0,
-        "mask IoU from which on two pseudo-labels are of one object, and the less sure "
-        "is dropped; 0: never",
-    )
     oracle: str = setting(
         "none",
         "headroom, not a method: the truth replaces class, mask or both of the "
@@ -340,6 +335,8 @@ class Config:
         # is an oracle: its result must not be taken for a method's.
         usual = {name: getattr(Config, name) for name in LEVELS}
         usual |= METHODS.get(self.method, {})
+        both = OF_BOTH.get((self.preset, self.method), {})
+        usual |= {name: value for name, value in both.items() if name in LEVELS}
         names = [self.preset, self.method]
         for name, value in usual.items():
             now = getattr(self, name)
@@ -390,7 +387,6 @@ class Config:
             "structure_channels",
             "refine_gate",
             "arp_min_area",
-            "distinct",
         )
         for name in ("ema_decay", "threshold_decay", *shares):
             if not 0 <= getattr(self, name) <= 1:

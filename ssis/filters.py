@@ -132,24 +132,6 @@ def keep(
     return predictions[good & (area(predictions) > config.min_area)]
 
 
-def distinct(pseudo: PseudoLabels, limit: float) -> PseudoLabels:
-    """One pseudo-label an object: of two on the same one the less sure is dropped.
-
-    Args:
-        pseudo: of one image.
-        limit: mask IoU from which on two lie on one object, whatever their classes.
-    """
-    flat = pseudo.masks.flatten(1).float()  # (N, H * W)
-    both = flat @ flat.T
-    size = flat.sum(dim=1)
-    overlap = both / (size[:, None] + size - both).clamp(min=1)  # (N, N)
-    keep: list[int] = []
-    for k in pseudo.class_quality.argsort(descending=True, stable=True).tolist():
-        if not keep or overlap[k, keep].max() < limit:
-            keep.append(k)
-    return pseudo[torch.tensor(sorted(keep), device=flat.device, dtype=torch.int64)]
-
-
 def area(predictions: PseudoLabels) -> Tensor:
     """Mask areas, (N,) int64, pixels."""
     return predictions.masks.flatten(1).sum(dim=1)

@@ -160,7 +160,6 @@ TITLES = dict(
     kept="kept by the filter",
     refined="masks redrawn by SAM",
     corrected="classes corrected",
-    distinct="one an object",
     oracle="replaced by the truth",
 )
 

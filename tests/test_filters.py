@@ -91,17 +91,3 @@ def test_only_the_adaptive_rule_moves_them():
     before = thresholds.values.clone()
     thresholds.update([made_labels(labels=[1], class_quality=[0.9], mask_quality=[0.9])])
     assert torch.equal(before, thresholds.values)
-
-
-def test_one_pseudo_label_an_object_whatever_the_class():
-    """Three on one object, of which the surest stays; one beside it; order is kept."""
-    found = made_labels([1, 2, 3, 1], [0.8, 0.9, 0.7, 0.6], [0.9] * 4)
-    masks = found.masks.clone()
-    masks[3] = False
-    masks[3, 14:18, 2:9] = True
-    # Nine tenths of the others' mask.
-    masks[2, 4:12, 15] = False
-    found.masks = masks
-    assert filters.distinct(found, 0.7).labels.tolist() == [2, 1]
-    assert filters.distinct(found, 0.95).labels.tolist() == [2, 3, 1]
-    assert len(filters.distinct(found[found.labels > 5], 0.7)) == 0

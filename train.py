@@ -85,11 +85,12 @@ def unlabeled_pass(run: Run, unlabeled: list[dict]) -> dict:
     stages = pseudo_labels(run, weak, unlabeled)
     # PL-DC Eq. (adapt): the thresholds follow what the teacher predicts.
     run.thresholds.update(stages["predicted"])
-    pseudo = stages["final"]
+    pseudo = stages.pop("final")
+    del stages  # soft masks of every stage: at 1024 pixels gigabytes
     # 2. An image without a pseudo-label says nothing. It is left out, never trained as
     #    background: the teacher may just not have been sure.
     chosen = [i for i, found in enumerate(pseudo) if len(found)]
-    # PL-DC Eq. (PMUA): with the teacher's certainty as a weight of each mask pixel.
+    # PL-DC Eq. (PMUA): with the certainty of each mask pixel, the teacher's or SAM's.
     targets = [pseudo[i].target(settings.uncertainty, settings.refine_calibrate) for i in chosen]
     images, items = [weak[i] for i in chosen], [unlabeled[i] for i in chosen]
     # 3. S4M: instances are pasted from image to image.
@@ -236,7 +237,7 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
             done = number + 1
             bar.update()
             # The loss table is summed over steps here, over processes when it is written.
-            table = {name: table.get(name, 0) + value for name, value in row.items()}
+            table |= {name: table.get(name, 0) + value for name, value in row.items()}
             stopping = stop.asked()
             saving = done % settings.checkpoint_every == 0 or done == total or stopping
             judging = done % settings.eval_every == 0 and done < total

@@ -98,7 +98,8 @@ def measure_levels(pretrained: str, steps: int) -> None:
     runs, times, in_sam = {}, {}, {}
     for method in ("guided-distillation", "pl-dc", "s4m", "full"):
         # The first teacher is the same for all: what came before it costs nothing here.
-        parts = {**METHODS[method], "structure_weight": saved.get("structure_weight", 0.0)}
+        parts = {name: getattr(config.Config, name) for name in config.LEVELS} | METHODS[method]
+        parts["structure_weight"] = saved.get("structure_weight", 0.0)
         made = config.Config(**{**saved, "method": method, **parts})
         train_set, _, _ = loader.open_parts(made)
         # The split of the run itself, which lies beside the checkpoint.

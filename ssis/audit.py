@@ -14,8 +14,8 @@ Shares are in [0, 1]; one that is a share of nothing is None.
 
 and this for every stage of their making (`train.pseudo_labels`): all that the teacher
 predicts (from class score 0.3 on, or from the filter's lowest), what the filter keeps,
-that with its classes corrected, and with its masks redrawn by SAM. So each part shows
-what it does and what it costs.
+that with its masks redrawn by SAM, and that with its classes corrected. So each part
+shows what it does and what it costs.
 
 A pseudo-label and an instance are matched one to one, best class quality first, as
 COCO does, but regardless of the class: the class is what is being audited.

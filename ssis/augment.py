@@ -19,8 +19,8 @@ teaches the student to find pasted halos of background (S4M's ablation: it then
 hurts); with masks redrawn by SAM it helps.
 
     pairs       max(1, B // 4) disjoint pairs of the batch's images, both directions
-    what        every instance of at least `arp_min_area` of its image (S4M: 3000 pixels
-                of a crop of 1024 x 1024)
+    what        every instance of at least `arp_min_area` of the image that it is pasted
+                onto (S4M: 3000 pixels of a crop of 1024 x 1024)
     where       at its own coordinates, centres of the images on each other; at a random
                 scale with `arp_jitter` (S4M on COCO: 0.8 to 1.2)
     occlusion   what is pasted lies in front; of what is pasted together, the best
@@ -236,8 +236,7 @@ def paste(
     stack = torch.cat([source["masks"], target["masks"]]).bool()  # (N, H, W)
     # In front comes first: what is pasted before what was there, best ones first.
     # A pixel belongs to the first instance that has it.
-    before = stack.long().cumsum(dim=0) - stack.long()
-    visible = stack & (before == 0)
+    visible = stack & (stack.cumsum(dim=0, dtype=torch.int16) == 1)
     pasted = visible[: len(source["labels"])].any(dim=0)
     both = dict(
         masks=visible.to(torch.uint8),

@@ -126,6 +126,8 @@ def snapshot(run, names: list[str], step: int, results: dict, seconds: float) ->
         # PL-DC: what its levels remember.
         thresholds=run.thresholds.state_dict(),
         second=run.second.state_dict() if run.second else {},
+        # S4M: which SAM was asked.
+        sam=run.embeddings.sam.fingerprint if run.embeddings else "",
         optimizer=run.optimizer.state_dict(),
         schedule=run.schedule.state_dict(),
         scaler=run.scaler.state_dict(),
@@ -156,7 +158,14 @@ def restore(run, names: list[str], path: Path, first_teacher: bool = False) -> d
                 f"--pretrained {path}: was saved after step {state['step']}, not at "
                 "the end of pretraining; give the pretrained.pt of that run"
             )
+    distilled = run.config.structure_weight > 0
+    if first_teacher and not distilled:
+        ignored += config.OF_STRUCTURE
     other = config.differences(run.config, state["config"], ignored)
+    # A checkpoint without the entry is older than SAM's part in this project.
+    if run.embeddings and (distilled or not first_teacher) and "sam" in state:
+        if state["sam"] != run.embeddings.sam.fingerprint:
+            other.append("SAM's weights were others")
     if state["names"] != names:
         other.append(f"classes were {', '.join(state['names'][:4])}")
     if other:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssis import UserError, sam
-from ssis.presets import METHODS, OF_BOTH, PRESETS
+from ssis.presets import METHODS, PRESETS, switches
 
 # Fields that may differ between a run and its resumption: they say where and how fast,
 # never what is computed.
@@ -31,6 +31,8 @@ NOT_IN_RESULT = (
     "workers",
     "checkpoint_every",
     "device",
+    # Its weights count, not where they lie: see `checkpoint.restore`.
+    "sam_checkpoint",
     "sam_cache",
     "sam_cache_gb",
     "sam_memory_gb",
@@ -48,6 +50,13 @@ AFTER_PRETRAINING = (
     "audit_images",
 )
 # fmt: on
+# And these, where nothing is distilled from SAM.
+OF_STRUCTURE = (
+    "sam",
+    "structure_queries",
+    "structure_channels",
+    "structure_boundary",
+)
 # Switches of the methods' parts.
 # fmt: off
 LEVELS = (
@@ -334,9 +343,8 @@ class Config:
         # A level switched otherwise than the method has it is part of the name, and so
         # is an oracle: its result must not be taken for a method's.
         usual = {name: getattr(Config, name) for name in LEVELS}
-        usual |= METHODS.get(self.method, {})
-        both = OF_BOTH.get((self.preset, self.method), {})
-        usual |= {name: value for name, value in both.items() if name in LEVELS}
+        own = switches(self.preset, self.method, self.model)
+        usual |= {name: value for name, value in own.items() if name in LEVELS}
         names = [self.preset, self.method]
         for name, value in usual.items():
             now = getattr(self, name)
@@ -403,7 +411,11 @@ class Config:
             raise UserError(
                 f"--arp-jitter {self.arp_jitter}: must be from 0 to below 1"
             )
-        if self.uses_sam and self.sam != "tiny":
+        if self.refine_calibrate and self.refine == "none":
+            raise UserError(
+                "--refine-calibrate: needs SAM's masks; add --refine agreement"
+            )
+        if self.uses_sam:
             # Now, not after all images have been checked.
             sam.find(self.sam, self.sam_checkpoint)
         if self.sam_checkpoint and not self.uses_sam:
@@ -472,8 +484,9 @@ def parse(argv: list[str] | None = None) -> Config:
             )
     given = vars(parser.parse_args(argv))
     preset, method = given.get("preset", "shapes"), given.get("method", Config.method)
-    levels = {**METHODS.get(method, {}), **OF_BOTH.get((preset, method), {})}
-    config = Config(**{**PRESETS[preset], **levels, **given})
+    model = given.get("model", PRESETS[preset].get("model", Config.model))
+    own = switches(preset, method, model)
+    config = Config(**{**PRESETS[preset], **own, **given})
     config.check()
     return config
 

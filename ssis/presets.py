@@ -106,10 +106,6 @@ S4M_COCO = dict(burnin_steps=25_000, arp_jitter=0.2)
 # methods are compared at equal numbers of updates; the batches are each paper's own.
 # `full` has the filter, the thresholds and the batches of PL-DC.
 OF_BOTH = {
-    # With the small model, whose stride-4 map also feeds the classifier, the class-free
-    # layout of SAM costs the first teacher 3 to 4 AP (docs/log.md). `s4m` has it.
-    ("shapes", "full"): dict(structure_weight=0.0),
-    ("custom", "full"): dict(structure_weight=0.0),
     ("coco", "pl-dc"): dict(PL_DC_REAL, mutual_steps=348_750),
     ("cityscapes", "pl-dc"): dict(PL_DC_REAL, mutual_steps=70_000),
     ("voc", "pl-dc"): dict(PL_DC_REAL, mutual_steps=70_000),
@@ -118,3 +114,13 @@ OF_BOTH = {
     ("cityscapes", "full"): dict(PL_DC_REAL, mutual_steps=70_000),
     ("voc", "full"): dict(PL_DC_REAL, mutual_steps=70_000),
 }
+
+
+def switches(preset: str, method: str, model: str) -> dict:
+    """What a method sets, with this preset and this model; {} for an unknown method."""
+    found = {**METHODS.get(method, {}), **OF_BOTH.get((preset, method), {})}
+    if (method, model) == ("full", "small"):
+        # Its stride-4 map also feeds the classifier, and SAM's class-free layout costs
+        # the first teacher 3 to 4 AP (docs/log.md). `s4m` has it, as the paper does.
+        found["structure_weight"] = 0.0
+    return found

@@ -123,22 +123,23 @@ def refine(
     sam, geometry, device = embeddings.sam, item["geometry"], pseudo.masks.device
     embedding = embeddings[item["index"]]
     generator = torch.Generator(device).manual_seed(item["seed"])
-    points = sample_points(
-        pseudo.mask_probs, config.refine_points, config.refine_sampling, generator
-    )
-    points = geometry.to_original(points)
     parts = []
     # A few at a time: three candidates in 1024 x 1024 are 12 MB an instance.
-    for some, masks in zip(points.split(CHUNK), pseudo.masks.split(CHUNK), strict=True):
-        answer = sam.candidates(embedding, some, geometry.original, geometry.view)
+    for soft, masks in zip(
+        pseudo.mask_probs.split(CHUNK), pseudo.masks.split(CHUNK), strict=True
+    ):
+        points = geometry.to_original(
+            sample_points(soft, config.refine_points, config.refine_sampling, generator)
+        )
+        answer = sam.candidates(embedding, points, geometry.original, geometry.view)
         parts.append(
             choose(geometry.to_view(answer[0]), answer[1], masks, config.refine)
         )
     logits, agreement = (torch.cat(part) for part in zip(*parts, strict=True))
-    return redrawn(pseudo, logits, agreement, config)
+    return gated(pseudo, logits, agreement, config)
 
 
-def redrawn(
+def gated(
     pseudo: PseudoLabels, logits: Tensor, agreement: Tensor, config
 ) -> PseudoLabels:
     """Gate and calibration: SAM's masks where they are taken, else the teacher's.
@@ -147,11 +148,13 @@ def redrawn(
         pseudo: of one image.
         logits: (N, H, W), the chosen candidates.
         agreement: (N,), their IoU with the teacher's masks.
-        config: `refine_gate`, `refine_calibrate`.
+        config: `refine_gate`, `refine_calibrate`, `min_area`.
     """
-    # The gate; and a mask without pixels is none, whatever the gate.
-    taken = (agreement >= config.refine_gate) & (logits > 0).flatten(1).any(dim=1)
-    soft = torch.where(taken[:, None, None], logits.sigmoid(), pseudo.mask_probs)
+    redrawn = logits.sigmoid()
+    # The gate; and a few pixels are no mask, whatever the gate (see `filters.keep`).
+    enough = (redrawn > 0.5).flatten(1).sum(dim=1) > config.min_area
+    taken = (agreement >= config.refine_gate) & enough
+    soft = torch.where(taken[:, None, None], redrawn, pseudo.mask_probs)
     masks = soft > 0.5
     quality = torch.where(taken, mask_quality(soft), pseudo.mask_quality)
     if config.refine_calibrate:

@@ -56,9 +56,7 @@ class Run:
             )
             self.embeddings = sam.Embeddings(asked, train_set, settings, self.world)
         if settings.structure_weight:
-            self.structure = sam_distill.Structure(
-                self.embeddings, settings, self.world
-            )
+            self.structure = sam_distill.Structure(self.embeddings, settings)
         # After all that draws weights: with and without a second classifier, training
         # draws the same.
         torch.manual_seed(settings.seed * 1000 + 1 + self.rank)

@@ -277,13 +277,19 @@ class Embeddings:
         if index in self.memory:
             return self.memory[index]
         embedding = self.load(index)
-        size = embedding.numel() * embedding.element_size()
-        # No entry ever makes room for another: images come in random order, so the next
-        # one needed is any, and throwing out only costs.
-        if size <= self.room_in_memory:
+        if self.takes(embedding.numel() * embedding.element_size()):
             self.memory[index] = embedding
-            self.room_in_memory -= size
         return embedding
+
+    def takes(self, size: int) -> bool:
+        """Whether there is room in memory for so many bytes, which are then taken.
+
+        No entry ever makes room for another: images come in random order, so the next
+        one needed is any, and throwing out only costs.
+        """
+        fits = size <= self.room_in_memory
+        self.room_in_memory -= size if fits else 0
+        return fits
 
     def load(self, index: int) -> Tensor:
         """From disk, or else from the encoder."""
@@ -309,7 +315,10 @@ def read_entry(path: Path, sam: SegmentAnything) -> Tensor | None:
     """An embedding from disk; None where there is none, or a damaged one."""
     if not path.exists():
         return None
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError:
+        content = b""
     checksum, values = content[:16], content[16:]
     if hashlib.blake2b(values, digest_size=16).digest() != checksum:
         print(f"{path}: damaged, made again", file=sys.stderr)

@@ -28,11 +28,14 @@ around the masks' edges, where the layout is decided.
 
 *Cost.* A row is a pass of 64 x 64 x 256 numbers through the transformer, but depends on
 the image and the point alone. So each image gets its query points once, and its rows
-are kept (128 x 4096 at 16 bits: 1 MB) as the embeddings are. The released code draws
-new points in every step (docs/differences.md).
+(128 x 4096 at 16 bits: 1 MB) are kept in memory while there is room beside the
+embeddings; the others are computed again. The released code draws new points in every
+step (docs/differences.md).
 
 Read next: `ssis/refine.py`.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -65,10 +68,10 @@ def query_points(
     if len(masks) and boundary:
         reach = max(1, round(BAND * max(height, width)))
         soft = masks.float()[:, None]
-        grown = F.max_pool2d(soft, 2 * reach + 1, 1, reach)
-        shrunk = -F.max_pool2d(-soft, 2 * reach + 1, 1, reach)
-        band = (grown - shrunk)[:, 0].amax(dim=0)
+        band = (spread(soft, reach) + spread(-soft, reach))[:, 0].amax(dim=0)
     on_edge = round(count // 2 * boundary)
+    # multinomial takes 2^24 places at most: every other pixel of a large photograph.
+    step = math.ceil(math.sqrt(height * width / 2**24))
     parts = []
     for where, number in (
         (band, on_edge),
@@ -76,11 +79,21 @@ def query_points(
         (anywhere, count - count // 2),
     ):
         # An image without an object, or without an edge, has all points anywhere.
-        chance = (where if where.any() else anywhere).flatten()
+        chance = (where if where.any() else anywhere)[::step, ::step]
         if number:
-            place = torch.multinomial(chance, number, True, generator=generator)
-            parts.append(torch.stack([place % width, place // width], dim=1))
+            place = torch.multinomial(
+                chance.flatten(), number, True, generator=generator
+            )
+            across = chance.shape[1]
+            parts.append(torch.stack([place % across, place // across], dim=1) * step)
     return torch.cat(parts).float() + 0.5
+
+
+def spread(maps: Tensor, reach: int) -> Tensor:
+    """The largest value within `reach` pixels across and down, of maps (N, 1, H, W)."""
+    # One direction after the other: a square window of 41 pixels takes 40 times longer.
+    across = F.max_pool2d(maps, (1, 2 * reach + 1), 1, (0, reach))
+    return F.max_pool2d(across, (2 * reach + 1, 1), 1, (reach, 0))
 
 
 def similarity(features: Tensor, queries: Tensor) -> Tensor:
@@ -121,17 +134,17 @@ class Structure:
     """SAM's self-similarity of the labelled images, each row computed once.
 
     Args:
-        embeddings: of the training images.
-        config: `structure_queries`, `structure_boundary`, `sam_memory_gb`, `seed`.
-        world: number of processes.
+        embeddings: of the training images; their memory is shared.
+        config: `structure_queries`, `structure_boundary`, `structure_channels` (the
+            first so many of the student's: which ones it leaves to the layer before,
+            which can put anything into any channel), `seed`.
     """
 
-    def __init__(self, embeddings: Embeddings, config, world: int = 1):
+    def __init__(self, embeddings: Embeddings, config):
         self.embeddings, self.sam = embeddings, embeddings.sam
         self.count, self.boundary = config.structure_queries, config.structure_boundary
         self.seed, self.share = config.seed, config.structure_channels
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
-        self.room = config.sam_memory_gb * 1e9 / world
 
     def channels(self, whole: int) -> int:
         """How many of the student's channels are compared; at least one."""
@@ -144,11 +157,9 @@ class Structure:
         """
         if index not in self.memory:
             found = self.compute(index)
-            size = found[1].numel() * 2
-            if size > self.room:
+            if not self.embeddings.takes(found[1].numel() * 2):
                 return found
             self.memory[index] = found
-            self.room -= size
         return self.memory[index]
 
     @torch.no_grad()
@@ -168,7 +179,8 @@ class Structure:
         # The cell that a point falls into; one that is mostly padding stands back.
         y = (points[:, 1] / size[0] * height / cell).long().clamp(max=len(rows) - 1)
         x = (points[:, 0] / size[1] * width / cell).long().clamp(max=len(columns) - 1)
-        embedding, table = self.embeddings[index], []
+        # Not to be kept in memory: its rows are, and nothing else asks for it again.
+        embedding, table = self.embeddings.load(index), []
         # In chunks: 128 prompts at 64 x 64 x 256 together would be 0.5 GB a tensor.
         for some, i, j in zip(
             points.split(CHUNK), y.split(CHUNK), x.split(CHUNK), strict=True

@@ -71,7 +71,8 @@ class PseudoLabels:
         labels: (N,) int64, 1..C.
         class_quality: (N,) float32 in [0, 1], probability of the label.
         mask_quality: (N,) float32 in [0, 1], mean mask probability over the mask.
-        mask_probs: (N, H, W) float32 in [0, 1], 0 outside the box.
+        mask_probs: (N, H, W) float32 in [0, 1]; the teacher's, 0 outside the box, or
+            SAM's after `refine`.
         masks: (N, H, W) bool, `mask_probs > 0.5`.
         distribution: (N, C) float32, probabilities of the C classes; what is missing to
             a sum of 1 is the probability of background.

@@ -3,7 +3,7 @@ r"""Pictures: pseudo-labels, predictions, curves.
 A number says how many pseudo-labels are right; a picture says what is wrong with the
 others. Every evaluation writes `pseudo_<step>.png`, a strip for each of some
 unlabelled images: the image, all that the teacher predicts, what the filter keeps, the
-corrected classes, the masks that SAM drew, where they are unsure, the image after
+masks that SAM drew, the corrected classes, where the masks are unsure, the image after
 copy-paste, and the truth that training never sees.
 The end of a run writes `predictions.png` (the teacher on test images beside the truth)
 and `curves.png`.
@@ -109,7 +109,7 @@ def grid(rows: list[list[Image.Image]], titles: list[str]) -> Image.Image:
 
 
 def uncertainty(image: Tensor, mask_probs: Tensor) -> Image.Image:
-    """Where the teacher is unsure of its masks: u of PL-DC Eq. (PMUA), black to red.
+    """Where the masks are unsure: u of PL-DC Eq. (PMUA), black to red.
 
     Args:
         image: (3, H, W) float in [0, 1], shown darkly underneath.

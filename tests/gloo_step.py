@@ -48,6 +48,12 @@ def main(out: str, folder: str) -> None:
         tau_mask=0.0,
         correction="prototypes",
         uncertainty=True,
+        # S4M: distilled in the first step, redrawn in the others. Not pasted: pairs are
+        # those of one process.
+        structure_weight=1.0,
+        structure_queries=8,
+        refine="agreement",
+        refine_gate=0.0,
         short_side_min=64,
         short_side=64,
         long_side=64,
@@ -88,6 +94,8 @@ def main(out: str, folder: str) -> None:
     mine = slice(rank * share, (rank + 1) * share)
     found = []
     before = {name: value.clone() for name, value in run.net.state_dict().items()}
+    pretraining = train.step(run, [labeled[12 + k] for k in range(4)][mine], None)
+    assert pretraining["labeled/loss_structure"][0] > 0
     for step in range(3):
         batch = [labeled[4 * step + k] for k in range(4)]
         row = train.step(run, batch[mine], chosen[mine])

@@ -112,26 +112,60 @@ def test_pasted_images_are_consistent(seed, jitter):
         assert not (foreign & ~owned).float().mean() > 0.01
 
 
+def rectangles(height: int, width: int, *places) -> dict:
+    """A target of rectangles: (top, bottom, left, right) each; weights that all differ."""
+    masks = torch.zeros(len(places), height, width, dtype=torch.uint8)
+    for mask, (top, bottom, left, right) in zip(masks, places, strict=True):
+        mask[top:bottom, left:right] = 1
+    return dict(
+        masks=masks,
+        labels=torch.arange(len(places)) + 1,
+        boxes=augment.data.boxes_of(masks),
+        mask_weights=torch.rand(masks.shape) * 0.9,
+    )
+
+
 def test_paste_by_hand():
-    """4 x 6 pixels; below: two instances, one of which gets hidden; above: one, and dust."""
-    below, above = torch.zeros(3, 4, 6), torch.ones(3, 4, 6)
-    masks = torch.zeros(2, 4, 6, dtype=torch.uint8)
-    masks[0, 0:4, 0:2], masks[1, 1:3, 3:5] = 1, 1
-    target = dict(masks=masks, labels=torch.tensor([1, 2]), boxes=augment.data.boxes_of(masks))
-    target["mask_weights"] = torch.full((2, 4, 6), 0.4)
-    pasted = torch.zeros(2, 4, 6, dtype=torch.uint8)
-    pasted[0, 0:3, 1:5], pasted[1, 3, 5] = 1, 1
-    source = dict(masks=pasted, labels=torch.tensor([3, 4]), boxes=augment.data.boxes_of(pasted))
-    source["mask_weights"] = torch.full((2, 4, 6), 0.6)
-    image, made = augment.paste(below, target, above, source, min_area=2 / 24)
-    # The dust is too small, the second instance is hidden, the first lost three pixels.
+    """Below: a bar that loses some pixels, one that is hidden but for a twentieth; dust."""
+    below, above = torch.rand(3, 20, 30), torch.rand(3, 20, 30)
+    target = rectangles(20, 30, (0, 20, 0, 4), (5, 15, 10, 20))
+    source = rectangles(20, 30, (3, 18, 2, 20), (19, 20, 29, 30))
+    source["labels"] += 2
+    # One row of the second bar is left to see: 10 x 1 of 100 pixels would be a tenth.
+    source["masks"][0, 14, 10:15] = 0
+    image, made = augment.paste(below, target, above, source, min_area=2 / 600)
+    pasted = source["masks"][0].bool()
     assert made["labels"].tolist() == [3, 1]
-    assert made["masks"].flatten(1).sum(1).tolist() == [12, 5]
-    assert made["boxes"].tolist() == [[1, 0, 5, 3], [0, 0, 2, 4]]
-    assert torch.equal(image[0], pasted[0].float())
-    # Pasted: doubt inside as it was, none around it. Below: none where it is now hidden.
-    assert made["mask_weights"][0, 0, 1] == 0.6 and made["mask_weights"][1, 3, 0] == 0.4
-    assert made["mask_weights"][1, 0, 1] == 0.4  # as sure as this instance ever is
+    assert torch.equal(made["masks"][0].bool(), pasted)
+    assert torch.equal(made["masks"][1].bool(), target["masks"][0].bool() & ~pasted)
+    assert made["boxes"].tolist() == [[2, 3, 20, 18], [0, 0, 4, 20]]
+    # Every pasted pixel is the source's, every other one as it was.
+    assert torch.equal(image[:, pasted], above[:, pasted])
+    assert torch.equal(image[:, ~pasted], below[:, ~pasted])
+    # Pasted: doubt inside as it was; around it the most sure that this mask is anywhere.
+    own, other = source["mask_weights"][0], target["mask_weights"][0]
+    assert torch.equal(made["mask_weights"][0][pasted], own[pasted])
+    assert (made["mask_weights"][0][~pasted] == own.max()).all()
+    # Below: the other way round.
+    assert torch.equal(made["mask_weights"][1][~pasted], other[~pasted])
+    assert (made["mask_weights"][1][pasted] == other.max()).all()
+    # A tenth of the second bar is enough.
+    source["masks"][0, 14, 10:20] = 0
+    assert augment.paste(below, target, above, source, 2 / 600)[1]["labels"].tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize("scale", [0.8, 1.0, 1.2])
+def test_what_is_pasted_is_scaled_about_the_middle(scale):
+    image = torch.rand(3, 40, 60)
+    target = rectangles(40, 60, (15, 25, 20, 40))
+    moved, made = augment.placed(image, target, torch.zeros(3, 50, 60), scale)
+    assert moved.shape == (3, 50, 60) and made["masks"].shape == (1, 50, 60)
+    assert made["masks"].sum().item() == pytest.approx(200 * scale**2, rel=0.02)
+    y, x = torch.where(made["masks"][0] > 0)
+    assert (y.float().mean() + 0.5).item() == pytest.approx(25, abs=0.51)
+    assert (x.float().mean() + 0.5).item() == pytest.approx(30, abs=0.51)
+    if scale == 1:
+        assert torch.equal(moved[:, 5:45], image) and moved[:, :5].sum() == 0
 
 
 def test_a_batch_of_one_or_none_is_left_alone():

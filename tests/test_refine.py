@@ -1,6 +1,6 @@
 """S4M's refinement: points by hand and by frequency, frames as a property, gate by hand."""
 
-import dataclasses
+import copy
 import math
 
 import pytest
@@ -133,7 +133,7 @@ def test_refined_labels_are_consistent_and_classes_stay(embeddings):
     """Fields fit together: mask = soft > 0.5, box of the mask, quality of the mask."""
     loose = augment.F.gaussian_blur(embeddings.dataset.mask[None].float(), 15, 4.0)
     pseudo = labels_of((0.2 + 0.8 * loose).clamp(max=0.95) * (loose > 0.2))
-    before = dataclasses.replace(pseudo)
+    before = copy.deepcopy(pseudo)
     item = dict(index=0, geometry=augment.Geometry((64, 96), (64, 96), False), seed=3)
     made = refine.refine(pseudo, embeddings, item, settings())
     truth = embeddings.dataset.mask
@@ -174,7 +174,8 @@ def test_the_gate_and_the_calibration_by_hand():
     agreement = refine.overlap(logits > 0, soft > 0.5)
 
     def made(**more):
-        return refine.redrawn(labels_of(soft), logits, agreement, settings(**more))
+        wanted = settings(min_area=0, **more)
+        return refine.gated(labels_of(soft), logits, agreement, wanted)
 
     gated = made(refine_gate=0.5)
     assert gated.masks.flatten(1).sum(1).tolist() == [12, 8, 8]
@@ -184,6 +185,11 @@ def test_the_gate_and_the_calibration_by_hand():
     open_gate = made(refine_gate=0.0)
     assert open_gate.masks.flatten(1).sum(1).tolist() == [12, 2, 8]
     # S4M Eq. (calibration): 0.8 times 2/3, 1/4 and 0; and as weights of the mask loss.
+    # A mask of no more pixels than the filter asks for is none either.
+    few = refine.gated(
+        labels_of(soft), logits, agreement, settings(refine_gate=0.0, min_area=2)
+    )
+    assert few.masks.flatten(1).sum(1).tolist() == [12, 8, 8]
     calibrated = made(refine_calibrate=True)
     assert calibrated.mask_quality.tolist() == pytest.approx([0.8 * 2 / 3, 0.2, 0])
     weights = calibrated.target(calibrated=True)["mask_weights"]

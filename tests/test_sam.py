@@ -1,12 +1,15 @@
 """SAM: against the library's own predictor; the cache; wrong files; the official size."""
 
+import json
+
 import pytest
 import torch
 from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.utils.transforms import ResizeLongestSide
-from test_refine import labels_of
 
-from ssis import UserError, augment, config, refine, sam, sam_distill, shapes, tiny_sam
+import train
+from ssis import UserError, coco_json, config, data, distributed, loader, refine, sam, shapes
+from ssis import tiny_sam
 
 fast = pytest.mark.fast
 
@@ -182,14 +185,14 @@ def measured(tiny, images: int, count: int) -> float:
 
 @fast
 def test_the_shipped_tiny_sam_knows_shapes_it_has_never_seen(tiny):
-    """The README has the measured values, over more images (python docs/measure_sam.py)."""
+    """The README has the measured values, over more images (python docs/bench_sam.py iou)."""
     assert sam.TINY.stat().st_size < 5_000_000
     one, three = measured(tiny, 40, 1), measured(tiny, 40, 3)
     assert three > 0.87 and one > 0.85
 
 
 @fast
-def test_scenes_of_the_tiny_sam_are_disjoint_and_no_shapes_of_ours():
+def test_scenes_of_the_tiny_sam_have_disjoint_masks():
     import numpy as np
 
     for kind, fewest, most in (("mixed", 1, 5), ("blobs", 2, 40)):
@@ -234,30 +237,41 @@ def test_training_the_tiny_sam_lowers_its_loss(tmp_path):
 
 
 def test_the_whole_of_s4m_with_the_official_vit_b(tmp_path):
-    """Random weights in Meta's format, an image of 1024 pixels: encode, distil, refine."""
-    path = tmp_path / "sam_vit_b.pth"
-    torch.save(sam_model_registry["vit_b"]().state_dict(), path)
-    official = sam.SegmentAnything("vit_b", str(path), "cpu")
-    assert (official.side, official.cells) == (1024, 64)
-    pictures = Pictures(tmp_path, 1, (640, 1000))
-    settings = config.Config(structure_queries=4, refine="iou", refine_gate=0.0)
-    embeddings = sam.Embeddings(official, pictures, settings)
-    structure = sam_distill.Structure(embeddings, settings)
-    geometry = augment.Geometry((640, 1000), (320, 500), True)
-    item = dict(index=0, geometry=geometry, seed=0)
-    features = torch.randn(1, 16, 80, 128, requires_grad=True)
-    loss = sam_distill.loss(features, [item], structure)
-    loss.backward()
-    # 655 of 1024 pixels are image: 41 of 64 rows.
-    queries, rows = structure[0]
-    assert rows.shape == (4, 41 * 64) and queries.max() < 41 * 64
-    assert loss > 0 and features.grad.abs().sum() > 0
-    soft = torch.zeros(2, 320, 500)
-    soft[0, 20:100, 30:200], soft[1, 200:300, 300:480] = 0.9, 0.8
-    made = refine.refine(labels_of(soft), embeddings, item, settings)
-    assert made.masks.shape == (2, 320, 500) and made.masks.flatten(1).any(1).all()
-    assert embeddings.encoded == 1
+    """Random weights in Meta's format, images of 1024 pixels, a step of each stage."""
+    weights = tmp_path / "sam_vit_b.pth"
+    torch.save(sam_model_registry["vit_b"]().state_dict(), weights)
+    Pictures(tmp_path, 2, (640, 1024))
+    square = [[100, 100, 400, 100, 400, 500, 100, 500]]
+    images = [dict(id=k, file_name=f"{k}.png", width=1024, height=640) for k in (0, 1)]
+    marks = [dict(id=k, image_id=k, category_id=1, segmentation=square) for k in (0, 1)]
+    raw = dict(images=images, annotations=marks, categories=[dict(id=1, name="thing")])
+    (tmp_path / "train.json").write_text(json.dumps(raw))
+    given = f"--preset custom --method s4m --sam vit_b --sam-checkpoint {weights} --arp both "
+    given += f"--sam-cache {tmp_path / 'cache'} --structure-queries 8 --refine-gate 0 "
+    given += "--refine iou --tau-class 0 --short-side 160 --short-side-min 160"
+    settings = config.parse(given.split())
+    train_set = coco_json.load_coco(str(tmp_path / "train.json"), str(tmp_path))
+    run = train.Run(settings, train_set, distributed.start("cpu"))
+    sam_ = run.embeddings.sam
+    assert (sam_.side, sam_.cells, settings.structure_weight) == (1024, 64, 1.0)
+    # An untrained teacher finds something everywhere.
+    run.teacher.module.roi_heads.detections_per_img = 2
+    labeled = loader.Stream(train_set, [0], settings, 0, True)
+    unlabeled = loader.Stream(train_set, [0, 1], settings, 1, False)
+    row = train.step(run, [labeled[0]], None)
+    # 640 of 1024 rows are image: 40 of 64 cells.
+    assert row["labeled/loss_structure"][0] > 0 and run.structure[0][1].shape == (8, 40 * 64)
+    items = [unlabeled[0], unlabeled[1]]
+    weak = [item["image"] for item in items]
+    stages = train.pseudo_labels(run, weak, items)
+    for found in stages["final"]:
+        assert found.masks.shape[1:] == (160, 256) and found.masks.flatten(1).any(1).all()
+        assert torch.equal(found.boxes, data.boxes_of(found.masks))
+    row = train.step(run, [labeled[1]], items)
+    assert row["unlabeled/loss_mask"][0] > 0 and row["pseudo_per_image"][0] == 4
+    # One encoding per image, ever: the labelled one came back from the disk.
+    assert run.embeddings.encoded == 2 and len(list((tmp_path / "cache").iterdir())) == 2
     # Another model's weights, in the same format.
-    torch.save(tiny_sam.build().state_dict(), path)
+    torch.save(tiny_sam.build().state_dict(), weights)
     with pytest.raises(UserError, match="not of --sam vit_b"):
-        sam.SegmentAnything("vit_b", str(path), "cpu")
+        sam.SegmentAnything("vit_b", str(weights), "cpu")

@@ -37,26 +37,39 @@ def item(flip: bool = False, view=(64, 96)) -> dict:
     return dict(index=0, geometry=augment.Geometry((64, 96), view, flip))
 
 
-def test_similarity_and_loss_by_hand():
+def test_similarity_by_hand():
     """Three places: the second is at 60 degrees to the first, the third opposite."""
     features = torch.tensor([[2.0, 0.0], [0.5, 0.75**0.5], [-3.0, 0.0]])
     rows = sam_distill.similarity(features, torch.tensor([0, 2]))
     wanted = torch.tensor([[1.0, 0.5, -1.0], [-1.0, -0.5, 1.0]])
     assert torch.allclose(rows, wanted, atol=1e-6)
-    # Huber with delta 1: quadratic up to 1, linear beyond.
-    other = torch.tensor([[1.0, 0.1, 0.5], [-1.0, -0.5, -1.0]])
-    by_hand = (0.5 * 0.4**2 + (1.5 - 0.5) + (2.0 - 0.5)) / 6
-    assert F.smooth_l1_loss(rows, other, beta=1.0).item() == pytest.approx(by_hand)
 
 
-def test_identical_structure_has_no_loss_and_rotations_change_nothing(structure):
+def test_the_loss_by_hand(structure):
+    """Constant features are alike everywhere, so every difference is 1 - SAM's row.
+
+    Two images; of the first SAM's rows are 0.6 and -1, of the second 1: Huber with delta 1 is
+    quadratic up to 1, linear beyond, and the mean is over queries, places and images.
+    """
+    rows, columns = sam_distill.centres(structure.sam, (64, 96))
+    places = len(rows) * len(columns)
+    by_hand = sam_distill.Structure(structure.embeddings, SETTINGS)
+    wanted = torch.tensor([0.6, -1.0])[:, None].expand(2, places).half()
+    by_hand.memory[0] = (torch.tensor([0, 5]), wanted)
+    by_hand.memory[1] = (torch.tensor([3]), torch.ones(1, places).half())
+    features = torch.ones(2, 4, 16, 24) * torch.tensor([2.0, 0.1])[:, None, None, None]
+    items = [item(), dict(item(flip=True), index=1)]
+    expected = ((0.5 * 0.4**2 + (2 - 0.5)) / 2 + 0) / 2
+    assert sam_distill.loss(features, items, by_hand).item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_rotations_change_nothing(structure):
     queries, wanted = structure[0]
     rows, columns = sam_distill.centres(structure.sam, (64, 96))
     count = len(rows) * len(columns)
     features = torch.randn(count, 12, dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0]
     plain = sam_distill.similarity(features, queries)
-    assert F.smooth_l1_loss(plain, plain.clone()) == 0
     # Neither space's orientation counts, nor the length of any feature.
     turned = sam_distill.similarity(features @ turn * (1 + torch.rand(count, 1)), queries)
     assert torch.allclose(turned, plain, atol=1e-9)
@@ -153,6 +166,12 @@ def test_query_points_lie_where_they_should():
     grown = F.max_pool2d(masks.float()[None], 3, 1, 1)[0, 0]
     shrunk = -F.max_pool2d(-masks.float()[None], 3, 1, 1)[0, 0]
     assert (grown[y, x] == 1).all() and (shrunk[y, x] == 0).all()
+    # A photograph of more than 2^24 pixels: every other one.
+    large = torch.zeros(1, 4200, 4200, dtype=torch.uint8)
+    large[0, 1000:2000, 500:900] = 1
+    points = sam_distill.query_points(large, 40, 0.0, generator)
+    x, y = (points - 0.5).long().unbind(1)
+    assert large[0, y[:20], x[:20]].all() and x.max() > 2100
     # No object: anywhere.
     assert sam_distill.query_points(masks[:0], 20, 0.5, generator).shape == (20, 2)
 
@@ -168,3 +187,5 @@ def test_rows_are_computed_once_and_come_out_the_same_when_not_kept():
     fresh = sam_distill.Structure(sam.Embeddings(tiny, Scene(), no_room), no_room)
     assert torch.equal(fresh[0][1], first[1]) and torch.equal(fresh[0][0], first[0])
     assert fresh.embeddings.encoded == 2 and not fresh.memory
+    # What the rows were made of is not kept besides.
+    assert not kept.embeddings.memory

@@ -4,6 +4,7 @@ Runs are a few steps of the small model on 48-pixel shapes, started as a user st
 them: as programs.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from conftest import ROOT, real
 
 import evaluate
 import train
-from ssis import checkpoint, correction, model
+from ssis import checkpoint, config, correction, model
 
 TINY = [
     "--method",
@@ -266,6 +267,18 @@ def test_a_first_teacher_of_another_pretraining_is_refused(whole, tmp_path, caps
         with pytest.raises(SystemExit) as stop:
             train.main([*arguments, *given])
         assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_first_teacher_without_sam_serves_methods_with_it():
+    """What SAM is and where it lies does not matter to a pretraining that never asks it."""
+    saved = dataclasses.asdict(config.Config(method="guided-distillation", labeled="8"))
+    later = config.Config(method="full", labeled="8", sam="vit_b", sam_checkpoint="there.pth")
+    ignored = config.AFTER_PRETRAINING
+    assert config.differences(later, saved, ignored) == ["--sam was tiny, is vit_b"]
+    assert config.differences(later, saved, ignored + config.OF_STRUCTURE) == []
+    # A config of before those fields were there.
+    del saved["refine"], saved["sam"]
+    assert config.differences(later, saved, ignored + config.OF_STRUCTURE) == []
 
 
 def steps_done(folder) -> int:

@@ -167,7 +167,8 @@ def scene(rng: np.random.RandomState, side: int, kind: str):
         rng: source of randomness.
         side: of the image, pixels.
         kind: "mixed": 2 to 5 objects of all outlines; "blobs": 5 to 40 small ones, all
-            with blobs' outlines and much the same surface, as cells in a microscope.
+            with blobs' outlines and much the same surface, half of the scenes gray, some
+            out of focus, as cells in a microscope.
 
     Returns:
         image (side, side, 3) uint8, and the visible masks (N, side, side) bool.
@@ -175,6 +176,9 @@ def scene(rng: np.random.RandomState, side: int, kind: str):
     blobs = kind == "blobs"
     image, masks = surface(rng, side), []
     y, x = np.mgrid[:side, :side] + 0.5
+    if blobs:
+        # Dark grounds, as of fluorescence, and light ones.
+        image = image * rng.uniform(0.0, 1.0)
     size = rng.uniform(0.025, 0.07) if blobs else 0.0
     paint = surface(rng, side)
     for _ in range(rng.randint(5, 41) if blobs else rng.randint(2, 6)):
@@ -190,12 +194,21 @@ def scene(rng: np.random.RandomState, side: int, kind: str):
             # A plate with a hole: what shows through it is not the object.
             mask &= distance > rng.uniform(0.3, 0.6)
         if blobs:
-            # Alike, but each a little lighter or darker, fading towards its edge.
-            shade = paint * rng.uniform(0.8, 1.2) - 20 * distance[..., None].clip(0, 1)
+            # Alike, but each lighter or darker, fading towards its edge.
+            fading = 20 * distance[..., None].clip(0, 1)
+            shade = paint * rng.uniform(0.5, 1.2) - fading
         else:
             shade = surface(rng, side)
         image = np.where(mask[..., None], shade, image)
         masks = [old & ~mask for old in masks] + [mask]
+    if blobs:
+        if rng.rand() < 0.5:
+            image = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
+        # Out of focus: every pixel the mean of its 3 x 3, up to twice.
+        for _ in range(rng.randint(3)):
+            maps = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+            maps = F.avg_pool2d(maps[None], 3, 1, 1, count_include_pad=False)[0]
+            image = maps.permute(1, 2, 0).numpy()
     image = image + rng.normal(0, rng.uniform(0, 10), image.shape)
     least = (0.1 if blobs else 1) * SMALLEST * side**2
     masks = [mask for mask in masks if mask.sum() >= least]

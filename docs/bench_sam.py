@@ -4,6 +4,7 @@ SAM's share of a step on the shapes: `python docs/bench_step.py levels`.
 
 python docs/bench_sam.py iou     the tiny SAM on shapes that it has never seen
 python docs/bench_sam.py cache   official vit_b (random weights): cached or not
+python docs/bench_sam.py memory  structural distillation's 128 queries with vit_b (Linux)
 """
 
 import statistics
@@ -18,7 +19,7 @@ from segment_anything import sam_model_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ssis import config, loader, refine, sam, tiny_sam
+from ssis import config, loader, refine, sam, sam_distill, tiny_sam
 from ssis.images import read_image
 
 
@@ -68,6 +69,11 @@ class Photographs:
     def image(self, index: int) -> torch.Tensor:
         return read_image(self.path(index))
 
+    def target(self, index: int) -> dict:
+        masks = torch.zeros(1, 768, 1024, dtype=torch.uint8)
+        masks[0, 200:500, 300:700] = 1
+        return dict(masks=masks)
+
 
 def measure_cache(prompts: int = 5) -> None:
     """Seconds in SAM per unlabelled image and step, three ways, and the ratios."""
@@ -101,8 +107,35 @@ def measure_cache(prompts: int = 5) -> None:
         print(f"({prompts} prompts of 3 points an image, {torch.get_num_threads()} threads)")
 
 
+def kilobytes(name: str) -> int:
+    """A line of /proc/self/status: VmRSS, the memory now, or VmHWM, the most since reset."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(name + ":")[1].split()[0])
+
+
+def measure_memory() -> None:
+    """Peak memory over the loaded model while an image's 128 query rows are computed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sam_vit_b.pth"
+        torch.save(sam_model_registry["vit_b"]().state_dict(), path)
+        official = sam.SegmentAnything("vit_b", str(path), "cpu")
+        settings = config.Config(structure_queries=128, sam_cache=f"{folder}/cache")
+        embeddings = sam.Embeddings(official, Photographs(Path(folder)), settings)
+        # The rows alone: an embedding that is there already.
+        sam.write_entry(embeddings.entry(0), torch.randn(256, 64, 64).half(), 1e9)
+        structure = sam_distill.Structure(embeddings, settings)
+        Path("/proc/self/clear_refs").write_text("5")
+        before, began = kilobytes("VmRSS"), time.perf_counter()
+        rows = structure[0][1]
+        grown = (kilobytes("VmHWM") - before) / 1024
+        print(
+            f"{tuple(rows.shape)} rows: {grown:.0f} MiB more, {time.perf_counter() - began:.1f} s "
+            f"({torch.get_num_threads()} threads)"
+        )
+
+
 if __name__ == "__main__":
-    what = dict(iou=measure_iou, cache=measure_cache)
+    what = dict(iou=measure_iou, cache=measure_cache, memory=measure_memory)
     if len(sys.argv) != 2 or sys.argv[1] not in what:
         sys.exit(__doc__.strip())
     what[sys.argv[1]]()

@@ -167,7 +167,7 @@ def scene(rng: np.random.RandomState, side: int, kind: str):
         rng: source of randomness.
         side: of the image, pixels.
         kind: "mixed": 2 to 5 objects of all outlines; "blobs": 5 to 40 small ones, all
-            with blobs' outlines and much the same surface, half of the scenes gray, some
+            with blobs' outlines and much the same surface, half of them in gray, some
             out of focus, as cells in a microscope.
 
     Returns:

@@ -35,8 +35,10 @@ SECTIONS = [
     dict(
         title="Built-in shapes, 5 % labelled (64 of 1,280 images)",
         text="All methods take the same number of steps. `pretrained` is the teacher after its "
-        "900 supervised steps, before it has seen an unlabelled image. PL-DC's settings were "
-        "chosen with seed 3, which is not in the table.",
+        "900 supervised steps, before it has seen an unlabelled image. The settings of PL-DC "
+        "and S4M were chosen with seed 3, which is not in the table. `full` is without structural "
+        "distillation, as it is by default with the small model; its runs were given guided "
+        "distillation's first teachers (`--pretrained`), which are the same.",
         command="OMP_NUM_THREADS=1 python train.py --eval-every 250 --method METHOD --seed SEED",
         rows={
             m: f"shapes-{m}-5pct-s*.json"

@@ -151,7 +151,7 @@ def test_the_stream_is_a_function_of_seed_and_position(coco_folder):
 
 def test_unlabelled_items_carry_no_truth(coco_folder):
     stream = loader.Stream(load(coco_folder), [0, 1], SETTINGS, 7, False)
-    assert set(stream[0]) == {"image", "index", "seed"}
+    assert set(stream[0]) == {"image", "index", "seed", "geometry"}
 
 
 def test_processes_share_the_same_global_batches():

@@ -199,8 +199,8 @@ def few(monkeypatch):
     """Six detections an image: a teacher of four steps finds a hundred, SAM redraws all."""
     build = model.build
 
-    def build_with_few(*arguments):
-        net = build(*arguments)
+    def build_with_few(*arguments, **more):
+        net = build(*arguments, **more)
         net.roi_heads.detections_per_img = 6
         return net
 

@@ -33,8 +33,9 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
     """One optimiser step.
 
     Args:
-        run: the models and their optimiser; labeled: B items of `loader.Stream`, with
-            targets; unlabeled: B items without, or None while pretraining.
+        run: the models and their optimiser.
+        labeled: B items of `loader.Stream`, with targets.
+        unlabeled: B items without, or None while pretraining.
 
     Returns:
         The row of the loss table: name -> (2,) tensor [sum, count] of this process.
@@ -118,7 +119,8 @@ def pseudo_labels(run: Run, weak: list, items: list[dict], lowest: float | None 
     """The teacher's pseudo-labels for B weak views, after each stage.
 
     Args:
-        run: the models; weak: B images (3, H, W) float in [0, 1].
+        run: the models.
+        weak: B images (3, H, W) float in [0, 1].
         items: what the stream gave for them; their truth is used by --oracle alone.
         lowest: also return predictions of this class score; None: what could pass.
 
@@ -130,10 +132,9 @@ def pseudo_labels(run: Run, weak: list, items: list[dict], lowest: float | None 
     with run.autocast:
         predicted = teacher.predict(run.teacher.module, weak, least)
     # PL-DC, instance level: class and mask quality decide what is kept.
-    kept = [filters.keep(found, settings, run.thresholds) for found in predicted]
+    latest = kept = [filters.keep(found, settings, run.thresholds) for found in predicted]
     stages = dict(predicted=predicted, kept=kept)
     # S4M: SAM, which sees the original image, redraws the masks.
-    latest = kept
     if settings.refine != "none":
         pairs = zip(kept, items, strict=True)
         latest = [refine.refine(found, run.embeddings, item, settings) for found, item in pairs]

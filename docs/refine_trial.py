@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from ssis import audit, checkpoint, config, correction, filters, loader, model, refine, sam, split
-from ssis import teacher
+from second_opinion import first_teacher
+
+from ssis import audit, config, correction, filters, loader, refine, sam, teacher
 
 TRIALS = {
     f"{rule}, gate {gate}, {count} points, {sampling}": config.Config(
@@ -43,16 +44,10 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--images", type=int, default=150)
     args = parser.parse_args()
-    state = checkpoint.load(args.checkpoint)
-    settings = config.Config(**state["config"])
-    dataset, _, _ = loader.open_parts(settings)
-    labeled, _ = split.draw_split(dataset, settings.labeled, settings.seed)
-    rest = sorted(set(range(dataset.annotated)) - set(labeled))
-    net = model.build(settings, len(state["names"]) + 1).eval()
-    net.load_state_dict(state["student"])
+    net, dataset, settings, labeled, rest, names = first_teacher(args.checkpoint)
     known = loader.Stream(dataset, labeled, settings, 0, True)
     asked = loader.Stream(dataset, rest, settings, 1, True)
-    second = correction.Prototypes(len(state["names"]), net.backbone.out_channels, 64)
+    second = correction.Prototypes(len(names), net.backbone.out_channels, 64)
     for k in range(0, correction.START_VIEWS, 8):
         second.learn(net, [known[i] for i in range(k, k + 8)])
     tiny = sam.SegmentAnything("tiny", "", "cpu")

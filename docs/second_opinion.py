@@ -114,6 +114,22 @@ def collect(net, stream, count: int, truth: bool) -> tuple[dict, Tensor, Tensor]
     return together, torch.cat(classes), torch.cat(said)
 
 
+def first_teacher(path: str) -> tuple:
+    """The network of a `pretrained.pt`, its run's dataset, settings and split.
+
+    Returns:
+        network, dataset, settings, labelled and other indices, class names.
+    """
+    state = checkpoint.load(path)
+    settings = config.Config(**state["config"])
+    dataset, _, _ = loader.open_parts(settings)
+    labeled, _ = split.draw_split(dataset, settings.labeled, settings.seed)
+    net = model.build(settings, len(state["names"]) + 1).eval()
+    net.load_state_dict(state["student"])
+    rest = sorted(set(range(dataset.annotated)) - set(labeled))
+    return net, dataset, settings, labeled, rest, state["names"]
+
+
 @torch.no_grad()
 def main() -> None:
     """Print the table."""
@@ -121,21 +137,14 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--images", type=int, default=300)
     args = parser.parse_args()
-    state = checkpoint.load(args.checkpoint)
-    settings = config.Config(**state["config"])
-    dataset, _, _ = loader.open_parts(settings)
-    given = str(Path(args.checkpoint).parent / "labeled.json")
-    labeled, _ = split.draw_split(dataset, given, settings.seed)
-    net = model.build(settings, len(state["names"]) + 1).eval()
-    net.load_state_dict(state["student"])
-    rest = sorted(set(range(dataset.annotated)) - set(labeled))
+    net, dataset, settings, labeled, rest, names = first_teacher(args.checkpoint)
     known, known_class, _ = collect(
         net, loader.Stream(dataset, labeled, settings, 0, True), 2 * len(labeled), True
     )
     asked, true, said = collect(
         net, loader.Stream(dataset, rest, settings, 1, True), args.images, False
     )
-    classes = len(state["names"])
+    classes = len(names)
 
     def right(scores: Tensor) -> str:
         return f"{(scores.argmax(1) == true).float().mean().item():.3f}"

@@ -88,7 +88,7 @@ class SegmentAnything:
         self.net = (
             tiny_sam.build(state["side"], state["patch"])
             if kind == "tiny"
-            else (sam_model_registry[kind]())
+            else sam_model_registry[kind]()
         )
         own, given = self.net.state_dict(), state["model"]
         misfit = sorted(own.keys() ^ given.keys()) or [

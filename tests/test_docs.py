@@ -39,6 +39,9 @@ def test_every_option_in_the_documents_exists():
         "--steps",
         "--out",
         "--minutes",
+        "--scenes",
+        "--side",
+        "--patch",
     }
     for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
         found = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", path.read_text(encoding="utf-8")))

@@ -58,14 +58,14 @@ SECTIONS = [
         command="OMP_NUM_THREADS=1 python train.py --eval-every 250 --seed 0 "
         "--pretrained runs/shapes-pl-dc-5pct-s0/pretrained.pt FLAGS",
         rows={
-            "guided-distillation": "shapes-guided-distillation-5pct-s0.json",
+            "--method guided-distillation": "shapes-guided-distillation-5pct-s0.json",
             "--method pl-dc": "shapes-pl-dc-5pct-s0.json",
             "--method pl-dc --filter score": "shapes-pl-dc-score-5pct-s0.json",
             "--method pl-dc --correction none": "shapes-pl-dc-nocorrection-5pct-s0.json",
             "--method pl-dc --no-uncertainty": "shapes-pl-dc-nouncertainty-5pct-s0.json",
-            "--oracle class": "shapes-oracle-class-5pct-s0.json",
-            "--oracle mask": "shapes-oracle-mask-5pct-s0.json",
-            "--oracle both": "shapes-oracle-both-5pct-s0.json",
+            "--method guided-distillation --oracle class": "shapes-oracle-class-5pct-s0.json",
+            "--method guided-distillation --oracle mask": "shapes-oracle-mask-5pct-s0.json",
+            "--method guided-distillation --oracle both": "shapes-oracle-both-5pct-s0.json",
         },
     ),
     dict(
@@ -74,7 +74,7 @@ SECTIONS = [
         "have guided distillation's.",
         command="OMP_NUM_THREADS=1 python train.py --eval-every 250 --seed 0 FLAGS",
         rows={
-            "guided-distillation": "shapes-guided-distillation-5pct-s0.json",
+            "--method guided-distillation": "shapes-guided-distillation-5pct-s0.json",
             "--method s4m": "shapes-s4m-5pct-s0.json",
             "--method s4m --structure-weight 0": "shapes-s4m-nostructure-5pct-s0.json",
             "--method s4m --refine none": "shapes-s4m-norefine-5pct-s0.json",
@@ -122,7 +122,7 @@ SECTIONS = [
         text="80 + 80 images teach nothing; this shows that such data goes through training, "
         "evaluation and resuming. The run was stopped by SIGTERM after 40 seconds, resumed by "
         "the same command, and evaluated with `evaluate.py`.",
-        command="OMP_NUM_THREADS=1 python train.py --preset custom --seed SEED "
+        command="OMP_NUM_THREADS=1 python train.py --preset custom --method METHOD --seed SEED "
         "--train-json COCO/instances_train.json --train-images COCO/train "
         "--val-json COCO/instances_val.json --val-images COCO/val --labeled 50% "
         "--pretrain-steps 20 --burnin-steps 5 --mutual-steps 5",

@@ -2,7 +2,8 @@
 
 SAM's share of a step on the shapes: `python docs/bench_step.py levels`.
 
-python docs/bench_sam.py iou     the tiny SAM on shapes that it has never seen
+python docs/bench_sam.py iou     the tiny SAM on shapes that it has never seen; with flags of
+                                 train.py, any SAM on any data's validation part
 python docs/bench_sam.py cache   official vit_b (random weights): cached or not
 python docs/bench_sam.py memory  structural distillation's 128 queries with vit_b (Linux)
 """
@@ -23,13 +24,14 @@ from ssis import config, loader, refine, sam, sam_distill, tiny_sam
 from ssis.images import read_image
 
 
-def measure_iou(count: int = 128) -> None:
-    """Mean IoU on the validation part of the shapes, points drawn in the true masks."""
-    made = config.Config()
+def measure_iou(flags: list[str], count: int = 128) -> None:
+    """Mean IoU on a validation part, points drawn in the true masks."""
+    made = config.parse(flags)
     loader.prepare(made)
     _, val_set, _ = loader.open_parts(made)
-    tiny = sam.SegmentAnything("tiny", "", "cpu")
+    tiny = sam.SegmentAnything(made.sam, made.sam_checkpoint, "cpu")
     torch.manual_seed(0)
+    count = min(count, len(val_set))
     print(f"{count} images, IoU with the truth: mean (share of instances above 0.75)")
     for points in (1, 3, 5):
         found: dict[str, list] = {"expected IoU": [], "best of three": []}
@@ -135,7 +137,10 @@ def measure_memory() -> None:
 
 
 if __name__ == "__main__":
-    what = dict(iou=measure_iou, cache=measure_cache, memory=measure_memory)
-    if len(sys.argv) != 2 or sys.argv[1] not in what:
+    what = dict(cache=measure_cache, memory=measure_memory)
+    if sys.argv[1:2] == ["iou"]:
+        measure_iou(sys.argv[2:])
+    elif len(sys.argv) == 2 and sys.argv[1] in what:
+        what[sys.argv[1]]()
+    else:
         sys.exit(__doc__.strip())
-    what[sys.argv[1]]()

@@ -1,6 +1,6 @@
 """How S4M's refinement is best set: candidates, gate, points; and what it does to PL-DC.
 
-    python docs/refine_trial.py runs/<name>/pretrained.pt --images 150
+    python docs/refine_trial.py runs/<name>/pretrained.pt --images 150 [--sam-checkpoint F]
 
 Of a first teacher's pseudo-labels (class score > 0.7) that lie on an instance: the mean
 mask IoU with the truth, and how often the class is right by PL-DC's second classifier
@@ -30,6 +30,7 @@ TRIALS = {
         ("agreement", 0.0, 3, "paper"),
         ("agreement", 0.5, 3, "paper"),
         ("agreement", 0.7, 3, "paper"),
+        ("agreement", 0.8, 3, "paper"),
         ("agreement", 0.5, 3, "code"),
         ("agreement", 0.5, 1, "paper"),
         ("agreement", 0.5, 6, "paper"),
@@ -43,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
     parser.add_argument("--images", type=int, default=150)
+    parser.add_argument("--sam-checkpoint", default="", help="of a tiny SAM; empty: its own")
     args = parser.parse_args()
     net, dataset, settings, labeled, rest, names = first_teacher(args.checkpoint)
     known = loader.Stream(dataset, labeled, settings, 0, True)
@@ -50,7 +52,7 @@ def main() -> None:
     second = correction.Prototypes(len(names), net.backbone.out_channels, 64)
     for k in range(0, correction.START_VIEWS, 8):
         second.learn(net, [known[i] for i in range(k, k + 8)])
-    tiny = sam.SegmentAnything("tiny", "", "cpu")
+    tiny = sam.SegmentAnything("tiny", args.sam_checkpoint, "cpu")
     embeddings = sam.Embeddings(tiny, dataset, settings)
     rule = config.Config(filter="score", tau_class=0.7)
 

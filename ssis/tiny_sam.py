@@ -27,6 +27,7 @@ Read next: `ssis/sam.py`, which loads it.
 
 import argparse
 import math
+import pickle
 import time
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
-from ssis import distributed
+from ssis import UserError, distributed
 
 SIDE, PATCH = 96, 6
 LR, WARMUP = 1e-3, 200
@@ -303,11 +304,54 @@ def image_loss(sam: Sam, embedding: Tensor, masks: Tensor) -> tuple[Tensor, Tens
     return loss + losses.min(dim=1).values.mean() + F.mse_loss(guess, iou), chosen
 
 
-def train(out: Path, minutes: float, seed: int, kind: str, side: int, patch: int):
+def start_from(sam: Sam, path: Path) -> None:
+    """Load the weights of a tiny SAM with another frame into this one.
+
+    Args:
+        sam: new, with the same patch.
+        path: checkpoint that `train` wrote.
+
+    Raises:
+        UserError: not such a file, or one of another patch.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        state, patch = saved["model"], saved["patch"]
+    except (
+        OSError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise UserError(f"--weights {path}: not a tiny SAM's checkpoint") from error
+    if patch != sam.image_encoder.patch_embed.proj.kernel_size[0]:
+        raise UserError(
+            f"--weights {path}: has patches of {patch}; add --patch {patch}"
+        )
+    # All weights fit a frame of any size, but the positions: one vector for each cell.
+    positions = state["image_encoder.pos_embed"].float().permute(0, 3, 1, 2)
+    size = sam.image_encoder.pos_embed.shape[1:3]
+    positions = F.interpolate(positions, size, mode="bicubic", antialias=True)
+    state["image_encoder.pos_embed"] = positions.permute(0, 2, 3, 1)
+    sam.load_state_dict(state)
+
+
+def train(
+    out: Path,
+    minutes: float,
+    seed: int = 0,
+    kind: str = "mixed",
+    side: int = SIDE,
+    patch: int = PATCH,
+    weights: Path | None = None,
+) -> None:
     """Train for some minutes, 8 scenes a step on each process; write the checkpoint."""
     rank, world, _ = distributed.start("cpu")
     torch.manual_seed(seed)
     sam = build(side, patch)
+    if weights:
+        start_from(sam, weights)
     rng = np.random.RandomState([seed, rank])
     torch.manual_seed(seed * 1000 + rank)
     optimizer = torch.optim.AdamW(sam.parameters(), lr=LR, weight_decay=0.05)
@@ -376,8 +420,18 @@ def main() -> None:
     )
     parser.add_argument("--side", type=int, default=SIDE, help="of the frame, pixels")
     parser.add_argument("--patch", type=int, default=PATCH, help="divides the side")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="tiny SAM to go on from, of the same patch and any frame "
+        "(ssis/tiny_sam.pt): saves most of the time",
+    )
     args = parser.parse_args()
-    train(args.out, args.minutes, args.seed, args.scenes, args.side, args.patch)
+    frame = (args.side, args.patch)
+    try:
+        train(args.out, args.minutes, args.seed, args.scenes, *frame, args.weights)
+    except UserError as error:
+        distributed.give_up(error)
 
 
 if __name__ == "__main__":

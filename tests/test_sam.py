@@ -203,6 +203,30 @@ def test_scenes_of_the_tiny_sam_have_disjoint_masks():
             assert masks.sum(0).max() <= 1 and fewest <= len(masks) <= most
 
 
+@fast
+def test_a_tiny_sam_goes_on_in_another_frame():
+    """All weights are taken over; positions are spread over the new cells."""
+    shipped = torch.load(sam.TINY, weights_only=True)["model"]
+    same, larger = tiny_sam.build(), tiny_sam.build(side=192)
+    tiny_sam.start_from(same, sam.TINY)
+    tiny_sam.start_from(larger, sam.TINY)
+    place = "image_encoder.pos_embed"
+    for name, value in shipped.items():
+        torch.testing.assert_close(same.state_dict()[name], value.float())
+        if name != place:
+            torch.testing.assert_close(larger.state_dict()[name], value.float())
+    # 2 x 2 new cells lie where one was: their mean is about its vector.
+    spread = larger.state_dict()[place]
+    assert spread.shape == (1, 32, 32, 128)
+    means = spread.unflatten(1, (16, 2)).unflatten(3, (16, 2)).mean(dim=(2, 4))
+    old = shipped[place].float()
+    assert (means - old).abs().mean() < 0.3 * old.abs().mean()
+    with pytest.raises(UserError, match="add --patch 6"):
+        tiny_sam.start_from(tiny_sam.build(patch=8), sam.TINY)
+    with pytest.raises(UserError, match="not a tiny SAM"):
+        tiny_sam.start_from(same, sam.TINY.with_name("sam.py"))
+
+
 def test_training_the_tiny_sam_lowers_its_loss(tmp_path):
     """A few steps, on the command line; the file that it writes is one that is read."""
     import subprocess

@@ -80,8 +80,8 @@ class Config:
     # What is trained, and where it goes.
     preset: str = setting(
         "shapes",
-        "a named set of defaults: the built-in dataset, or a paper's schedule",
-        ("shapes", "custom", "coco", "cityscapes", "voc"),
+        "a named set of defaults: a built-in dataset, or a paper's schedule",
+        ("shapes", "signs", "custom", "coco", "cityscapes", "voc"),
     )
     method: str = setting(
         "full", f"what is compared: {', '.join(METHODS)}"
@@ -491,9 +491,18 @@ def parse(argv: list[str] | None = None) -> Config:
     return config
 
 
+def after_pretraining(config: Config) -> tuple[str, ...]:
+    """Fields that the first teacher of a run with these settings does not depend on."""
+    if config.structure_weight > 0:
+        return AFTER_PRETRAINING
+    return AFTER_PRETRAINING + OF_STRUCTURE
+
+
 def save(config: Config, path: Path) -> None:
-    """Write `config.json`."""
-    path.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    """Write `config.json`, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    temporary.replace(path)
 
 
 def differences(

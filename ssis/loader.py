@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ssis import UserError, augment, shapes
+from ssis import UserError, augment, shapes, signs
 from ssis.coco_json import add_folder, load_coco
 from ssis.data import Dataset, sanitize
 
@@ -51,9 +51,10 @@ def part_paths(config, part: str) -> tuple[str, str]:
 
 
 def prepare(config) -> None:
-    """Once, before all else: draw the built-in dataset, check every image file."""
-    if config.preset == "shapes" and not config.train_json:
-        shapes.make(Path(config.data))
+    """Once, before all else: draw a built-in dataset, check every image file."""
+    drawn = {"shapes": shapes.SHAPES, "signs": signs.SIGNS}
+    if config.preset in drawn and not config.train_json:
+        shapes.make(Path(config.data), scenes=drawn[config.preset])
     for part in open_parts(config):
         part.check_files()
 

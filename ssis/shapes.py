@@ -19,7 +19,8 @@ checksum of the pixels.
 
     python -m ssis.shapes --out DIR --seed N --images K     makes another one
 
-Read next: `ssis/data.py`, which reads this and every other COCO-format dataset.
+What is drawn is said by a `Scenes`; there are two, this one and the one of
+`ssis/signs.py`. Read next: `ssis/data.py`, which reads every COCO-format dataset.
 """
 
 import argparse
@@ -27,7 +28,9 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -35,7 +38,6 @@ from pycocotools import mask as mask_utils
 
 from ssis import UserError
 
-SIZE = 96
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
 # Validation chooses settings, test is only for the final table: never the same images.
 PARTS = {"train": 1280, "val": 128, "test": 256}
@@ -119,15 +121,41 @@ def texture(rng: np.random.RandomState, size: int) -> np.ndarray:
     return colour + (blend * strength)[..., None] * (other - colour)
 
 
-def draw_shape(rng: np.random.RandomState, label: int, size: int) -> np.ndarray:
+class Scenes(NamedTuple):
+    """What a drawn dataset shows.
+
+    Attributes:
+        name: of the dataset.
+        classes: their names; class k is `classes[k - 1]`.
+        outline: class name -> vertices (x, y) of its polygon, circumradius 1.
+        texture: (random numbers, side) -> a surface (side, side, 3) float.
+        size: side of the square images, pixels.
+        radius: smallest circumradius, and how much more the largest has; of the size.
+        counts: fewest instances, and the number that is too many.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    outline: Callable[[str], list[tuple[float, float]]]
+    texture: Callable[[np.random.RandomState, int], np.ndarray]
+    size: int
+    radius: tuple[float, float]
+    counts: tuple[int, int]
+
+
+SHAPES = Scenes("shapes", CLASSES, outline, texture, 96, (0.10, 0.14), (1, 5))
+
+
+def draw_shape(rng: np.random.RandomState, label: int, scenes: Scenes) -> np.ndarray:
     """A random placement of a class (1..C): its full mask, (size, size) bool."""
-    radius = size * (0.10 + 0.14 * rng.random_sample())
+    size, (smallest, more) = scenes.size, scenes.radius
+    radius = size * (smallest + more * rng.random_sample())
     stretch = 0.85 + 0.3 * rng.random_sample()
     # Up to 30 degrees either way. With a full turn the small model needs hours, not
     # minutes (docs/log.md).
     angle = math.radians(60 * rng.random_sample() - 30)
     centre = (0.1 + 0.8 * rng.random_sample(2)) * size
-    points = np.array(outline(CLASSES[label - 1])) * (
+    points = np.array(scenes.outline(scenes.classes[label - 1])) * (
         radius * stretch,
         radius / stretch,
     )
@@ -138,7 +166,7 @@ def draw_shape(rng: np.random.RandomState, label: int, size: int) -> np.ndarray:
 
 
 def draw_scene(
-    seed: int, part: int, index: int, size: int = SIZE
+    seed: int, part: int, index: int, scenes: Scenes = SHAPES
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One scene; a pure function of its arguments.
 
@@ -146,20 +174,21 @@ def draw_scene(
         seed: the dataset's seed, >= 0.
         part: number of the part (train 0, val 1, test 2).
         index: number of the image in its part.
-        size: side of the square image, pixels.
+        scenes: what is drawn.
 
     Returns:
         image (size, size, 3) uint8; masks (N, size, size) bool, disjoint; labels (N,)
         int, 1..C.
     """
     rng = np.random.RandomState([seed, part, index])
-    image = texture(rng, size)
+    size = scenes.size
+    image = scenes.texture(rng, size)
     masks, full_areas, labels = [], [], []
-    for _ in range(rng.randint(1, 5)):
-        label = rng.randint(1, len(CLASSES) + 1)
+    for _ in range(rng.randint(*scenes.counts)):
+        label = rng.randint(1, len(scenes.classes) + 1)
         # A few tries for a place that leaves everything painted so far recognisable.
         for _ in range(8):
-            mask = draw_shape(rng, label, size)
+            mask = draw_shape(rng, label, scenes)
             clear = all(
                 (old & ~mask).sum() >= 0.5 * area
                 for old, area in zip(masks, full_areas, strict=True)
@@ -169,7 +198,7 @@ def draw_scene(
         else:
             continue
         # Paint: the new shape is in front, so the earlier masks lose those pixels.
-        paint = texture(rng, size)
+        paint = scenes.texture(rng, size)
         image = np.where(mask[..., None], paint, image)
         masks = [old & ~mask for old in masks] + [mask]
         full_areas.append(mask.sum())
@@ -183,7 +212,12 @@ def draw_scene(
     )
 
 
-def write_part(folder: Path, part: str, seed: int, images: int) -> Path:
+def describe(scenes: Scenes, part: str, seed: int, images: int) -> str:
+    """What the JSON of a part says of itself."""
+    return f"ssis {scenes.name}, {part}, seed {seed}, {images} images"
+
+
+def write_part(folder: Path, part: str, seed: int, images: int, scenes: Scenes) -> Path:
     """Draw one part and write it in COCO format; returns the path of its JSON.
 
     The JSON is written last and renamed into place: where it exists, the images do.
@@ -192,10 +226,11 @@ def write_part(folder: Path, part: str, seed: int, images: int) -> Path:
     number = list(PARTS).index(part)
     records, annotations = [], []
     for index in range(images):
-        image, masks, labels = draw_scene(seed, number, index)
+        image, masks, labels = draw_scene(seed, number, index, scenes)
         name = f"{index:05d}.png"
         Image.fromarray(image).save(folder / part / name)
-        records.append(dict(id=index + 1, file_name=name, width=SIZE, height=SIZE))
+        side = scenes.size
+        records.append(dict(id=index + 1, file_name=name, width=side, height=side))
         for mask, label in zip(masks, labels, strict=True):
             rle = mask_utils.encode(np.asfortranarray(mask, np.uint8))
             annotations.append(
@@ -206,11 +241,11 @@ def write_part(folder: Path, part: str, seed: int, images: int) -> Path:
                     iscrowd=0,
                     area=int(mask.sum()),
                     bbox=mask_utils.toBbox(rle).tolist(),
-                    segmentation=dict(size=[SIZE, SIZE], counts=rle["counts"].decode()),
+                    segmentation=dict(size=[side, side], counts=rle["counts"].decode()),
                 )
             )
-    categories = [dict(id=k, name=name) for k, name in enumerate(CLASSES, 1)]
-    info = dict(description=f"ssis shapes, {part}, seed {seed}, {images} images")
+    categories = [dict(id=k, name=name) for k, name in enumerate(scenes.classes, 1)]
+    info = dict(description=describe(scenes, part, seed, images))
     path = folder / f"instances_{part}.json"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(
@@ -227,7 +262,12 @@ def write_part(folder: Path, part: str, seed: int, images: int) -> Path:
     return path
 
 
-def make(folder: Path, seed: int = SEED, parts: dict[str, int] | None = None) -> None:
+def make(
+    folder: Path,
+    seed: int = SEED,
+    parts: dict[str, int] | None = None,
+    scenes: Scenes = SHAPES,
+) -> None:
     """Write the parts that are not there yet under `folder`.
 
     Raises:
@@ -237,18 +277,20 @@ def make(folder: Path, seed: int = SEED, parts: dict[str, int] | None = None) ->
         path = Path(folder) / f"instances_{part}.json"
         try:
             if not path.exists():
-                write_part(Path(folder), part, seed, images)
+                write_part(Path(folder), part, seed, images, scenes)
                 continue
             found = json.loads(path.read_text())["info"]["description"]
         except OSError as error:
             raise UserError(
-                f"{path}: cannot write the shapes dataset ({error.strerror}); "
+                f"{path}: cannot write the {scenes.name} dataset ({error.strerror}); "
                 "choose another folder"
             ) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not a shapes dataset; remove it") from error
+            raise UserError(
+                f"{path}: not a {scenes.name} dataset; remove it"
+            ) from error
         # Silently training on another dataset than the one asked for would be worse.
-        if found != f"ssis shapes, {part}, seed {seed}, {images} images":
+        if found != describe(scenes, part, seed, images):
             raise UserError(
                 f"{path}: holds '{found}', asked for seed {seed} with {images} images; "
                 "remove it or choose another folder"

@@ -12,7 +12,8 @@ from matplotlib.path import Path as Polygon
 from PIL import Image
 from pycocotools.coco import COCO
 
-from ssis import UserError, shapes
+from ssis import UserError, loader, shapes, signs
+from ssis.config import parse
 
 pytestmark = pytest.mark.fast
 # sha256 of 20 scenes of each part, images, masks and labels, with seed 0.
@@ -51,6 +52,24 @@ def test_masks_are_disjoint_and_every_instance_can_be_seen():
         sizes += masks.sum(axis=(1, 2)).tolist()
     # Occlusion may take half of the smallest shape (60 pixels), more never.
     assert min(sizes) >= 30
+
+
+def test_the_second_dataset_has_other_scenes_of_the_same_kind(tmp_path, monkeypatch):
+    seen = set()
+    for index in range(60):
+        image, masks, labels = shapes.draw_scene(0, 0, index, signs.SIGNS)
+        assert image.shape == (112, 112, 3) and 1 <= len(masks) == len(labels) <= 5
+        assert masks.sum(axis=0).max() <= 1 and masks.sum(axis=(1, 2)).min() >= 30
+        seen |= set(labels)
+    assert seen == set(range(1, 7)) and not set(signs.CLASSES) & set(shapes.CLASSES)
+    # Outlines have a circumradius of about 1, as those of the first dataset.
+    for name in signs.CLASSES:
+        assert 0.9 < np.hypot(*np.array(signs.outline(name)).T).max() < 1.2
+    # The preset draws it.
+    monkeypatch.setattr(shapes, "PARTS", dict(train=2, val=1, test=1))
+    settings = parse(["--preset", "signs", "--data", str(tmp_path), "--method", "supervised"])
+    loader.prepare(settings)
+    assert loader.open_parts(settings)[0].names == list(signs.CLASSES)
 
 
 def test_the_parts_and_seeds_differ():

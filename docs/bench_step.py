@@ -3,7 +3,9 @@ r"""What a step costs: against plain torchvision, and its peak memory against it
     python docs/bench_step.py time      supervised step / the same step on plain torchvision
     python docs/bench_step.py memory    semi-supervised step / its larger half
     python docs/bench_step.py levels --pretrained runs/<name>/pretrained.pt
-                                        the papers' steps / Guided Distillation's, and SAM's share
+                                        the papers' steps / Guided Distillation's, SAM's share,
+                                        and all of them / the floor: torchvision's teacher
+                                        looking, then one training step on the same images
 
 Time: both sides have the same weights, images, targets, optimiser and threads; their
 steps take turns, so that a machine that slows down slows down both. The ratio is that of
@@ -25,7 +27,8 @@ from torch import nn
 from torchvision.models.detection.mask_rcnn import MaskRCNN as TorchvisionMaskRCNN
 
 import train
-from ssis import augment, checkpoint, config, distributed, loader, model, refine, split, teacher
+from ssis import augment, checkpoint, config, distributed, filters, loader, model, refine
+from ssis import split, teacher
 from ssis.presets import METHODS
 
 
@@ -44,6 +47,18 @@ def setup(**settings) -> tuple[train.Run, list, list]:
     return run, *batches
 
 
+def plain_net(run: train.Run) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A copy of the student with torchvision's own samplers (ours count), and AdamW."""
+    net = model.build(run.config, len(run.net.roi_heads.box_predictor.cls_score.bias)).train()
+    net.load_state_dict(run.net.state_dict())
+    for part in (net.rpn, net.roi_heads):
+        ours = part.fg_bg_sampler
+        part.fg_bg_sampler = model.BalancedPositiveNegativeSampler(
+            ours.batch_size_per_image, ours.positive_fraction
+        )
+    return net, torch.optim.AdamW(net.parameters(), lr=run.config.lr)
+
+
 def plain_step(net, optimizer, batch: list[dict], clip_norm: float) -> None:
     """A training step as torchvision's tutorial writes it, on the same views."""
     images = [augment.strong_view(item["image"], item["seed"]) for item in batch]
@@ -59,15 +74,7 @@ def plain_step(net, optimizer, batch: list[dict], clip_norm: float) -> None:
 def measure_time(steps: int) -> None:
     """Alternate the two kinds of step and print the ratio of their medians."""
     run, labeled, _ = setup()
-    net = model.build(run.config, 7).train()
-    net.load_state_dict(run.net.state_dict())
-    # torchvision's own samplers: ours count.
-    for part in (net.rpn, net.roi_heads):
-        ours = part.fg_bg_sampler
-        part.fg_bg_sampler = model.BalancedPositiveNegativeSampler(
-            ours.batch_size_per_image, ours.positive_fraction
-        )
-    optimizer = torch.optim.AdamW(net.parameters(), lr=run.config.lr)
+    net, optimizer = plain_net(run)
     times: dict[str, list[float]] = {"ssis": [], "torchvision": []}
     for k in range(steps + 3):
         for side in times:
@@ -111,6 +118,10 @@ def measure_levels(pretrained: str, steps: int) -> None:
         checkpoint.restore(run, train_set.names, pretrained, first_teacher=True)
         train.begin_burnin(run, streams.labeled, train_set.class_shares(labeled))
         runs[method], times[method], in_sam[method] = run, [], []
+    # The floor has the images and the kept pseudo-labels of Guided Distillation.
+    simple = runs["guided-distillation"]
+    net, optimizer = plain_net(simple)
+    times["floor"], in_sam["floor"] = [], [0.0] * (steps + 2)
     redraw = refine.refine
     spent = [0.0]
 
@@ -134,12 +145,31 @@ def measure_levels(pretrained: str, steps: int) -> None:
             train.step(run, *batches)
             times[method].append(time.perf_counter() - began)
             in_sam[method].append(spent[0])
+        weak = [item["image"] for item in batches[1]]
+        found = train.pseudo_labels(simple, weak, batches[1])["final"]
+        taught = [
+            dict(item, target=pseudo.target())
+            for item, pseudo in zip(batches[1], found, strict=True)
+            if len(pseudo)
+        ]
+        torch.manual_seed(k)
+        began = time.perf_counter()
+        # No mask of what no method would keep.
+        looking = simple.teacher.module
+        usual = looking.roi_heads.score_thresh
+        looking.roi_heads.score_thresh = filters.lowest_score(simple.config)
+        with torch.no_grad():
+            TorchvisionMaskRCNN.forward(looking, weak)
+        looking.roi_heads.score_thresh = usual
+        plain_step(net, optimizer, batches[0] + taught, simple.config.clip_norm)
+        times["floor"].append(time.perf_counter() - began)
     means = {method: statistics.mean(values[2:]) for method, values in times.items()}
     for method, value in means.items():
         share = statistics.mean(in_sam[method][2:]) / value
         print(
             f"{method:20} {1000 * value:7.1f} ms per step of 8 + 8 images, "
-            f"ratio {value / means['guided-distillation']:.3f}, SAM {100 * share:4.1f} %"
+            f"ratio {value / means['guided-distillation']:.3f}, to the floor "
+            f"{value / means['floor']:.3f}, SAM {100 * share:4.1f} %"
         )
     print(f"({torch.get_num_threads()} threads, {steps} steps each)")
 

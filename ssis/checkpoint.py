@@ -151,16 +151,15 @@ def restore(run, names: list[str], path: Path, first_teacher: bool = False) -> d
         UserError: it is of other settings or other classes.
     """
     state = load(path)
-    ignored = config.AFTER_PRETRAINING if first_teacher else config.NOT_IN_RESULT
+    ignored = config.NOT_IN_RESULT
     if first_teacher:
+        ignored = config.after_pretraining(run.config)
         if state["step"] != state["config"]["pretrain_steps"]:
             raise UserError(
                 f"--pretrained {path}: was saved after step {state['step']}, not at "
                 "the end of pretraining; give the pretrained.pt of that run"
             )
     distilled = run.config.structure_weight > 0
-    if first_teacher and not distilled:
-        ignored += config.OF_STRUCTURE
     other = config.differences(run.config, state["config"], ignored)
     # A checkpoint without the entry is older than SAM's part in this project.
     if run.embeddings and (distilled or not first_teacher) and "sam" in state:

@@ -168,7 +168,9 @@ def oracle_note(settings: config.Config) -> dict:
 def write_summary(folder: Path, summary: dict) -> None:
     """Write `summary.json`, the last file of a run."""
     with writing(folder / "summary.json"):
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        temporary = folder / "summary.json.tmp"
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        temporary.replace(folder / "summary.json")
 
 
 def table(summary: dict, folder: Path) -> str:

@@ -77,9 +77,7 @@ def test_adaptive_thresholds_converge_to_the_quality_and_stay_in_their_range():
     made = settings("adaptive", tau_min=0.5, tau_max=0.9, threshold_decay=0.9)
     thresholds = filters.Thresholds(made, 2)
     thresholds.start(torch.tensor([0.5, 0.5]))
-    found = made_labels(
-        labels=[1, 2], class_quality=[0.6, 0.99], mask_quality=[0.55, 0.3]
-    )
+    found = made_labels(labels=[1, 2], class_quality=[0.6, 0.99], mask_quality=[0.55, 0.3])
     for _ in range(200):
         thresholds.update([found])
     expected = torch.tensor([[0.6, 0.9], [0.55, 0.5]])

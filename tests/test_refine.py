@@ -186,9 +186,7 @@ def test_the_gate_and_the_calibration_by_hand():
     assert open_gate.masks.flatten(1).sum(1).tolist() == [12, 2, 8]
     # S4M Eq. (calibration): 0.8 times 2/3, 1/4 and 0; and as weights of the mask loss.
     # A mask of no more pixels than the filter asks for is none either.
-    few = refine.gated(
-        labels_of(soft), logits, agreement, settings(refine_gate=0.0, min_area=2)
-    )
+    few = refine.gated(labels_of(soft), logits, agreement, settings(refine_gate=0.0, min_area=2))
     assert few.masks.flatten(1).sum(1).tolist() == [12, 8, 8]
     calibrated = made(refine_calibrate=True)
     assert calibrated.mask_quality.tolist() == pytest.approx([0.8 * 2 / 3, 0.2, 0])

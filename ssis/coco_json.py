@@ -8,6 +8,8 @@ cannot be right ends with one line that names the file and the record.
 Read next: `ssis/data.py`, what it is read into.
 """
 
+import contextlib
+import gc
 import json
 import os
 from array import array
@@ -57,7 +59,28 @@ def load_coco(path: str, folder: str, names: list[str] | None = None) -> Dataset
     Raises:
         UserError: what is wrong in which record, one line.
     """
-    raw = load_json(path, "COCO JSON")
+    with no_collection():
+        return read(load_json(path, "COCO JSON"), path, folder, names)
+
+
+@contextlib.contextmanager
+def no_collection():
+    """Without Python's search for reference cycles.
+
+    Millions of new objects set it off again and again, and a JSON has no cycles: half
+    of the time of reading a large one (docs/performance.md).
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def read(raw, path: str, folder: str, names: list[str] | None) -> Dataset:
+    """The content of a JSON as a `Dataset`; arguments and errors as `load_coco`."""
     keys = ("images", "annotations", "categories")
     if not isinstance(raw, dict) or not all(
         isinstance(raw.get(key), list) for key in keys
@@ -153,9 +176,9 @@ def read_annotations(
     labels, crowd, polygonal = array("q"), array("b"), array("b")
     first, part_first, byte_first = (array("q", [0]) for _ in range(3))
     pieces, skipped = [], 0
-    for index, image_records in enumerate(rows):
+    for image_records, size in zip(rows, dataset.sizes.tolist(), strict=True):
         for record in image_records:
-            parts, is_polygon = read_mask(record, dataset.size(index), dataset.source)
+            parts, is_polygon = read_mask(record, size, dataset.source)
             skipped += not parts
             if not parts:
                 continue
@@ -178,16 +201,14 @@ def read_annotations(
     dataset.bytes = np.frombuffer(b"".join(pieces), np.uint8)
 
 
-def read_mask(
-    record: dict, size: tuple[int, int], path: str
-) -> tuple[list[bytes], bool]:
+def read_mask(record: dict, size: list[int], path: str) -> tuple[list[bytes], bool]:
     """The bytes of an annotation's polygons (float64), or of its compressed RLE."""
     segmentation = record.get("segmentation")
     if isinstance(segmentation, dict):
-        if list(segmentation["size"]) != list(size):
+        if list(segmentation["size"]) != size:
             raise UserError(
                 f"{path}: annotation {record.get('id')} has an RLE of size "
-                f"{segmentation['size']}, its image is {list(size)}"
+                f"{segmentation['size']}, its image is {size}"
             )
         counts = segmentation["counts"]
         if isinstance(counts, list):

@@ -150,12 +150,12 @@ class Config:
     long_side: int = setting(160, "limit of the long side, which bounds the memory")
 
     # Schedule. Step counts are optimiser steps, all in one run.
-    pretrain_steps: int = setting(900, "labelled images only; makes the first teacher")
+    pretrain_steps: int = setting(800, "labelled images only; makes the first teacher")
     burnin_steps: int = setting(
         100, "teacher frozen, student learns from its pseudo-labels (GD)"
     )
     mutual_steps: int = setting(
-        600, "teacher := EMA of the student, in every step (GD)"
+        450, "teacher := EMA of the student, in every step (GD)"
     )
     burnin_init: str = setting(
         "teacher",

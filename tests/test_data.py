@@ -10,6 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import masks_to_boxes
 from conftest import real, write_coco
 from PIL import Image
 from pycocotools.coco import COCO
@@ -183,3 +184,13 @@ def test_classes_are_matched_by_name_not_by_id(coco_folder, tmp_path):
     )
     assert other.target(0)["labels"].tolist() == [1]
     assert other.category_ids == [2, 1, None]
+
+
+def test_boxes_are_torchvisions_and_end_after_the_last_pixel():
+    masks = torch.rand(20, 13, 17) < 0.02
+    masks[torch.arange(20), torch.randint(13, (20,)), torch.randint(17, (20,))] = True
+    expected = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
+    for kind in (torch.bool, torch.uint8, torch.float32):
+        found = data.boxes_of(masks.to(kind))
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert data.boxes_of(masks[:0]).shape == (0, 4)

@@ -64,50 +64,61 @@ def predictions(
         Dicts with image_id (the index), category_id (the label), score, bbox (xywh) and
         segmentation (compressed RLE, counts as str).
     """
-    # The sizes that the model was built for; the resizing of training.
-    short, longest = net.transform.min_size[-1], net.transform.max_size
     results = []
     for start in tqdm(range(0, len(indices), batch), disable=not progress, unit="batch"):
         part = indices[start : start + batch]
-        images = [dataset.image(i) for i in part]
-        views = [augment.resize(x, short, longest).to(device).float() / 255 for x in images]
-        found = teacher.look(net, views, net.roi_heads.score_thresh)
-        for index, image, view, output in zip(part, images, views, found, strict=True):
-            frame = tuple(image.shape[-2:])
-            # From the view back to the original frame.
-            down, across = (a / b for a, b in zip(frame, view.shape[-2:], strict=True))
-            boxes = output.boxes * output.boxes.new_tensor([across, down, across, down])
-            rles = encode(output.masks, boxes, frame, 0.5 * down)
-            boxes[:, 2:] -= boxes[:, :2]
-            for rle, box, label, score in zip(
-                rles, boxes.tolist(), output.labels.tolist(), output.scores.tolist(), strict=True
-            ):
-                results.append(
-                    dict(
-                        image_id=int(index),
-                        category_id=label,
-                        score=score,
-                        bbox=box,
-                        segmentation=rle,
-                    )
-                )
+        found = detect(net, [dataset.image(i) for i in part], device)
+        for index, instances in zip(part, found, strict=True):
+            results += [dict(image_id=int(index), **instance) for instance in instances]
+    return results
+
+
+@torch.no_grad()
+def detect(net, images: list[Tensor], device, min_score: float | None = None) -> list[list[dict]]:
+    """What a model finds in images of any size, in their own frames.
+
+    Args:
+        net: a `model.MaskRCNN` in evaluation mode.
+        images: (3, H, W) uint8 each.
+        device: of the model.
+        min_score: lowest score of interest; None: the model's own, for AP.
+
+    Returns:
+        For each image, best first, dicts with category_id (the label), score, bbox (xywh)
+        and segmentation (compressed RLE, counts as str).
+    """
+    # The sizes that the model was built for; the resizing of training.
+    short, longest = net.transform.min_size[-1], net.transform.max_size
+    views = [augment.resize(x, short, longest).to(device).float() / 255 for x in images]
+    least = net.roi_heads.score_thresh if min_score is None else min_score
+    found = teacher.look(net, views, least)
+    results = []
+    for image, view, output in zip(images, views, found, strict=True):
+        frame = tuple(image.shape[-2:])
+        # From the view back to the original frame.
+        down, across = (a / b for a, b in zip(frame, view.shape[-2:], strict=True))
+        boxes = output.boxes * output.boxes.new_tensor([across, down, across, down])
+        rles = encode(output.masks, boxes, frame, 0.5 * down)
+        boxes[:, 2:] -= boxes[:, :2]
+        columns = (output.labels.tolist(), output.scores.tolist(), boxes.tolist(), rles)
+        names = ("category_id", "score", "bbox", "segmentation")
+        results.append([dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)])
     return results
 
 
 def encode(masks: Tensor, boxes: Tensor, frame: tuple[int, int], shift: float) -> list[dict]:
-    """Masks of the mask head as RLEs in a frame; see `teacher.paste`.
+    """Masks of the mask head as RLEs in a frame.
 
-    Some at a time: a hundred detections in a photograph of 12 megapixels would be
-    gigabytes of soft masks, and as RLEs they are kilobytes.
+    One at a time: a hundred detections in a photograph of 12 megapixels would be gigabytes
+    of soft masks, and as RLEs they are kilobytes. Args as for `teacher.paste`.
     """
     rles = []
-    step = max(1, 2**24 // (frame[0] * frame[1]))
-    for k in range(0, len(masks), step):
-        pasted = teacher.paste(masks[k : k + step], boxes[k : k + step], frame, shift) > 0.5
-        # (H, W, N) in Fortran order is what pycocotools reads without copying.
-        columns = np.asfortranarray(pasted.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
-        for rle in mask_utils.encode(columns):
-            rles.append(dict(rle, counts=rle["counts"].decode()))
+    for rows, columns, soft in teacher.paste_parts(masks, boxes, frame, shift):
+        # Fortran order is what pycocotools reads without copying.
+        whole = np.zeros(frame, np.uint8, order="F")
+        whole[rows, columns] = (soft > 0.5).cpu().numpy()
+        rle = mask_utils.encode(whole)
+        rles.append(dict(rle, counts=rle["counts"].decode()))
     return rles
 
 

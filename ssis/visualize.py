@@ -46,6 +46,7 @@ def overlay(
     labels: Tensor,
     names: list[str],
     scores: Tensor | None = None,
+    side: int = TILE,
 ) -> Image.Image:
     """An image with its instances: masks, class names, scores.
 
@@ -53,13 +54,11 @@ def overlay(
         image: (3, H, W) float in [0, 1].
         masks: (N, H, W) bool; labels: (N,), 1..C; scores: (N,) or None.
         names: class names.
-
-    Returns:
-        A picture whose long side is TILE pixels.
+        side: long side of the picture, pixels.
     """
     # Enlarged or reduced first, masks by nearest neighbour: what the edge of a mask is
     # should be seen pixel by pixel.
-    scale = TILE / max(image.shape[-2:])
+    scale = side / max(image.shape[-2:])
     size = [round(side * scale) for side in image.shape[-2:]]
     pixels = F.interpolate(image.cpu()[None], size)[0]
     masks = F.interpolate(masks.cpu().float()[None], size)[0] if len(masks) else masks

@@ -44,6 +44,8 @@ def test_every_option_in_the_documents_exists():
         "--patch",
         "--weights",
         "--processes",
+        "--masks",
+        "--score",
         "--threads",
     }
     for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):

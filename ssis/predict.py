@@ -1,0 +1,210 @@
+r"""What a trained model finds in images: pictures, COCO results, masks.
+
+    python -m ssis.predict runs/<name>/checkpoint.pt photo.jpg folder/ --out found
+
+Reads whatever people have (JPEG, PNG, TIFF, WebP, BMP; gray, with alpha, 16 bits,
+EXIF-rotated), one image after the other, so memory is bounded by the largest. A file
+that cannot be read is named and passed over. Written into `--out`:
+
+    overlays/<name>.png   the image with its instances, their classes and scores; at
+                          most 2,048 pixels wide or high
+    results.json          COCO results: image_id, category_id, bbox, segmentation, score
+    coco.json             the same as a COCO dataset with images and classes, so that
+                          annotation tools can load it, and people correct it
+    masks/<name>/*.png    with --masks: each instance, 0 and 255, in the image's frame
+
+Masks and boxes are in the frame of the original, upright. Read next: `evaluate.py`,
+which judges such results.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as mask_utils
+from tqdm import tqdm
+
+import evaluate
+from ssis import UserError, augment, distributed, images, visualize
+from ssis.run_folder import writing
+
+# Long side of an overlay, pixels: what a screen shows.
+LARGEST = 2048
+
+
+def find_images(given: list[str]) -> dict[str, Path]:
+    """The images that the arguments name.
+
+    Args:
+        given: files, and folders, of which all images are taken, with sub-folders.
+
+    Returns:
+        name for the output (relative, no suffix, unique) -> file.
+
+    Raises:
+        UserError: an argument that is not there, or nothing to read.
+    """
+    found: dict[str, Path] = {}
+    for argument in map(Path, given):
+        if argument.is_dir():
+            files = sorted(
+                path
+                for path in argument.rglob("*")
+                if path.suffix.lower() in images.IMAGE_TYPES and path.is_file()
+            )
+            named = [(path.relative_to(argument), path) for path in files]
+        elif argument.exists():
+            named = [(Path(argument.name), argument)]
+        else:
+            raise UserError(f"{argument}: no such file or folder")
+        for name, path in named:
+            # Two photos of one name, or photo.jpg beside photo.png.
+            stem, number = name.with_suffix("").as_posix(), 2
+            unique = stem
+            while unique in found:
+                unique, number = f"{stem}-{number}", number + 1
+            found[unique] = path
+    if not found:
+        types = ", ".join(images.IMAGE_TYPES)
+        raise UserError(f"{', '.join(given)}: no image in it ({types})")
+    return found
+
+
+def overlay(image: torch.Tensor, found: list[dict], names: list[str]) -> Image.Image:
+    """The picture of one image's instances.
+
+    Args:
+        image: (3, H, W) uint8.
+        found: of `evaluate.detect`.
+        names: class names.
+    """
+    # Reduced before it is drawn on: a photograph's own masks would be gigabytes.
+    side = min(LARGEST, max(image.shape[-2:]))
+    small = augment.resize(image, side, side).float() / 255
+    size = tuple(small.shape[-2:])
+    masks = torch.zeros(len(found), *size, dtype=torch.bool)
+    for mask, instance in zip(masks, found, strict=True):
+        whole = torch.from_numpy(mask_utils.decode(instance["segmentation"]))
+        mask[:] = augment.resize_masks(whole[None], small)[0] > 0
+    labels = torch.tensor([instance["category_id"] for instance in found])
+    scores = torch.tensor([instance["score"] for instance in found])
+    return visualize.overlay(small, masks, labels, names, scores, max(side, 256))
+
+
+def save_masks(folder: Path, found: list[dict], names: list[str]) -> None:
+    """One PNG for each instance, best first: `000_star_0.98.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, instance in enumerate(found):
+        mask = mask_utils.decode(instance["segmentation"]) * np.uint8(255)
+        # A class may be called anything; a file may not.
+        name = names[instance["category_id"] - 1]
+        safe = "".join(c if c.isalnum() or c in "-_ " else "_" for c in name)
+        Image.fromarray(mask).save(
+            folder / f"{k:03d}_{safe}_{instance['score']:.2f}.png"
+        )
+
+
+def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> int:
+    """Predict, draw and write, image by image.
+
+    Args:
+        net: a `model.MaskRCNN` in evaluation mode.
+        names: class names.
+        files: of `find_images`.
+        out: folder to write.
+        args: `score`, `masks`, `device`.
+
+    Returns:
+        The number of images that were read.
+    """
+    device = next(net.parameters()).device
+    records, results = [], []
+    with tqdm(files.items(), unit="image", disable=not sys.stderr.isatty()) as bar:
+        for name, path in bar:
+            try:
+                image = images.read_image(str(path))
+            except UserError as error:
+                bar.write(f"skipped: {error}", file=sys.stderr)
+                continue
+            found = evaluate.detect(net, [image], device, args.score)[0]
+            number = len(records) + 1
+            height, width = image.shape[-2:]
+            records.append(
+                dict(id=number, file_name=str(path), height=height, width=width)
+            )
+            results += [dict(image_id=number, **instance) for instance in found]
+            target = out / "overlays" / f"{name}.png"
+            with writing(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                overlay(image, found, names).save(target)
+                if args.masks:
+                    save_masks(out / "masks" / name, found, names)
+    annotations = [
+        dict(
+            result,
+            id=k,
+            iscrowd=0,
+            area=float(mask_utils.area(result["segmentation"])),
+        )
+        for k, result in enumerate(results, 1)
+    ]
+    categories = [dict(id=k, name=name) for k, name in enumerate(names, 1)]
+    dataset = dict(images=records, annotations=annotations, categories=categories)
+    for path, content in (
+        (out / "results.json", results),
+        (out / "coco.json", dataset),
+    ):
+        with writing(path):
+            out.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content))
+    return len(records)
+
+
+def run(argv: list[str] | None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ssis.predict",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("checkpoint", type=Path, help="runs/<name>/checkpoint.pt")
+    parser.add_argument("images", nargs="+", help="image files and folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--score", type=float, default=0.5, help="lowest class score")
+    parser.add_argument("--masks", action="store_true", help="a PNG for each instance")
+    parser.add_argument(
+        "--who",
+        choices=("teacher", "student"),
+        default="",
+        help="default: the teacher, or the student of a run without one",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args(argv)
+    if not 0 <= args.score <= 1:
+        raise UserError(f"--score {args.score}: must be from 0 to 1")
+    files = find_images(args.images)
+    # Up to 179 megapixels Pillow only warns; beyond it refuses, and so do we.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    net, _, names, who = evaluate.load_model(args.checkpoint, args.who)
+    _, _, device = distributed.start(args.device)
+    done = predict(net.to(device), names, files, args.out, args)
+    if not done:
+        raise UserError("none of the images could be read")
+    print(f"{who} of {args.checkpoint}: {done} of {len(files)} images, in {args.out}/")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`run`, with one line and status 2 for what the user did wrong."""
+    try:
+        run(argv)
+    except UserError as error:
+        distributed.give_up(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,10 @@
 r"""Reading COCO-format JSON: every record is checked, then packed into `data.Dataset`.
 
-The traps that real files hold are met here, once: ids that are given twice, have gaps
-or start at 0; names that climb out of the image folder; masks as polygons in several
-parts, as compressed and as uncompressed RLE; crowds; annotations of nothing. Whatever
-cannot be right ends with one line that names the file and the record.
+The traps that real files hold are met here, once: ids that are given twice, have gaps,
+start at 0 or are text; a category that stands for all the others; names that climb out
+of the image folder; masks as polygons in several parts, as compressed and as
+uncompressed RLE; crowds; annotations of nothing. Whatever cannot be right ends with one
+line that names the file and the record.
 
 Read next: `ssis/data.py`, what it is read into.
 """
@@ -91,7 +92,9 @@ def read(raw, path: str, folder: str, names: list[str] | None) -> Dataset:
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: image folder not found")
     try:
-        dataset, label_of = read_categories(raw["categories"], path, folder, names)
+        used = {identity(record["category_id"]) for record in raw["annotations"]}
+        categories = without_placeholder(raw["categories"], used, names)
+        dataset, label_of = read_categories(categories, path, folder, names)
         position = read_images(raw["images"], dataset)
         read_annotations(raw["annotations"], dataset, label_of, position)
         return dataset
@@ -101,13 +104,40 @@ def read(raw, path: str, folder: str, names: list[str] | None) -> Dataset:
         ) from error
 
 
+def identity(value) -> int | str:
+    """An id as a number where it is one: there are tools that write 7, "7" and 7.0."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def without_placeholder(
+    records: list[dict], used: set, names: list[str] | None
+) -> list[dict]:
+    """Categories without the one that Roboflow puts in front for the whole project.
+
+    It is the supercategory of all the others, nothing is annotated with it, and as a
+    class it would have no AP.
+    """
+    for record in records:
+        above = {other.get("supercategory") for other in records if other is not record}
+        known = names and record["name"] in names
+        if (
+            above == {record["name"]}
+            and identity(record["id"]) not in used
+            and not known
+        ):
+            return [other for other in records if other is not record]
+    return records
+
+
 def read_categories(
     records: list[dict], path: str, folder: str, names: list[str] | None
 ) -> tuple[Dataset, dict]:
     """An empty `Dataset` with its classes, and the label of each category id."""
     # Sorted by id: the order of a JSON's list is an accident, labels must not be.
-    records = sorted(records, key=lambda category: category["id"])
-    own, ids = [c["name"] for c in records], [c["id"] for c in records]
+    records = sorted(records, key=lambda category: identity(category["id"]))
+    own, ids = [c["name"] for c in records], [identity(c["id"]) for c in records]
     if not own or len(set(own)) < len(own) or len(set(ids)) < len(ids):
         raise UserError(
             f"{path}: categories must be there, with ids and names given only once"
@@ -119,16 +149,19 @@ def read_categories(
             f"{path}: unknown class {unknown[0]!r}; the model knows "
             f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
         )
-    id_of = dict(zip(own, ids, strict=True))
-    dataset = Dataset(path, folder, list(names), [id_of.get(name) for name in names])
-    return dataset, {id_of[name]: names.index(name) + 1 for name in own}
+    # As the file writes them: predictions are saved with them.
+    written = {category["name"]: category["id"] for category in records}
+    dataset = Dataset(path, folder, list(names), [written.get(name) for name in names])
+    labels = [names.index(name) + 1 for name in own]
+    return dataset, dict(zip(ids, labels, strict=True))
 
 
 def read_images(records: list[dict], dataset: Dataset) -> dict:
     """Fill in names, ids and sizes; returns the position of each image id."""
     path, position, seen, sizes = dataset.source, {}, set(), []
     for image in records:
-        if image["id"] in position:
+        number = identity(image["id"])
+        if number in position:
             raise UserError(
                 f"{path}: two images have the id {image['id']}; make ids unique"
             )
@@ -138,13 +171,13 @@ def read_images(records: list[dict], dataset: Dataset) -> dict:
                 f"{path}: two images have the file_name {name!r}; the split could not "
                 "tell them apart"
             )
-        size = (image["height"], image["width"])
+        size = (identity(image["height"]), identity(image["width"]))
         if not all(isinstance(side, int) and side > 0 for side in size):
             raise UserError(
                 f"{path}: image {name!r} has height {size[0]!r} and width {size[1]!r}; "
                 "both must be whole numbers above 0"
             )
-        position[image["id"]] = len(position)
+        position[number] = len(position)
         seen.add(name)
         sizes.append(size)
         dataset.files.append(name)
@@ -165,12 +198,12 @@ def read_annotations(
     rows = [[] for _ in position]
     for record in records:
         for key, known in (("image_id", position), ("category_id", label_of)):
-            if record[key] not in known:
+            if identity(record[key]) not in known:
                 raise UserError(
                     f"{dataset.source}: annotation {record.get('id')} has {key} "
                     f"{record[key]}, which is not listed"
                 )
-        rows[position[record["image_id"]]].append(record)
+        rows[position[identity(record["image_id"])]].append(record)
 
     # Arrays that grow: millions of Python numbers would be gigabytes on their own.
     labels, crowd, polygonal = array("q"), array("b"), array("b")
@@ -182,7 +215,7 @@ def read_annotations(
             skipped += not parts
             if not parts:
                 continue
-            labels.append(label_of[record["category_id"]])
+            labels.append(label_of[identity(record["category_id"])])
             crowd.append(bool(record.get("iscrowd", 0)))
             polygonal.append(is_polygon)
             for part in parts:

@@ -108,7 +108,10 @@ def identity(value) -> int | str:
     """An id as a number where it is one: there are tools that write 7, "7" and 7.0."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+    if isinstance(value, str) and value.isdecimal() and len(value) < 19:
+        # Not "007": as text it is another id than "7".
+        return int(value) if str(int(value)) == value else value
+    return value
 
 
 def without_placeholder(
@@ -116,19 +119,26 @@ def without_placeholder(
 ) -> list[dict]:
     """Categories without the one that Roboflow puts in front for the whole project.
 
-    It is the supercategory of all the others, nothing is annotated with it, and as a
-    class it would have no AP.
+    It is the supercategory of all the others and has none itself, nothing is annotated
+    with it, and as a class it would have no AP.
     """
     for record in records:
-        above = {other.get("supercategory") for other in records if other is not record}
-        known = names and record["name"] in names
+        others = [other for other in records if other is not record]
+        name = record["name"]
         if (
-            above == {record["name"]}
+            others
+            and all(other.get("supercategory") == name for other in others)
+            and record.get("supercategory") in (None, "", "none")
             and identity(record["id"]) not in used
-            and not known
+            # A class of the training set stays one, unless it is there once more.
+            and (name not in (names or []) or any(o["name"] == name for o in others))
         ):
-            return [other for other in records if other is not record]
+            return others
     return records
+
+
+def _by_id(pair: tuple) -> tuple:
+    return isinstance(pair[0], str), pair[0]
 
 
 def read_categories(
@@ -136,7 +146,10 @@ def read_categories(
 ) -> tuple[Dataset, dict]:
     """An empty `Dataset` with its classes, and the label of each category id."""
     # Sorted by id: the order of a JSON's list is an accident, labels must not be.
-    records = sorted(records, key=lambda category: identity(category["id"]))
+    # Numbers before text, which cannot be compared.
+    numbers = [identity(category["id"]) for category in records]
+    order = sorted(zip(numbers, records, strict=True), key=_by_id)
+    records = [record for _, record in order]
     own, ids = [c["name"] for c in records], [identity(c["id"]) for c in records]
     if not own or len(set(own)) < len(own) or len(set(ids)) < len(ids):
         raise UserError(

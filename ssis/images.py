@@ -7,6 +7,8 @@ channel is silently broadcast, one of uint8 is a TypeError.
 Read next: `ssis/data.py`, which knows what is on the images.
 """
 
+import struct
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -18,7 +20,11 @@ IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
 # EXIF orientations 5 to 8 swap width and height.
 SWAPS_SIDES = (5, 6, 7, 8)
 # What Pillow raises for a file that is broken, no image, or absurdly large.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError),
+    # From damaged metadata.
+    *(struct.error, TypeError, KeyError, IndexError),
+)
 
 
 def read_image(path: str, expected: tuple[int, int] | None = None) -> Tensor:
@@ -61,9 +67,10 @@ def read_image(path: str, expected: tuple[int, int] | None = None) -> Tensor:
             f"{path}: image not found; is the image folder the right one?"
         ) from error
     except UNREADABLE as error:
+        # `expected` comes from a JSON, which then names the file.
+        where = " or remove it from the JSON" if expected else ""
         raise UserError(
-            f"{path}: cannot be read as an image ({error}); replace it or "
-            "remove it from the JSON"
+            f"{path}: cannot be read as an image ({error}); replace it{where}"
         ) from error
     check_size(path, pixels.shape[:2], expected)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -2,15 +2,16 @@ r"""What a trained model finds in images: pictures, COCO results, masks.
 
     python -m ssis.predict runs/<name>/checkpoint.pt photo.jpg folder/ --out found
 
-Reads whatever people have (JPEG, PNG, TIFF, WebP, BMP; gray, with alpha, 16 bits,
-EXIF-rotated), one image after the other, so memory is bounded by the largest. A file
-that cannot be read is named and passed over. Written into `--out`:
+Reads whatever people have (JPEG, PNG, TIFF, WebP, BMP, the first page of several;
+gray, with alpha, 16 bits, EXIF-rotated), one image after the other, so memory is that
+of one. A file that cannot be read is named and passed over. Written into `--out`:
 
-    overlays/<name>.png   the image with its instances, their classes and scores; at
-                          most 2,048 pixels wide or high
+    overlays/<name>.png   the image with its instances, their classes and scores (not in
+                          crowds); 256 to 2,048 pixels wide or high
     results.json          COCO results: image_id, category_id, bbox, segmentation, score
-    coco.json             the same as a COCO dataset with images and classes, so that
-                          annotation tools can load it, and people correct it
+    coco.json             the same as a COCO dataset with images and classes: this
+                          project can train on it, and tools that read masks as RLE
+                          can load it
     masks/<name>/*.png    with --masks: each instance, 0 and 255, in the image's frame
 
 Masks and boxes are in the frame of the original, upright. Read next: `evaluate.py`,
@@ -37,19 +38,21 @@ from ssis.run_folder import writing
 LARGEST = 2048
 
 
-def find_images(given: list[str]) -> dict[str, Path]:
+def find_images(given: list[str], out: Path) -> dict[str, Path]:
     """The images that the arguments name.
 
     Args:
         given: files, and folders, of which all images are taken, with sub-folders.
+        out: folder of the output, which is no input.
 
     Returns:
-        name for the output (relative, no suffix, unique) -> file.
+        Name relative to its folder, with suffix -> file; no file and no name twice.
 
     Raises:
         UserError: an argument that is not there, or nothing to read.
     """
     found: dict[str, Path] = {}
+    seen, taken, own = set(), set(), out.resolve()
     for argument in map(Path, given):
         if argument.is_dir():
             files = sorted(
@@ -63,12 +66,17 @@ def find_images(given: list[str]) -> dict[str, Path]:
         else:
             raise UserError(f"{argument}: no such file or folder")
         for name, path in named:
-            # Two photos of one name, or photo.jpg beside photo.png.
-            stem, number = name.with_suffix("").as_posix(), 2
-            unique = stem
-            while unique in found:
-                unique, number = f"{stem}-{number}", number + 1
-            found[unique] = path
+            real = path.resolve()
+            if real in seen or own in real.parents:
+                continue
+            seen.add(real)
+            # Two photos of one name in two folders; on some disks A is a.
+            unique, number = name, 2
+            while unique.as_posix().casefold() in taken:
+                unique = name.with_stem(f"{name.stem}-{number}")
+                number += 1
+            taken.add(unique.as_posix().casefold())
+            found[unique.as_posix()] = path
     if not found:
         types = ", ".join(images.IMAGE_TYPES)
         raise UserError(f"{', '.join(given)}: no image in it ({types})")
@@ -99,11 +107,13 @@ def overlay(image: torch.Tensor, found: list[dict], names: list[str]) -> Image.I
 def save_masks(folder: Path, found: list[dict], names: list[str]) -> None:
     """One PNG for each instance, best first: `000_star_0.98.png`."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()  # of an earlier call, perhaps with another --score
     for k, instance in enumerate(found):
         mask = mask_utils.decode(instance["segmentation"]) * np.uint8(255)
         # A class may be called anything; a file may not.
         name = names[instance["category_id"] - 1]
-        safe = "".join(c if c.isalnum() or c in "-_ " else "_" for c in name)
+        safe = "".join(c if c.isalnum() or c in "-_ " else "_" for c in name)[:60]
         Image.fromarray(mask).save(
             folder / f"{k:03d}_{safe}_{instance['score']:.2f}.png"
         )
@@ -124,45 +134,51 @@ def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> i
     """
     device = next(net.parameters()).device
     records, results = [], []
-    with tqdm(files.items(), unit="image", disable=not sys.stderr.isatty()) as bar:
-        for name, path in bar:
-            try:
-                image = images.read_image(str(path))
-            except UserError as error:
-                bar.write(f"skipped: {error}", file=sys.stderr)
-                continue
-            found = evaluate.detect(net, [image], device, args.score)[0]
-            number = len(records) + 1
-            height, width = image.shape[-2:]
-            records.append(
-                dict(id=number, file_name=str(path), height=height, width=width)
-            )
-            results += [dict(image_id=number, **instance) for instance in found]
-            target = out / "overlays" / f"{name}.png"
-            with writing(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                overlay(image, found, names).save(target)
-                if args.masks:
-                    save_masks(out / "masks" / name, found, names)
-    annotations = [
-        dict(
-            result,
-            id=k,
-            iscrowd=0,
-            area=float(mask_utils.area(result["segmentation"])),
-        )
-        for k, result in enumerate(results, 1)
-    ]
-    categories = [dict(id=k, name=name) for k, name in enumerate(names, 1)]
-    dataset = dict(images=records, annotations=annotations, categories=categories)
-    for path, content in (
-        (out / "results.json", results),
-        (out / "coco.json", dataset),
-    ):
-        with writing(path):
-            out.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content))
+    try:
+        with tqdm(files.items(), unit="image", disable=not sys.stderr.isatty()) as bar:
+            for name, path in bar:
+                try:
+                    image = images.read_image(str(path))
+                    found = evaluate.detect(net, [image], device, args.score)[0]
+                except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+                    said = str(error).splitlines()[0] if str(error) else "no memory"
+                    bar.write(f"skipped: {path}: {said}", file=sys.stderr)
+                    continue
+                number = len(records) + 1
+                height, width = image.shape[-2:]
+                records.append(
+                    dict(id=number, file_name=name, height=height, width=width)
+                )
+                results += [dict(image_id=number, **instance) for instance in found]
+                # photo.jpg and photo.png are two.
+                target = out / "overlays" / f"{name}.png"
+                with writing(target, "--out"):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    overlay(image, found, names).save(target)
+                    if args.masks:
+                        save_masks(out / "masks" / name, found, names)
+    finally:
+        # Also after Ctrl-C: what was found is found.
+        save(out, names, records, results)
     return len(records)
+
+
+def save(out: Path, names: list[str], records: list[dict], results: list[dict]) -> None:
+    """Write `results.json` and `coco.json`."""
+    annotations = []
+    for result in results:
+        area = float(mask_utils.area(result["segmentation"]))
+        if area:
+            number = len(annotations) + 1
+            annotations.append(dict(result, id=number, iscrowd=0, area=area))
+    categories = [dict(id=k, name=name) for k, name in enumerate(names, 1)]
+    dataset = dict(
+        info={}, images=records, annotations=annotations, categories=categories
+    )
+    for name, content in (("results.json", results), ("coco.json", dataset)):
+        with writing(out / name, "--out"):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text(json.dumps(content))
 
 
 def run(argv: list[str] | None) -> None:
@@ -187,7 +203,7 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     if not 0 <= args.score <= 1:
         raise UserError(f"--score {args.score}: must be from 0 to 1")
-    files = find_images(args.images)
+    files = find_images(args.images, args.out)
     # Up to 179 megapixels Pillow only warns; beyond it refuses, and so do we.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     net, _, names, who = evaluate.load_model(args.checkpoint, args.who)

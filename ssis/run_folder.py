@@ -24,14 +24,14 @@ MODELS = ("pretrained", "student", "teacher")
 
 
 @contextlib.contextmanager
-def writing(path: Path):
-    """Turn a failure to write `path` into a UserError."""
+def writing(path: Path, flag: str = "--output"):
+    """Turn a failure to write `path`, below the folder of `flag`, into a UserError."""
     try:
         yield
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); make room or "
-            "choose another --output, then run the same command again"
+            f"choose another {flag}, then run the same command again"
         ) from error
 
 

@@ -193,6 +193,7 @@ def paste_parts(
                 mask[None], grid[None], padding_mode="border", align_corners=False
             )[0, 0]
         inside = ((y >= y1) & (y <= y2))[:, None] & (x >= x1) & (x <= x2)  # (h, w)
+        del grid  # of a large box gigabytes, which the next one would come on top of
         yield slice(top, bottom), slice(left, right), soft * inside
 
 

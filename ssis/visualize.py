@@ -61,8 +61,11 @@ def overlay(
     scale = side / max(image.shape[-2:])
     size = [round(side * scale) for side in image.shape[-2:]]
     pixels = F.interpolate(image.cpu()[None], size)[0]
-    masks = F.interpolate(masks.cpu().float()[None], size)[0] if len(masks) else masks
-    for mask, label in zip(masks, labels.tolist(), strict=True):
+    pen_size = max(10, side // 60)
+    texts = []
+    for k, label in enumerate(labels.tolist()):
+        # One at a time: a hundred masks of a large picture would be gigabytes.
+        mask = F.interpolate(masks[k].cpu().float()[None, None], size)[0, 0]
         colour = torch.tensor(COLOURS[(label - 1) % len(COLOURS)])[:, None, None] / 255
         # A line two pixels wide inside the edge: the mask less what is still in it two
         # pixels further in all four directions.
@@ -73,22 +76,18 @@ def overlay(
         inner = inner & (mask > 0)
         alpha = 0.35 * mask + 0.65 * (mask - inner.float())
         pixels = pixels * (1 - alpha) + colour * alpha
+        ys, xs = torch.where(mask > 0)
+        if len(ys):
+            score = "" if scores is None else f" {scores[k]:.2f}"
+            at = (xs.min().item(), max(0, ys.min().item() - pen_size - 1))
+            texts.append((at, names[label - 1] + score))
     array = (pixels * 255).to(torch.uint8).permute(1, 2, 0).numpy()
     picture = Image.fromarray(array)
     pen = ImageDraw.Draw(picture)
-    for k, mask in enumerate(masks):
-        ys, xs = torch.where(mask > 0)
-        # In a crowd the names would hide what they name.
-        if len(ys) and len(masks) <= 12:
-            score = "" if scores is None else f" {scores[k]:.2f}"
-            at = (xs.min().item(), max(0, ys.min().item() - 11))
-            pen.text(
-                at,
-                names[labels[k] - 1] + score,
-                fill="white",
-                stroke_width=2,
-                stroke_fill="black",
-            )
+    # In a crowd the names would hide what they name.
+    for at, text in texts if len(texts) <= side // 20 else []:
+        style = dict(fill="white", stroke_width=2, stroke_fill="black")
+        pen.text(at, text, font_size=pen_size, **style)
     return picture
 
 

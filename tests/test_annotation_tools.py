@@ -126,6 +126,35 @@ def test_the_files_of_annotation_tools_are_read(make, tmp_path):
     assert again.labels.tolist() == dataset.labels.tolist()
 
 
+def test_a_placeholder_of_the_same_name_as_the_only_class(tmp_path):
+    def one(name):
+        raw = roboflow(name)
+        raw["categories"] = [dict(id=0, name="cell", supercategory="none"),
+                             dict(id=1, name="cell", supercategory="cell")]  # fmt: skip
+        for annotation in raw["annotations"]:
+            annotation["category_id"] = 1
+        return raw
+
+    path = write(tmp_path, one)
+    for names in (None, ["cell"]):
+        dataset = coco_json.load_coco(path, str(tmp_path / "images"), names)
+        assert dataset.names == ["cell"] and dataset.labels.tolist() == [1, 1]
+
+
+def test_ids_may_be_any_text(tmp_path):
+    def mixed(name):
+        raw = strings(name)
+        raw["categories"] = [dict(id="22", name="cell"), dict(id="1a", name="nucleus")]
+        for annotation, number in zip(raw["annotations"], ("1a", "22"), strict=True):
+            annotation["category_id"] = number
+        raw["images"] += [dict(raw["images"][0], id="07", file_name="other.png")]
+        return raw
+
+    dataset = coco_json.load_coco(write(tmp_path, mixed), str(tmp_path / "images"))
+    assert dataset.names == ["cell", "nucleus"] and dataset.labels.tolist() == [2, 1]
+    assert dataset.image_ids == ["7", "07"]
+
+
 def test_a_category_that_is_used_is_never_dropped(tmp_path):
     def used(name):
         raw = roboflow(name)

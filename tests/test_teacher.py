@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from torchvision.models.detection.roi_heads import (
     paste_masks_in_image,
@@ -141,3 +142,30 @@ def test_mask_quality_by_hand():
     probs = torch.tensor([[[0.9, 0.7], [0.5, 0.1]], [[0.2, 0.1], [0.0, 0.5]]])
     # Foreground of the first: 0.9 and 0.7 (0.5 is not above 0.5); of the second: none.
     torch.testing.assert_close(teacher.mask_quality(probs), torch.tensor([0.8, 0.0]))
+
+
+def test_masks_pasted_within_their_boxes_are_those_pasted_in_the_whole_frame():
+    """The form without a loop, over all pixels of the frame, is the oracle."""
+    height, width, shift = 23, 31, 0.5
+    boxes = torch.tensor(
+        [
+            [3.2, 4.7, 20.1, 15.3],
+            [0.0, 0.0, 31.0, 23.0],  # the whole frame
+            [-6.0, -3.5, 7.9, 5.0],  # across its edge
+            [25.0, 18.0, 40.0, 30.0],
+            [40.0, 30.0, 50.0, 35.0],  # beside it
+            [5.0, 5.0, 5.4, 20.0],  # no pixel's centre
+        ]
+    )
+    small = torch.rand(len(boxes), 1, 28, 28)
+    x, y = torch.arange(width)[None] + 0.5, torch.arange(height)[None] + 0.5
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
+    across = 2 * (x - shift - x1) / (x2 - x1) - 1
+    down = 2 * (y - shift - y1) / (y2 - y1) - 1
+    grid = torch.stack(torch.broadcast_tensors(across[:, None], down[:, :, None]), dim=3)
+    soft = F.grid_sample(small, grid, padding_mode="border", align_corners=False)[:, 0]
+    inside = ((x >= x1) & (x <= x2))[:, None] & ((y >= y1) & (y <= y2))[:, :, None]
+    pasted = teacher.paste(small, boxes, (height, width), shift)
+    torch.testing.assert_close(pasted, soft * inside)
+    assert (pasted.flatten(1).sum(1) > 0).tolist() == [True] * 4 + [False] * 2
+    assert teacher.paste(small[:0], boxes[:0], (height, width)).shape == (0, height, width)

@@ -141,8 +141,9 @@ def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> i
                     image = images.read_image(str(path))
                     found = evaluate.detect(net, [image], device, args.score)[0]
                 except (UserError, MemoryError, torch.OutOfMemoryError) as error:
-                    said = str(error).splitlines()[0] if str(error) else "no memory"
-                    bar.write(f"skipped: {path}: {said}", file=sys.stderr)
+                    said = f"{path}: too large for the memory"
+                    said = str(error) if isinstance(error, UserError) else said
+                    bar.write(f"skipped: {said}", file=sys.stderr)
                     continue
                 number = len(records) + 1
                 height, width = image.shape[-2:]

@@ -36,11 +36,14 @@ LEARNT = """## What was learnt
   {ladder[pl-dc (all three)]}, S4M {ladder[s4m (all three)]}, both {ladder[full (both papers)]},
   and supervised training with all 1,280 images {ladder[all labels]}: both papers together close
   {gap} % of the gap. On MS COCO at 1 % the better of them reports 39 %.
-* **Classes are what is lost, not masks.** With right classes on Guided Distillation's
-  pseudo-labels its AP would be {ladder[oracle: classes]}, with right masks
-  {ladder[oracle: masks]}, with both {ladder[oracle: both]}. So PL-DC's category correction is
-  its part that counts here: without it PL-DC is at {without[pl-dc, no correction]}. Its
-  adaptive filter and its pixel weights are within the noise of two runs.
+* **Classes are what is lost, more than masks.** With right classes on Guided Distillation's
+  pseudo-labels its AP would be {ladder[oracle: classes]}, with right masks {ladder[oracle: masks]},
+  with both {ladder[oracle: both]}. Each part alone on top of Guided Distillation: category
+  correction {ladder[+ category correction]}, refinement {ladder[+ refinement by SAM]}, copy-paste
+  {ladder[+ copy-paste]}, structural distillation {ladder[+ structural distillation]}, adaptive
+  filter {ladder[+ adaptive filter]}, pixel uncertainty {ladder[+ pixel uncertainty]}. The last
+  three are within the noise of two runs (2 AP). The two papers' gains add up, for they mend
+  different faults.
 * **Refinement pays twice.** SAM's masks have an IoU with the truth that is {refine_burnin}
   above the teacher's at the end of the burn-in (`full`), and better silhouettes are easier to
   name: the second opinion on classes is right more often after SAM than before it. The tiny SAM

@@ -45,6 +45,8 @@ def test_every_option_in_the_documents_exists():
         "--weights",
         "--processes",
         "--masks",
+        "--items",
+        "--size",
         "--score",
         "--threads",
     }

@@ -258,20 +258,25 @@ def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str],
     return net.eval(), config, state["names"], who
 
 
-def run(argv: list[str] | None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="COCO mask and box AP of a checkpoint.")
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """What says which model, and where it runs."""
     parser.add_argument("checkpoint", type=Path, help="runs/<name>/checkpoint.pt")
-    parser.add_argument("--json", default="", help="COCO JSON; default: the run's test part")
-    parser.add_argument("--images", default="", help="its image folder")
     parser.add_argument(
         "--who",
         choices=("teacher", "student"),
         default="",
         help="default: the teacher, or the student of a run without one",
     )
-    parser.add_argument("--save-predictions", type=Path, metavar="F", help="COCO results JSON")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def run(argv: list[str] | None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="COCO mask and box AP of a checkpoint.")
+    add_model_flags(parser)
+    parser.add_argument("--json", default="", help="COCO JSON; default: the run's test part")
+    parser.add_argument("--images", default="", help="its image folder")
+    parser.add_argument("--save-predictions", type=Path, metavar="F", help="COCO results JSON")
     args = parser.parse_args(argv)
     if bool(args.json) != bool(args.images):
         raise UserError("--json and --images go together: give both, or neither")

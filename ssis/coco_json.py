@@ -68,8 +68,8 @@ def load_coco(path: str, folder: str, names: list[str] | None = None) -> Dataset
 def no_collection():
     """Without Python's search for reference cycles.
 
-    Millions of new objects set it off again and again, and a JSON has no cycles: half
-    of the time of reading a large one (docs/performance.md).
+    Millions of new objects set it off again and again, and a JSON has no cycles: a
+    third of the time of reading a large one (docs/performance.md).
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -92,7 +92,7 @@ def read(raw, path: str, folder: str, names: list[str] | None) -> Dataset:
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: image folder not found")
     try:
-        used = {identity(record["category_id"]) for record in raw["annotations"]}
+        used = {as_number(record["category_id"]) for record in raw["annotations"]}
         categories = without_placeholder(raw["categories"], used, names)
         dataset, label_of = read_categories(categories, path, folder, names)
         position = read_images(raw["images"], dataset)
@@ -104,8 +104,8 @@ def read(raw, path: str, folder: str, names: list[str] | None) -> Dataset:
         ) from error
 
 
-def identity(value) -> int | str:
-    """An id as a number where it is one: there are tools that write 7, "7" and 7.0."""
+def as_number(value) -> int | str:
+    """An id or a size as a number: there are tools that write 7, "7" and 7.0."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and value.isdecimal() and len(value) < 19:
@@ -129,7 +129,7 @@ def without_placeholder(
             others
             and all(other.get("supercategory") == name for other in others)
             and record.get("supercategory") in (None, "", "none")
-            and identity(record["id"]) not in used
+            and as_number(record["id"]) not in used
             # A class of the training set stays one, unless it is there once more.
             and (name not in (names or []) or any(o["name"] == name for o in others))
         ):
@@ -137,20 +137,16 @@ def without_placeholder(
     return records
 
 
-def _by_id(pair: tuple) -> tuple:
-    return isinstance(pair[0], str), pair[0]
-
-
 def read_categories(
     records: list[dict], path: str, folder: str, names: list[str] | None
 ) -> tuple[Dataset, dict]:
     """An empty `Dataset` with its classes, and the label of each category id."""
     # Sorted by id: the order of a JSON's list is an accident, labels must not be.
-    # Numbers before text, which cannot be compared.
-    numbers = [identity(category["id"]) for category in records]
-    order = sorted(zip(numbers, records, strict=True), key=_by_id)
-    records = [record for _, record in order]
-    own, ids = [c["name"] for c in records], [identity(c["id"]) for c in records]
+    # Numbers come before text; the two cannot be compared.
+    numbers = [as_number(category["id"]) for category in records]
+    order = sorted(numbers, key=lambda number: (isinstance(number, str), number))
+    records = [records[numbers.index(number)] for number in order]
+    own, ids = [c["name"] for c in records], order
     if not own or len(set(own)) < len(own) or len(set(ids)) < len(ids):
         raise UserError(
             f"{path}: categories must be there, with ids and names given only once"
@@ -173,7 +169,7 @@ def read_images(records: list[dict], dataset: Dataset) -> dict:
     """Fill in names, ids and sizes; returns the position of each image id."""
     path, position, seen, sizes = dataset.source, {}, set(), []
     for image in records:
-        number = identity(image["id"])
+        number = as_number(image["id"])
         if number in position:
             raise UserError(
                 f"{path}: two images have the id {image['id']}; make ids unique"
@@ -184,7 +180,7 @@ def read_images(records: list[dict], dataset: Dataset) -> dict:
                 f"{path}: two images have the file_name {name!r}; the split could not "
                 "tell them apart"
             )
-        size = (identity(image["height"]), identity(image["width"]))
+        size = (as_number(image["height"]), as_number(image["width"]))
         if not all(isinstance(side, int) and side > 0 for side in size):
             raise UserError(
                 f"{path}: image {name!r} has height {size[0]!r} and width {size[1]!r}; "
@@ -211,12 +207,12 @@ def read_annotations(
     rows = [[] for _ in position]
     for record in records:
         for key, known in (("image_id", position), ("category_id", label_of)):
-            if identity(record[key]) not in known:
+            if as_number(record[key]) not in known:
                 raise UserError(
                     f"{dataset.source}: annotation {record.get('id')} has {key} "
                     f"{record[key]}, which is not listed"
                 )
-        rows[position[identity(record["image_id"])]].append(record)
+        rows[position[as_number(record["image_id"])]].append(record)
 
     # Arrays that grow: millions of Python numbers would be gigabytes on their own.
     labels, crowd, polygonal = array("q"), array("b"), array("b")
@@ -228,7 +224,7 @@ def read_annotations(
             skipped += not parts
             if not parts:
                 continue
-            labels.append(label_of[identity(record["category_id"])])
+            labels.append(label_of[as_number(record["category_id"])])
             crowd.append(bool(record.get("iscrowd", 0)))
             polygonal.append(is_polygon)
             for part in parts:

@@ -7,8 +7,6 @@ channel is silently broadcast, one of uint8 is a TypeError.
 Read next: `ssis/data.py`, which knows what is on the images.
 """
 
-import struct
-
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -19,12 +17,6 @@ from ssis import UserError
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
 # EXIF orientations 5 to 8 swap width and height.
 SWAPS_SIDES = (5, 6, 7, 8)
-# What Pillow raises for a file that is broken, no image, or absurdly large.
-UNREADABLE = (
-    *(OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError),
-    # From damaged metadata.
-    *(struct.error, TypeError, KeyError, IndexError),
-)
 
 
 def read_image(path: str, expected: tuple[int, int] | None = None) -> Tensor:
@@ -66,7 +58,10 @@ def read_image(path: str, expected: tuple[int, int] | None = None) -> Tensor:
         raise UserError(
             f"{path}: image not found; is the image folder the right one?"
         ) from error
-    except UNREADABLE as error:
+    except MemoryError:
+        raise
+    # Every exception: a damaged file can make Pillow fail in any way.
+    except Exception as error:
         # `expected` comes from a JSON, which then names the file.
         where = " or remove it from the JSON" if expected else ""
         raise UserError(
@@ -91,7 +86,10 @@ def check_header(path: str, expected: tuple[int, int] | None) -> None:
         with Image.open(path) as image:
             size = image.size[::-1]
             turned = image.getexif().get(0x0112) in SWAPS_SIDES
-    except UNREADABLE as error:
+    except MemoryError:
+        raise
+    # Every exception: a damaged file can make Pillow fail in any way.
+    except Exception as error:
         raise UserError(
             f"{path}: cannot be read as an image ({error}); replace it or remove it "
             "from the JSON"

@@ -127,7 +127,7 @@ def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> i
         names: class names.
         files: of `find_images`.
         out: folder to write.
-        args: `score`, `masks`, `device`.
+        args: `score`, `masks`.
 
     Returns:
         The number of images that were read.
@@ -189,18 +189,11 @@ def run(argv: list[str] | None) -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, help="runs/<name>/checkpoint.pt")
+    evaluate.add_model_flags(parser)
     parser.add_argument("images", nargs="+", help="image files and folders")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--score", type=float, default=0.5, help="lowest class score")
     parser.add_argument("--masks", action="store_true", help="a PNG for each instance")
-    parser.add_argument(
-        "--who",
-        choices=("teacher", "student"),
-        default="",
-        help="default: the teacher, or the student of a run without one",
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
     if not 0 <= args.score <= 1:
         raise UserError(f"--score {args.score}: must be from 0 to 1")

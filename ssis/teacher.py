@@ -167,8 +167,8 @@ def paste_parts(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """`paste`, one mask at a time and within its box alone.
 
-    A box is a small part of a photograph: a hundred masks of 480 x 640 pixels take 3 s
-    of a CPU in the whole frame, and less than 0.1 s so (docs/performance.md).
+    A box is a small part of a photograph, and work and memory go with what is sampled
+    (docs/performance.md).
 
     Yields:
         The rows and the columns of the frame that a box touches, and its mask there.

@@ -79,6 +79,32 @@ def test_an_image_without_annotations_is_a_legal_negative(coco_folder):
     assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 32, 48)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_metadata_is_one_line_or_no_matter(tmp_path):
+    """2,000 photos with wrong bytes in their EXIF; Pillow raises what it likes."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x8769], exif[0x011A] = 6, "maker", {0x9003: "2020"}, 72.0
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (9, 9)).save(path, "JPEG", exif=exif)
+    whole = path.read_bytes()
+    start, rng, refused = whole.find(b"Exif"), np.random.RandomState(0), 0
+    # Two that older versions answered with struct.error and AttributeError.
+    for places in [{41: 25, 97: 39}, {43: 11, 123: 111}] + 2000 * [None]:
+        content = bytearray(whole)
+        end = start + len(exif.tobytes())
+        places = places or {rng.randint(start, end): rng.randint(256) for _ in range(2)}
+        for place, value in places.items():
+            content[place] = value
+        path.write_bytes(content)
+        for look in (images.read_image, lambda p: images.check_header(p, (9, 9))):
+            try:
+                look(str(path))
+            except UserError as error:
+                refused += 1
+                assert str(path) in str(error)
+    assert refused < 400
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "LA", "1", "I;16"])
 def test_images_of_all_modes_become_rgb(tmp_path, mode):
     gray = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (30, 1))

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssis import UserError, sam
+from ssis.files import write_text
 from ssis.presets import METHODS, PRESETS, switches
 
 # Fields that may differ between a run and its resumption: they say where and how fast,
@@ -500,9 +501,7 @@ def after_pretraining(config: Config) -> tuple[str, ...]:
 
 def save(config: Config, path: Path) -> None:
     """Write `config.json`, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def differences(

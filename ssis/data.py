@@ -211,11 +211,15 @@ class Dataset:
         wrong size is seen now; in a larger dataset it is seen at the image's turn.
         """
         for index in range(len(self)):
-            path = self.path(index)
-            if not os.path.isfile(path):
-                raise UserError(
-                    f"{path}: image not found, but listed in {self.source}; "
-                    "is the image folder the right one?"
-                )
-            if len(self) <= 20_000:
-                images.check_header(path, self.size(index))
+            self.check_file(index, header=len(self) <= 20_000)
+
+    def check_file(self, index: int, header: bool = True) -> None:
+        """Raise UserError when an image is not there, or its header says otherwise."""
+        path = self.path(index)
+        if not os.path.isfile(path):
+            raise UserError(
+                f"{path}: image not found, but listed in {self.source}; "
+                "is the image folder the right one?"
+            )
+        if header:
+            images.check_header(path, self.size(index))

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import evaluate
 from ssis import UserError, augment, distributed, images, visualize
-from ssis.run_folder import writing
+from ssis.files import writing
 
 # Long side of an overlay, pixels: what a screen shows.
 LARGEST = 2048

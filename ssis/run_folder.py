@@ -17,22 +17,10 @@ import json
 from pathlib import Path
 
 from ssis import UserError, config
-
+from ssis.files import write_text, writing
 
 # The models whose AP a run reports.
 MODELS = ("pretrained", "student", "teacher")
-
-
-@contextlib.contextmanager
-def writing(path: Path, flag: str = "--output"):
-    """Turn a failure to write `path`, below the folder of `flag`, into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); make room or "
-            f"choose another {flag}, then run the same command again"
-        ) from error
 
 
 def prepare(settings: config.Config) -> bool:
@@ -168,9 +156,7 @@ def oracle_note(settings: config.Config) -> dict:
 def write_summary(folder: Path, summary: dict) -> None:
     """Write `summary.json`, the last file of a run."""
     with writing(folder / "summary.json"):
-        temporary = folder / "summary.json.tmp"
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        temporary.replace(folder / "summary.json")
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def table(summary: dict, folder: Path) -> str:

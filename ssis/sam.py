@@ -27,7 +27,6 @@ Read next: `ssis/sam_distill.py` and `ssis/refine.py`, the two uses.
 
 import hashlib
 import io
-import os
 import sys
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 
 from ssis import UserError, tiny_sam
+from ssis.files import whole
 
 # Where the official files are, their sizes in bytes, and their SHA-256.
 SOURCE = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -332,14 +332,13 @@ def write_entry(path: Path, embedding: Tensor, room: float) -> int:
     values = embedding.numpy().tobytes()
     if len(values) + 16 > room:
         return 0
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    checksum = hashlib.blake2b(values, digest_size=16).digest()
     try:
-        temporary.write_bytes(hashlib.blake2b(values, digest_size=16).digest() + values)
-        temporary.replace(path)
+        with whole(path) as temporary:
+            temporary.write_bytes(checksum + values)
     except OSError as error:
         # A cache that cannot be written costs time, not the run.
         print(f"{path}: not kept ({error.strerror})", file=sys.stderr)
-        temporary.unlink(missing_ok=True)
         return 0
     return len(values) + 16
 

@@ -26,7 +26,6 @@ What is drawn is said by a `Scenes`; there are two, this one and the one of
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +36,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from ssis import UserError
+from ssis.files import write_text
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
 # Validation chooses settings, test is only for the final table: never the same images.
@@ -247,18 +247,10 @@ def write_part(folder: Path, part: str, seed: int, images: int, scenes: Scenes) 
     categories = [dict(id=k, name=name) for k, name in enumerate(scenes.classes, 1)]
     info = dict(description=describe(scenes, part, seed, images))
     path = folder / f"instances_{part}.json"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(
-        json.dumps(
-            dict(
-                info=info,
-                images=records,
-                annotations=annotations,
-                categories=categories,
-            )
-        )
+    content = dict(
+        info=info, images=records, annotations=annotations, categories=categories
     )
-    temporary.replace(path)
+    write_text(path, json.dumps(content))
     return path
 
 

@@ -18,7 +18,7 @@ import torch
 from ssis import UserError, distributed
 from ssis.coco_json import load_json
 from ssis.data import Dataset
-from ssis.run_folder import writing
+from ssis.files import writing
 
 
 def draw_split(
@@ -95,26 +95,43 @@ def coverage(dataset: Dataset, chosen: list[int]) -> list[str]:
     ]
 
 
-def write_split(dataset: Dataset, indices: list[int], path: Path, seed: int) -> None:
+def fingerprint(dataset: Dataset) -> str:
+    """A checksum of the names of the annotated images, in their order: what a split is
+    drawn from. Images of a bare folder can come and go."""
+    names = "\n".join(dataset.files[: dataset.annotated]).encode()
+    return hashlib.sha256(names).hexdigest()
+
+
+def write_split(
+    dataset: Dataset, indices: list[int], path: Path, seed: int | None, source: str = ""
+) -> None:
     """Write `labeled.json`, which `--labeled` takes back.
 
-    The checksum of all the images' names says what the split was drawn from.
+    Args:
+        dataset: the training images.
+        indices: the labelled ones.
+        path: the file.
+        seed: of the draw; None for a split that was published.
+        source: the file that it was published in.
     """
-    names = "\n".join(dataset.files).encode()
-    split = dict(
+    content = dict(
         source=os.path.basename(dataset.source),
         seed=seed,
-        of=len(dataset),
-        sha256=hashlib.sha256(names).hexdigest(),
+        **(dict(published=source) if source else {}),
+        of=dataset.annotated,
+        sha256=fingerprint(dataset),
         labeled=[dataset.files[index] for index in indices],
     )
-    path.write_text(
-        json.dumps(split, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_split(dataset: Dataset, path: str) -> list[int]:
-    """Indices of the images that a split names; a list, or a dict with `labeled`."""
+    """Indices of the images that a split names; a list, or a dict with `labeled`.
+
+    A split of another list of images is warned of: as long as its names are there it
+    can be used, but it is not the share of the images that it was.
+    """
     raw = load_json(path, "split")
     names = raw.get("labeled") if isinstance(raw, dict) else raw
     if not isinstance(names, list) or not names:
@@ -130,6 +147,14 @@ def read_split(dataset: Dataset, path: str) -> list[int]:
         raise UserError(
             f"{path}: names {len(unknown)} images that {dataset.source} does not "
             f"list, the first is {unknown[0]!r}"
+        )
+    if isinstance(raw, dict) and raw.get("sha256", fingerprint(dataset)) != fingerprint(
+        dataset
+    ):
+        print(
+            f"warning: {path}: was drawn from other images than {dataset.source} has "
+            f"({raw.get('of')}, not {dataset.annotated}; the checksums differ)",
+            file=sys.stderr,
         )
     return sorted({position[name] for name in names})
 

@@ -40,6 +40,7 @@ from typing import NamedTuple
 import torch
 
 from ssis import UserError, config
+from ssis.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RUNS = ROOT / "docs" / "results", Path("runs")
@@ -237,9 +238,7 @@ def keep(name: str, record: dict) -> None:
     order = {row: k for k, row in enumerate(STUDIES[name].rows)}
     records.sort(key=lambda r: (order.get(r["row"], len(order)), r["seed"]))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    temporary = RESULTS / f"{name}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(records, indent=1) + "\n")
-    temporary.replace(RESULTS / f"{name}.json")
+    write_text(RESULTS / f"{name}.json", json.dumps(records, indent=1) + "\n")
 
 
 def comparable(settings: dict) -> dict:

@@ -23,7 +23,8 @@ from ssis import audit, augment, losses, teacher
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from ssis.run_folder import read_metrics, writing
+from ssis.files import writing
+from ssis.run_folder import read_metrics
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito, 2008), one by class.
 COLOURS = [

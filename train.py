@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import evaluate
 from ssis import UserError, audit, augment, checkpoint, config, correction, distributed
-from ssis import filters, loader, losses, model, refine, run_folder, sam_distill, split
+from ssis import filters, loader, losses, model, refine, report, run_folder, sam_distill, split
 from ssis import teacher, visualize
 from ssis.run import Run
 
@@ -196,7 +196,7 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
     if source:
         state = checkpoint.restore(run, train_set.names, source, first_teacher=not going_on)
         done, results, earlier = state["step"], state["results"], state["seconds"]
-    metrics = run_folder.Metrics(folder / "metrics.jsonl", done, writes=main_process)
+    metrics = run_folder.Metrics(folder / "metrics.jsonl", done, main_process, settings.tensorboard)
     labeled_batches = loader.batches(streams.labeled, settings.labeled_batch, done, run)
     first = max(done, pretrain_end)
     unlabeled_batches = loader.batches(streams.unlabeled, settings.unlabeled_batch, first, run)
@@ -216,7 +216,7 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
             if number == pretrain_end:
                 # The first teacher: judge it, keep it (for `--pretrained`), freeze it.
                 if "pretrained" not in results:
-                    results["pretrained"] = evaluate.judge(run, run.net, test_set)
+                    results["pretrained"], _ = evaluate.judge(run, run.net, test_set)
                 save("pretrained.pt")
                 begin_burnin(run, streams.labeled, train_set.class_shares(labeled))
             if number == burnin_end:
@@ -255,10 +255,11 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
                     bar.write(f"stopped after step {done} of {total}; the same command goes on")
                 return
             if judging:
-                line = {"val_mask_ap_student": evaluate.judge(run, run.net, val_set)["mask"]["AP"]}
+                found, _ = evaluate.judge(run, run.net, val_set)
+                line = {"val_mask_ap_student": found["mask"]["AP"]}
                 if semi:
-                    report = evaluate.judge(run, run.teacher.module, val_set)["mask"]
-                    line["val_mask_ap_teacher"] = report["AP"]
+                    found, _ = evaluate.judge(run, run.teacher.module, val_set)
+                    line["val_mask_ap_teacher"] = found["mask"]["AP"]
                     line |= audit.run(run, pseudo_labels, streams.audit, density)
                     if main_process:
                         audit.warn(means, density, settings.filter, bar.write)
@@ -266,17 +267,16 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
                 metrics.add(step=done, **line)
 
     # The end: the student and, where there is one, the teacher, on the test part.
-    results["student"] = evaluate.judge(run, run.net, test_set)
+    results["student"], found = evaluate.judge(run, run.net, test_set)
     if run.teacher.n_averaged > 0:
-        results["teacher"] = evaluate.judge(run, run.teacher.module, test_set)
+        results["teacher"], found = evaluate.judge(run, run.teacher.module, test_set)
         results |= audit.run(run, pseudo_labels, streams.audit, density)
     spent = earlier + time.monotonic() - began
     counts = dict(labeled=len(labeled), unlabeled=len(unlabeled), steps=total)
     summary = run_folder.summary(settings, results, counts, test_set, spent)
     if main_process:
         run_folder.write_summary(folder, summary)
-        visualize.curves(folder)
-        visualize.predictions(run, test_set, folder)
+        report.finish(folder, test_set, found)
         print(run_folder.table(summary, folder))
 
 

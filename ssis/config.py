@@ -15,6 +15,7 @@ Read next: `train.py`, which uses every field.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ NOT_IN_RESULT = (
     "workers",
     "checkpoint_every",
     "device",
+    "tensorboard",
     # Its weights count, not where they lie: see `checkpoint.restore`.
     "sam_checkpoint",
     "sam_cache",
@@ -310,6 +312,9 @@ class Config:
         96, "unlabelled images on which each evaluation audits the teacher"
     )
     checkpoint_every: int = setting(100, "steps lost at most when the machine dies")
+    tensorboard: bool = setting(
+        False, "write event files too (needs tensorboard), into the run's folder"
+    )
 
     # fmt: on
 
@@ -415,6 +420,11 @@ class Config:
         if self.refine_calibrate and self.refine == "none":
             raise UserError(
                 "--refine-calibrate: needs SAM's masks; add --refine agreement"
+            )
+        if self.tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise UserError(
+                "--tensorboard: needs a further package; pip install tensorboard, or "
+                "leave the flag out (metrics.jsonl has the same numbers)"
             )
         if self.uses_sam:
             # Now, not after all images have been checked.

@@ -123,6 +123,13 @@ class Dataset:
                 result.append(dict(size=[height, width], counts=parts[0].tobytes()))
         return result
 
+    def annotations(self, index: int) -> list[tuple[int, bool]]:
+        """Label of each annotation of an image, and whether it is a crowd."""
+        rows = slice(self.first[index], self.first[index + 1])
+        return list(
+            zip(self.labels[rows].tolist(), self.crowd[rows].tolist(), strict=True)
+        )
+
     def target(self, index: int) -> dict:
         """The truth of an image in the original frame: boxes, labels, masks.
 

@@ -226,7 +226,7 @@ def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
 
 
 def build_resnet50(
-    num_classes: int, min_size: int, max_size: int, weights: str, frozen_norm: bool
+    num_classes: int, min_size: int, max_size: int, weights: str, fetch: bool = True
 ) -> MaskRCNN:
     """torchvision's ResNet-50-FPN Mask R-CNN.
 
@@ -235,23 +235,27 @@ def build_resnet50(
         weights: "none", "imagenet", "coco", or the path of a state dict: of a ResNet-50
             (`fc.` keys are ignored) or of a whole Mask R-CNN (its last layers are
             ignored where the number of classes differs).
-        frozen_norm: as torchvision does it for pretrained weights: BatchNorm's
-            statistics are frozen, since the few images of a step would estimate them
-            badly, and so are the two lowest stages.
+        fetch: load them; False builds what they belong in, with random values, for
+            those of a checkpoint.
+
+    With any weights but "none", as torchvision does it: BatchNorm's statistics are
+    frozen, since the few images of a step would estimate them badly, and so are the two
+    lowest stages.
 
     Raises:
         UserError: no network, no such file, or a file that does not fit.
     """
-    norm = FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d
+    pretrained = weights != "none"
+    norm = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d
     backbone = _resnet_fpn_extractor(
-        resnet.resnet50(weights=None, norm_layer=norm), 3 if frozen_norm else 5
+        resnet.resnet50(weights=None, norm_layer=norm), 3 if pretrained else 5
     )
     model = MaskRCNN(backbone, num_classes, min_size=min_size, max_size=max_size)
     if weights == "coco":
         # torchvision trained these with norms without epsilon. A file given by its path
         # does not say so; after fine-tuning the difference is gone.
         overwrite_eps(model, 0.0)
-    if weights != "none":
+    if pretrained and fetch:
         state = pretrained_state(weights)
         if any(name.startswith("backbone.") for name in state):
             load_matching(model, state, weights)
@@ -302,24 +306,22 @@ def load_matching(module: nn.Module, state: dict[str, Tensor], source: str) -> N
     module.load_state_dict(fits, strict=False)
 
 
-def build(config, num_classes: int, frozen_norm: bool | None = None) -> MaskRCNN:
+def build(config, num_classes: int, fetch: bool = True) -> MaskRCNN:
     """The model that a config asks for, on the CPU.
 
     Args:
         config: `model`, `backbone_weights`, `short_side`, `long_side`.
         num_classes: C + 1.
-        frozen_norm: of `build_resnet50`; None: whenever it starts from weights.
+        fetch: of `build_resnet50`.
     """
     if config.model == "small":
         return build_small(num_classes, config.short_side, config.long_side)
-    if frozen_norm is None:
-        frozen_norm = config.backbone_weights != "none"
     return build_resnet50(
         num_classes,
         config.short_side,
         config.long_side,
         config.backbone_weights,
-        frozen_norm,
+        fetch,
     )
 
 

@@ -31,7 +31,7 @@ from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
 import evaluate
-from ssis import UserError, augment, distributed, images, visualize
+from ssis import UserError, distributed, images, visualize
 from ssis.files import writing
 
 # Long side of an overlay, pixels: what a screen shows.
@@ -81,27 +81,6 @@ def find_images(given: list[str], out: Path) -> dict[str, Path]:
         types = ", ".join(images.IMAGE_TYPES)
         raise UserError(f"{', '.join(given)}: no image in it ({types})")
     return found
-
-
-def overlay(image: torch.Tensor, found: list[dict], names: list[str]) -> Image.Image:
-    """The picture of one image's instances.
-
-    Args:
-        image: (3, H, W) uint8.
-        found: of `evaluate.detect`.
-        names: class names.
-    """
-    # Reduced before it is drawn on: a photograph's own masks would be gigabytes.
-    side = min(LARGEST, max(image.shape[-2:]))
-    small = augment.resize(image, side, side).float() / 255
-    size = tuple(small.shape[-2:])
-    masks = torch.zeros(len(found), *size, dtype=torch.bool)
-    for mask, instance in zip(masks, found, strict=True):
-        whole = torch.from_numpy(mask_utils.decode(instance["segmentation"]))
-        mask[:] = augment.resize_masks(whole[None], small)[0] > 0
-    labels = torch.tensor([instance["category_id"] for instance in found])
-    scores = torch.tensor([instance["score"] for instance in found])
-    return visualize.overlay(small, masks, labels, names, scores, max(side, 256))
 
 
 def save_masks(folder: Path, found: list[dict], names: list[str]) -> None:
@@ -155,7 +134,8 @@ def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> i
                 target = out / "overlays" / f"{name}.png"
                 with writing(target, "--out"):
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    overlay(image, found, names).save(target)
+                    side = max(256, min(LARGEST, max(image.shape[-2:])))
+                    visualize.detections(image, found, names, side).save(target)
                     if args.masks:
                         save_masks(out / "masks" / name, found, names)
     finally:

@@ -6,7 +6,9 @@ r"""The files of a run: what it was, what happened, what came out.
     checkpoint.pt    everything needed to go on, or to evaluate
     pretrained.pt    the same at the end of pretraining; `--pretrained` takes it
     summary.json     the result
+    report.html      all of it on one page (`ssis/report.py`)
     *.png            pseudo-labels, predictions, curves
+    tensorboard/     the metrics once more, with `--tensorboard`
 
 Nothing in a folder is overwritten by a run with other settings: it is refused. Only
 rank 0 writes. Read next: `ssis/visualize.py`, which draws the pictures.
@@ -83,21 +85,44 @@ class Metrics:
         path: the file.
         step: steps done; lines beyond are of steps that were lost and will be repeated.
         writes: False on all processes but the first, where `add` does nothing.
+        tensorboard: write event files into `tensorboard/` beside it as well.
     """
 
-    def __init__(self, path: Path, step: int, writes: bool):
-        self.path, self.writes = path, writes
+    def __init__(self, path: Path, step: int, writes: bool, tensorboard: bool = False):
+        self.path, self.writes, self.events = path, writes, None
         lines = [line for line in read_metrics(path) if line["step"] <= step]
         self._write("".join(json.dumps(line) + "\n" for line in lines), "w")
+        if writes and tensorboard:
+            # Imported here: an optional package.
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = path.with_name("tensorboard")
+            with writing(folder):
+                self.events = SummaryWriter(str(folder), purge_step=step + 1)
 
     def add(self, **line) -> None:
         """Append a line."""
         self._write(json.dumps(line) + "\n", "a")
+        if self.events:
+            for name, value in scalars(line):
+                self.events.add_scalar(name, value, line["step"])
+            self.events.flush()
 
     def _write(self, text: str, mode: str) -> None:
         if self.writes:
             with writing(self.path), open(self.path, mode, encoding="utf-8") as file:
                 file.write(text)
+
+
+def scalars(line: dict, prefix: str = "") -> list[tuple[str, float]]:
+    """The numbers of a line, those of its dicts with the path that leads to them."""
+    found = []
+    for name, value in line.items():
+        if isinstance(value, dict):
+            found += scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            found.append((prefix + name, value))
+    return found
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -1,30 +1,24 @@
-r"""Pictures: pseudo-labels, predictions, curves.
+r"""Pictures: pseudo-labels, predictions.
 
 A number says how many pseudo-labels are right; a picture says what is wrong with the
 others. Every evaluation writes `pseudo_<step>.png`, a strip for each of some
 unlabelled images: the image, all that the teacher predicts, what the filter keeps, the
 masks that SAM drew, the corrected classes, where the masks are unsure, the image after
 copy-paste, and the truth that training never sees.
-The end of a run writes `predictions.png` (the teacher on test images beside the truth)
-and `curves.png`.
+The end of a run writes `predictions.png` (the teacher on test images beside the truth),
+`best.png` and `worst.png` (where it did best and worst).
 
-Read next: back to `train.py`.
+Read next: `ssis/report.py`, which puts them on a page.
 """
 
-import matplotlib
 import torch
 from PIL import Image, ImageDraw
+from pycocotools import mask as mask_utils
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssis import audit, augment, losses, teacher
-
-# No window: the pictures are files, also on a machine without a display.
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
+from ssis import audit, augment, losses
 from ssis.files import writing
-from ssis.run_folder import read_metrics
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito, 2008), one by class.
 COLOURS = [
@@ -209,69 +203,55 @@ def pseudo_labels(run, label, streams, folder, step: int) -> None:
         grid([list(row.values()) for row in rows], list(rows[0])).save(path)
 
 
-def predictions(run, dataset, folder) -> None:
-    """Write `predictions.png`: what the final model finds in test images."""
-    net = (run.net if run.config.method == "supervised" else run.teacher.module).eval()
+def detections(
+    image: Tensor, found: list[dict], names: list[str], side: int = TILE
+) -> Image.Image:
+    """The picture of one image's detections.
+
+    Args:
+        image: (3, H, W) uint8.
+        found: of `evaluate.detect`; or the truth in the same form, without scores.
+        names: class names.
+        side: long side of the picture, pixels.
+    """
+    # Reduced before it is drawn on: a photograph's own masks would be gigabytes.
+    limit = min(side, max(image.shape[-2:]))
+    small = augment.resize(image, limit, limit).float() / 255
+    masks = torch.zeros(len(found), *small.shape[-2:], dtype=torch.bool)
+    for mask, instance in zip(masks, found, strict=True):
+        whole = torch.from_numpy(mask_utils.decode(instance["segmentation"]))
+        mask[:] = augment.resize_masks(whole[None], small)[0] > 0
+    labels = torch.tensor([instance["category_id"] for instance in found])
+    scores = [instance["score"] for instance in found if "score" in instance]
+    scores = torch.tensor(scores) if len(scores) == len(found) > 0 else None
+    return overlay(small, masks, labels, names, scores, side)
+
+
+def predictions(
+    dataset, found: dict[int, list[dict]], indices: list[int], path, note=None
+) -> None:
+    """Write a picture: what was found in some images, beside the truth.
+
+    Args:
+        dataset: a `data.Dataset`.
+        found: image -> its COCO results, of `evaluate.predictions`.
+        indices: the images.
+        path: the file.
+        note: a line for each image, or None.
+    """
     rows = []
-    config = run.config
-    for index in range(min(ROWS, len(dataset))):
-        # In the frame that the model sees, as a photograph's own would be too large.
-        image, truth = dataset.image(index), dataset.target(index)
-        image = augment.resize(image, config.short_side, config.long_side).float() / 255
-        masks = augment.resize_masks(truth["masks"], image)
-        found = teacher.predict(net, [image.to(run.device)], 0.5)[0]
-        names = dataset.names
-        rows.append(
-            [
-                overlay(image, found.masks, found.labels, names, found.class_quality),
-                overlay(image, masks, truth["labels"], names),
-            ]
-        )
-    path = folder / "predictions.png"
+    for row, index in enumerate(indices):
+        image = dataset.image(index)
+        seen = [f for f in found.get(index, []) if f["score"] > 0.5]
+        rles = zip(dataset.rles(index), dataset.annotations(index), strict=True)
+        truth = [
+            dict(segmentation=rle, category_id=label)
+            for rle, (label, crowd) in rles
+            if not crowd
+        ]
+        tile = detections(image, seen, dataset.names)
+        if note:
+            tile = caption(tile, note[row])
+        rows.append([tile, detections(image, truth, dataset.names)])
     with writing(path):
         grid(rows, ["prediction, score > 0.5", "truth"]).save(path)
-
-
-def curves(folder) -> None:
-    """Write `curves.png` from `metrics.jsonl`: losses, validation AP, audit."""
-    lines = read_metrics(folder / "metrics.jsonl")
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(13, 3.6), layout="constrained"
-    )
-    for prefix in ("labeled", "unlabeled"):
-        points = [
-            (
-                line["step"],
-                sum(v for k, v in line.items() if k.startswith(prefix + "/")),
-            )
-            for line in lines
-            if f"{prefix}/loss_mask" in line
-        ]
-        if points:
-            left.plot(*zip(*points, strict=True), label=prefix)
-    left.set(title="loss", xlabel="step")
-    for who in ("student", "teacher"):
-        key = f"val_mask_ap_{who}"
-        points = [
-            (line["step"], line[key]) for line in lines if line.get(key) is not None
-        ]
-        if points:
-            middle.plot(*zip(*points, strict=True), marker="o", label=who)
-    middle.set(title="validation mask AP, %", xlabel="step")
-    audits = [(line["step"], line["audit"]) for line in lines if line.get("audit")]
-    for key in ("box_precision", "class_accuracy", "mask_iou", "recall"):
-        points = [
-            (step, audit[key]) for step, audit in audits if audit[key] is not None
-        ]
-        if points:
-            right.plot(
-                *zip(*points, strict=True), marker="o", label=key.replace("_", " ")
-            )
-    right.set(title="audit of the pseudo-labels", xlabel="step", ylim=(0, 1))
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.3)
-        if axes.has_data():
-            axes.legend()
-    with writing(folder / "curves.png"):
-        figure.savefig(folder / "curves.png", dpi=110)
-    plt.close(figure)

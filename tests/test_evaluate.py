@@ -3,15 +3,17 @@
 import contextlib
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import evaluate
-from ssis import coco_json, model
+from ssis import UserError, coco_json, model
 
 pytestmark = pytest.mark.fast
 
@@ -120,3 +122,60 @@ def test_the_share_of_every_process_together_is_the_whole(shapes_folder):
     ]
     merged = sorted((r for part in parts for r in part), key=lambda r: r["image_id"])
     assert merged == whole and len(whole) > 6
+
+
+def erode(mask: np.ndarray, times: int) -> np.ndarray:
+    """A mask less what touches its outside, or the image's edge, again and again."""
+    for _ in range(times):
+        padded = np.pad(mask, 1)
+        mask = np.min(
+            [
+                padded[dy : dy + mask.shape[0], dx : dx + mask.shape[1]]
+                for dy in range(3)
+                for dx in range(3)
+            ],
+            axis=0,
+        )
+    return mask
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2, 4])
+def test_boundary_ap_is_the_papers(tmp_path, shift):
+    """By hand: min(mask IoU, boundary IoU) with a band of 2 % of the diagonal, and the
+    share of the ten thresholds that it passes."""
+    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
+    height, width = 120, 160
+    true, found = np.zeros((2, height, width), np.uint8)
+    true[20:80, 30:110] = 1
+    found[20 + shift : 80 + shift, 30:110] = 1
+    band = round(0.02 * (height**2 + width**2) ** 0.5)
+    assert band == 4
+    edges = [mask - erode(mask, band) for mask in (true, found)]
+    iou = min(
+        np.logical_and(*pair).sum() / np.logical_or(*pair).sum() for pair in ((true, found), edges)
+    )
+    expected = 100 * np.mean([iou >= t for t in np.arange(0.5, 1, 0.05)])
+
+    def encoded(mask):
+        rle = mask_utils.encode(np.asfortranarray(mask))
+        return dict(rle, counts=rle["counts"].decode())
+
+    raw = dict(
+        images=[dict(id=1, file_name="a.png", height=height, width=width)],
+        categories=[dict(id=1, name="cat")],
+        annotations=[dict(id=1, image_id=1, category_id=1, iscrowd=0, segmentation=encoded(true))],
+    )
+    (tmp_path / "coco.json").write_text(json.dumps(raw))
+    truth = coco_json.load_coco(str(tmp_path / "coco.json"), str(tmp_path)).coco([0])
+    results = [dict(image_id=0, category_id=1, score=0.9, segmentation=encoded(found))]
+    assert evaluate.boundary_average_precision(truth, results)["AP"] == pytest.approx(
+        expected, abs=0.01
+    )
+    assert evaluate.boundary_average_precision(truth, [])["AP"] == 0.0
+
+
+def test_boundary_ap_without_its_package_is_one_line(coco_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    truth = load(coco_folder).coco([0])
+    with pytest.raises(UserError, match=r"--boundary: .* pip install faster-coco-eval"):
+        evaluate.boundary_average_precision(truth, [])

@@ -14,7 +14,7 @@ from ssis import UserError, config, model
 
 def test_losses_are_torchvisions_own():
     """A ResNet-50 built by torchvision alone, with the same weights and the same draw."""
-    ours = model.build_resnet50(4, 64, 64, "none", frozen_norm=False).train()
+    ours = model.build_resnet50(4, 64, 64, "none").train()
     theirs = maskrcnn_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=64
     ).train()

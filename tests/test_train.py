@@ -120,6 +120,9 @@ def test_a_run_leaves_the_files_and_numbers_it_promises(whole):
         "summary.json",
         "curves.png",
         "predictions.png",
+        "best.png",
+        "worst.png",
+        "report.html",
         "pseudo_000005.png",
     ):
         assert (folder / name).stat().st_size > 0, name

@@ -282,12 +282,13 @@ def read_mask(record: dict, size: list[int], path: str) -> tuple[list[bytes], bo
     return parts, True
 
 
-def add_folder(dataset: Dataset, folder: str) -> list[int]:
+def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
     """Append the images of a bare folder; returns their indices.
 
     They have no annotations and never will: sizes are left unknown. Files that the
     dataset lists already are passed over, since the labelled and the unlabelled images
-    often share a folder.
+    often share a folder; so are those of the datasets in `apart`, on which the model is
+    to be judged and which it must not have seen, even without labels.
 
     Raises:
         UserError: no such folder, or no image in it.
@@ -301,7 +302,11 @@ def add_folder(dataset: Dataset, folder: str) -> list[int]:
         if path.suffix.lower() in images.IMAGE_TYPES
     )
     # The listed ones, by their real path: one file may have two names.
-    known = {os.path.realpath(dataset.path(i)) for i in range(len(dataset))}
+    known = {
+        os.path.realpath(part.path(i))
+        for part in (dataset, *apart)
+        for i in range(len(part))
+    }
     names = [name for name in names if os.path.realpath(root / name) not in known]
     if not names:
         raise UserError(

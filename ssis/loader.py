@@ -62,12 +62,12 @@ def prepare(config) -> None:
 def open_parts(config) -> tuple[Dataset, Dataset, Dataset]:
     """Training, validation and test datasets, with the training set's classes."""
     train_set = load_coco(*part_paths(config, "train"))
-    if config.unlabeled_images:
-        add_folder(train_set, config.unlabeled_images)
     val, test = (
         load_coco(*part_paths(config, part), train_set.names)
         for part in ("val", "test")
     )
+    if config.unlabeled_images:
+        add_folder(train_set, config.unlabeled_images, apart=(val, test))
     return train_set, val, test
 
 

@@ -29,6 +29,11 @@ def test_every_option_in_the_documents_exists():
     own = {config.flag(field.name) for field in dataclasses.fields(config.Config)}
     own |= {flag.replace("--", "--no-", 1) for flag in own}
     others = {
+        "--root",
+        "--lists",
+        "--val",
+        "--boundary",
+        "--onnx",
         "--who",
         "--json",
         "--images",
@@ -100,6 +105,28 @@ def test_ci_runs_the_readmes_test_command():
 def test_the_results_page_is_generated_from_the_raw_results():
     done = subprocess.run([sys.executable, "docs/make_results.py", "--check"], cwd=ROOT)
     assert done.returncode == 0, "run python docs/make_results.py"
+
+
+def test_the_page_on_reproducing_is_generated_from_the_presets():
+    done = subprocess.run([sys.executable, "docs/make_reproduce.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run python docs/make_reproduce.py"
+
+
+def test_every_training_command_of_the_documents_would_start():
+    """Each `train.py ...` is parsed; a SAM checkpoint that is not here is left out."""
+    seen = 0
+    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in text.splitlines():
+            command = re.match(r"\s*(?:python|torchrun.*?) train\.py( --.+)", line)
+            # What follows a row of spaces, or a bracket, explains the command.
+            words = re.sub(r"\s{3,}.*|\s\(.*|\.\.\..*", "", command.group(1)) if command else ""
+            words = re.sub(r"[\[\]]|--sam-checkpoint \S+", "", words)
+            if not words.strip() or "--help" in words:
+                continue
+            config.parse([*words.split(), "--sam", "tiny"])
+            seen += 1
+    assert seen > 40
 
 
 def test_links_between_the_documents_lead_somewhere():

@@ -21,7 +21,7 @@ from conftest import ROOT, real
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from ssis import UserError, coco_json, prepare, published, split
+from ssis import UserError, coco_json, config, loader, prepare, published, split
 
 CITIES = {"train": ("aachen", "bremen"), "val": ("frankfurt",)}
 
@@ -253,6 +253,34 @@ def test_a_folder_of_images_is_never_replaced_by_a_link(tmp_path):
     assert (tmp_path / "out" / "train" / "mine.png").read_bytes() == b"mine"
 
 
+def test_ones_own_json_is_parted(tmp_path, capsys, coco_folder):
+    arguments = ["own", "--json", str(coco_folder / "coco.json"), "--out", str(tmp_path / "o")]
+    prepare.run([*arguments, "--root", str(coco_folder / "images"), "--val", "2"])
+    whole = json.loads((coco_folder / "coco.json").read_text())
+    parts = [
+        coco_json.load_coco(
+            str(tmp_path / "o" / f"instances_{part}.json"), str(tmp_path / "o" / part)
+        )
+        for part in ("train", "val")
+    ]
+    names = [name for part in parts for name in part.files]
+    assert sorted(names) == sorted(image["file_name"] for image in whole["images"])
+    assert len(parts[0]) == len(parts[1]) == 2
+    # Both classes that are annotated can be judged, and nothing is lost.
+    assert set().union(*(parts[1].present_labels(i) for i in range(2))) == {1, 2}
+    assert sum(len(part.labels) for part in parts) == len(whole["annotations"])
+    assert parts[0].names == parts[1].names
+    assert "ready: train.py --preset custom" in capsys.readouterr().out
+    for share, said in [
+        ("100%", "leaves no image to train on"),
+        ("no", "--val no: must be a share"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            prepare.run([*arguments, "--root", str(coco_folder / "images"), "--val", share])
+    with pytest.raises(UserError, match="--json J: goes with own"):
+        prepare.run(["own", "--root", str(coco_folder)])
+
+
 # ---------------------------------------------------------------------- published lists
 
 
@@ -355,3 +383,17 @@ def test_a_split_of_other_images_is_warned_of(tmp_path, capsys):
     assert split.read_split(larger, str(tmp_path / "labeled.json")) == chosen
     said = capsys.readouterr().err
     assert "was drawn from other images" in said and "(60, not 61; the checksums differ)" in said
+
+
+def test_validation_images_in_the_folder_of_photos_are_not_trained_on(tmp_path, coco_folder):
+    """Annotated and other photos lie in one folder, as a person's do."""
+    photos = coco_folder / "images"
+    Image.new("L", (50, 40)).save(photos / "new.png")
+    out = tmp_path / "o"
+    prepare.part_own(str(coco_folder / "coco.json"), photos, out, "2")
+    settings = config.parse(["--preset", "custom", "--method", "pl-dc", "--data", str(out)])
+    settings.unlabeled_images = str(photos)
+    train_set, val, _ = loader.open_parts(settings)
+    assert not set(train_set.files) & set(val.files)
+    assert sorted([*train_set.files, *val.files]) == ["0.png", "1.png", "2.png", "3.png", "new.png"]
+    assert train_set.annotated == 2 and len(train_set) == 3

@@ -5,6 +5,8 @@ r"""What data and evaluation cost, beside the plain way with torchvision and pyc
     python docs/bench_data.py start
                         reading an annotation file of COCO's size: seconds, memory, and
                         the memory that each loader worker adds / pycocotools' own way
+    python docs/bench_data.py parts
+                        boxes of masks and pasting, in photographs / torchvision's own
     python docs/bench_data.py evaluate CHECKPOINT
                         evaluating a checkpoint / torchvision's forward pass and one RLE
                         at a time, as in torchvision's reference evaluator
@@ -35,10 +37,12 @@ from pycocotools.cocoeval import COCOeval
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection.mask_rcnn import MaskRCNN as TorchvisionMaskRCNN
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 import evaluate
-from ssis import augment, coco_json, config, loader, shapes
+from ssis import augment, coco_json, config, data, loader, shapes, teacher
 
 # COCO's train2017: images, instances.
 IMAGES, INSTANCES = 118_287, 860_001
@@ -251,6 +255,59 @@ def evaluation(checkpoint: str, rounds: int) -> None:
     print(f"ratio        {medians['ssis'] / medians['torchvision']:6.3f}")
 
 
+def medians(sides: dict, rounds: int) -> None:
+    """Time some functions in turns, and print their medians and the ratio of the two."""
+    times = {name: [] for name in sides}
+    for round_ in range(rounds + 1):
+        for name, call in sides.items():
+            start = time.perf_counter()
+            call()
+            # The first round warms up.
+            times[name] += [time.perf_counter() - start] * (round_ > 0)
+    (ours, a), (plain, b) = ((name, statistics.median(t)) for name, t in times.items())
+    print(f"{ours:<28} {1e3 * a:8.1f} ms   {plain:<28} {1e3 * b:8.1f} ms   ratio {a / b:.3f}")
+
+
+@torch.no_grad()
+def parts(rounds: int) -> None:
+    """Boxes of masks and pasting, at the sizes of photographs."""
+    generator = torch.Generator().manual_seed(0)
+    def boxes(count: int, height: int, width: int) -> torch.Tensor:
+        corner = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 2 / 3
+        span = (torch.rand(count, 2, generator=generator) + 0.1) * torch.tensor([width, height]) / 4
+        return torch.cat([corner, corner + span], dim=1)
+
+    masks = torch.zeros(12, 640, 960, dtype=torch.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes(12, 640, 960).int().tolist(), strict=True):
+        mask[y1:y2, x1:x2] = 1
+    assert torch.equal(data.boxes_of(masks)[:, :2], masks_to_boxes(masks)[:, :2])
+    medians(
+        {
+            "data.boxes_of, 12 masks": lambda: data.boxes_of(masks),
+            "ops.masks_to_boxes": lambda: masks_to_boxes(masks),
+        },
+        rounds,
+    )
+
+    for count, height, width in ((100, 480, 640), (20, 3000, 4000)):
+        small, places = (
+            torch.rand(count, 1, 28, 28, generator=generator),
+            boxes(count, height, width),
+        )
+        given = (small, places, (height, width))
+        medians(
+            {
+                f"paste_parts, {count} masks": lambda given=given: list(
+                    teacher.paste_parts(*given)
+                ),
+                f"torchvision, {height} x {width}": lambda given=given: paste_masks_in_image(
+                    *given
+                ),
+            },
+            min(rounds, 5),
+        )
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -261,6 +318,7 @@ def main() -> None:
     part.add_argument("--size", type=int, default=96, help="short side, pixels")
     part.add_argument("--items", type=int, default=640)
     what.add_parser("start")
+    what.add_parser("parts")
     part = what.add_parser("start-side")
     part.add_argument("side")
     part.add_argument("path")
@@ -272,6 +330,8 @@ def main() -> None:
         if args.json.startswith("data/shapes/"):
             shapes.make(Path("data/shapes"))
         pipeline(args.json, args.images, args.size, args.items)
+    elif args.what == "parts":
+        parts(20)
     elif args.what == "start":
         start()
     elif args.what == "start-side":

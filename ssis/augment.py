@@ -46,25 +46,12 @@ from ssis import data
 NEAREST_EXACT = v2.InterpolationMode.NEAREST_EXACT
 
 
-class GaussianBlur(v2.GaussianBlur):
-    """torchvision's, along the rows and then along the columns.
-
-    A Gaussian is a product of two, so the result is the same; of the 13 x 13
-    multiplications a pixel 26 are left (docs/performance.md).
-    """
-
-    def transform(self, inpt, params):
-        width, height = self.kernel_size
-        inpt = F.gaussian_blur(inpt, [width, 1], params["sigma"])
-        return F.gaussian_blur(inpt, [1, height], params["sigma"])
-
-
 # GD section 4, in the order of its text. The kernel spans about three sigmas.
 STRONG = v2.Compose(
     [
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
         v2.RandomGrayscale(p=0.2),
-        v2.RandomApply([GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
+        v2.RandomApply([v2.GaussianBlur(kernel_size=13, sigma=(0.1, 2.0))], p=0.5),
     ]
 )
 

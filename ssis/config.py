@@ -365,57 +365,32 @@ class Config:
             raise UserError(
                 f"--method {self.method}: not there; there is {', '.join(METHODS)}"
             )
-        if min(self.pretrain_steps, self.burnin_steps, self.mutual_steps) < 0:
-            raise UserError(
-                "--pretrain-steps, --burnin-steps, --mutual-steps: must be >= 0"
-            )
+        self.check_numbers()
+        self.check_combinations()
+
+    def check_numbers(self) -> None:
+        """Each number on its own."""
+        for names, right, words in RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if not right(value):
+                    raise UserError(f"{flag(name)} {value}: must be {words}")
+
+    def check_combinations(self) -> None:
+        """Settings that contradict each other, or ask for what is not there."""
         if self.stage_ends[-1] < 1:
             raise UserError(
                 "--pretrain-steps, --burnin-steps, --mutual-steps: all are 0"
             )
-        for name in (
-            "labeled_batch",
-            "unlabeled_batch",
-            "prototypes",
-            "structure_queries",
-            "refine_points",
-            "eval_every",
-            "checkpoint_every",
-            "short_side_min",
-            "short_side",
-            "long_side",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"{flag(name)} {getattr(self, name)}: must be at least 1"
-                )
         if not self.short_side_min <= self.short_side <= self.long_side:
             raise UserError(
                 "--short-side-min <= --short-side <= --long-side does not hold"
             )
-        if not 0 <= self.decay_at < 1:
-            raise UserError(f"--decay-at {self.decay_at}: must be from 0 to below 1")
-        shares = ("tau_class", "tau_mask", "tau_min", "tau_max")
-        shares += (
-            "structure_boundary",
-            "structure_channels",
-            "refine_gate",
-            "arp_min_area",
-        )
-        for name in ("ema_decay", "threshold_decay", *shares):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(
-                    f"{flag(name)} {getattr(self, name)}: must be from 0 to 1"
-                )
         if self.tau_min > self.tau_max:
             raise UserError("--tau-min <= --tau-max does not hold")
         if self.descriptions and self.correction != "clip":
             raise UserError(
                 f"--descriptions {self.descriptions}: are for --correction clip alone"
-            )
-        if not 0 <= self.arp_jitter < 1:
-            raise UserError(
-                f"--arp-jitter {self.arp_jitter}: must be from 0 to below 1"
             )
         if self.refine_calibrate and self.refine == "none":
             raise UserError(
@@ -429,16 +404,11 @@ class Config:
         if self.uses_sam:
             # Now, not after all images have been checked.
             sam.find(self.sam, self.sam_checkpoint)
-        if self.sam_checkpoint and not self.uses_sam:
+        elif self.sam_checkpoint:
             raise UserError(
                 f"--sam-checkpoint {self.sam_checkpoint}: nothing uses SAM; give "
                 "--method s4m or full, or leave it out"
             )
-        for name in ("lr", "clip_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(
-                    f"{flag(name)} {getattr(self, name)}: must be > 0 and finite"
-                )
         if self.pretrained and self.method == "supervised":
             raise UserError(
                 f"--pretrained {self.pretrained}: --method supervised is pretraining "
@@ -449,11 +419,33 @@ class Config:
                 f"--backbone-weights {self.backbone_weights}: the small model has "
                 "none; add --model resnet50"
             )
-        counts = ("seed", "workers", "min_area", "warmup_steps", "audit_images")
-        sizes = ("structure_weight", "sam_cache_gb", "sam_memory_gb")
-        for name in (*counts, "weight_decay", "unsup_weight", *sizes):
-            if getattr(self, name) < 0:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must be >= 0")
+
+
+# Fields, what their values must fulfil, and that in words. A comparison with NaN is
+# false, so that NaN is refused everywhere.
+RANGES = (
+    (
+        "labeled_batch unlabeled_batch prototypes structure_queries refine_points "
+        "eval_every checkpoint_every short_side_min short_side long_side",
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    (
+        "pretrain_steps burnin_steps mutual_steps seed workers min_area warmup_steps "
+        "audit_images weight_decay unsup_weight structure_weight sam_cache_gb "
+        "sam_memory_gb",
+        lambda value: value >= 0,
+        ">= 0",
+    ),
+    (
+        "ema_decay threshold_decay tau_class tau_mask tau_min tau_max "
+        "structure_boundary structure_channels refine_gate arp_min_area",
+        lambda value: 0 <= value <= 1,
+        "from 0 to 1",
+    ),
+    ("decay_at arp_jitter", lambda value: 0 <= value < 1, "from 0 to below 1"),
+    ("lr clip_norm", lambda value: 0 < value < float("inf"), "> 0 and finite"),
+)
 
 
 def flag(name: str) -> str:

@@ -12,6 +12,7 @@ One run has three stages (Guided Distillation, arXiv 2308.02668, section 3):
 B = images of a batch on this process, N = instances, C = classes; images (3, H, W).
 """
 
+import contextlib
 import sys
 import time
 
@@ -41,6 +42,7 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
         The row of the loss table: name -> (2,) tensor [sum, count] of this process.
     """
     run.optimizer.zero_grad(set_to_none=True)
+    run.guard.begin()
     # The unlabelled pass comes first and is freed by its own backward pass before the
     # labelled one starts: the memory of a step is that of its larger half, not of both.
     row = {} if unlabeled is None else unlabeled_pass(run, unlabeled)
@@ -66,8 +68,10 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
     run.scaler.scale(objective).backward()
 
     run.scaler.unscale_(run.optimizer)
-    nn.utils.clip_grad_norm_(run.net.parameters(), run.config.clip_norm)
-    run.scaler.step(run.optimizer)
+    norm = nn.utils.clip_grad_norm_(run.net.parameters(), run.config.clip_norm)
+    # A step with NaN in it is not taken, and ends the run if it is the third in a row.
+    if run.guard.allows(norm, row, labeled + (unlabeled or []), run.schedule.last_epoch + 1):
+        run.scaler.step(run.optimizer)
     run.scaler.update()
     run.schedule.step()
     distributed.average_statistics(run.net)
@@ -110,9 +114,8 @@ def unlabeled_pass(run: Run, unlabeled: list[dict]) -> dict:
         objective = losses.total(loss_u, counts, total_counts, run.world)
         # GD Eq. (total): the unlabelled part, lambda_u L_unlabeled.
         run.scaler.scale(settings.unsup_weight * objective).backward()
-    row = losses.logged(loss_u, counts, "unlabeled/")
-    found = [sum(map(len, pseudo)), len(pseudo)]
-    return row | {"pseudo_per_image": torch.tensor(found, device=run.device)}
+    found = torch.tensor([sum(map(len, pseudo)), len(pseudo)], device=run.device)
+    return losses.logged(loss_u, counts, "unlabeled/") | {"pseudo_per_image": found}
 
 
 def pseudo_labels(run: Run, weak: list, items: list[dict], lowest: float | None = None) -> dict:
@@ -146,10 +149,8 @@ def pseudo_labels(run: Run, weak: list, items: list[dict], lowest: float | None 
         latest = stages["corrected"] = correction.correct(latest, weak, run.second, weight)
     # Headroom, not a method.
     if settings.oracle != "none":
-        stages["oracle"] = [
-            audit.oracle(found, item["target"], settings.oracle)
-            for found, item in zip(latest, items, strict=True)
-        ]
+        pairs = zip(latest, items, strict=True)
+        stages["oracle"] = [audit.oracle(p, i["target"], settings.oracle) for p, i in pairs]
     return stages | {"final": list(stages.values())[-1]}
 
 
@@ -174,15 +175,15 @@ def begin_burnin(run: Run, labeled: loader.Stream, frequency: torch.Tensor) -> N
 # ----------------------------------------------------------------------------- the run
 
 
-def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None:
-    """From the settings to `summary.json`."""
+def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> None:
+    """From the settings to `summary.json`; `start` is of `distributed.start`."""
     main_process, device, folder = start[0] == 0, start[2], settings.run_folder
     torch.use_deterministic_algorithms(settings.deterministic)
 
     # Data. Rank 0 draws the shapes, checks the files and decides the split; the others read
     # what it wrote, so no two processes can disagree on what is labelled.
     distributed.from_main(loader.prepare, settings)
-    going_on = distributed.from_main(run_folder.prepare, settings)
+    latest = distributed.from_main(run_folder.prepare, settings, held)
     train_set, val_set, test_set = loader.open_parts(settings)
     labeled, unlabeled = split.split(train_set, settings, folder / "labeled.json")
     density = train_set.instances_per_image(labeled)
@@ -192,9 +193,8 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
     run = Run(settings, train_set, start)
     pretrain_end, burnin_end, total = settings.stage_ends
     done, results, earlier = 0, {}, 0.0
-    source = folder / "checkpoint.pt" if going_on else settings.pretrained
-    if source:
-        state = checkpoint.restore(run, train_set.names, source, first_teacher=not going_on)
+    if source := latest or settings.pretrained:
+        state = checkpoint.restore(run, train_set.names, source, first_teacher=not latest)
         done, results, earlier = state["step"], state["results"], state["seconds"]
     metrics = run_folder.Metrics(folder / "metrics.jsonl", done, main_process, settings.tensorboard)
     labeled_batches = loader.batches(streams.labeled, settings.labeled_batch, done, run)
@@ -244,8 +244,7 @@ def train(settings: config.Config, start: tuple[int, int, torch.device]) -> None
             judging = done % settings.eval_every == 0 and done < total
             if done % 10 == 0 or saving or judging:
                 # Raises on NaN, before anything is saved: such a checkpoint is worth nothing.
-                means = losses.means(table, done)
-                table = {}
+                means, table = losses.means(table, done), {}
                 metrics.add(step=done, stage=stage, lr=lr, **means)
                 bar.set_postfix(losses.brief(means), refresh=False)
             if saving:
@@ -287,7 +286,8 @@ def main(argv: list[str] | None = None) -> None:
     """One line and status 2 for what the user did wrong, a traceback for what we did."""
     try:
         settings = config.parse(argv)
-        train(settings, distributed.start(settings.device))
+        with contextlib.ExitStack() as held:
+            train(settings, distributed.start(settings.device), held)
         distributed.stop()
     except UserError as error:
         distributed.give_up(error)

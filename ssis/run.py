@@ -9,7 +9,7 @@ Read next: `train.py`.
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ssis import config, correction, distributed, filters, model, optimizer, sam
+from ssis import config, correction, distributed, filters, guard, model, optimizer, sam
 from ssis import sam_distill, teacher
 
 
@@ -24,6 +24,7 @@ class Run:
         teacher: the EMA teacher (`torch.optim.swa_utils.AveragedModel`).
         optimizer, schedule: AdamW and its learning rate; `schedule.last_epoch` is the
             number of steps done.
+        guard: skips a step that is not finite.
         autocast, scaler: mixed precision; both do nothing with `--amp off`.
         thresholds: PL-DC's adaptive thresholds.
         second: PL-DC's second classifier, or None.
@@ -63,6 +64,13 @@ class Run:
         self.optimizer = optimizer.make(self.net, settings)
         self.schedule = LambdaLR(
             self.optimizer, lambda step: optimizer.lr_factor(step, settings)
+        )
+        self.guard = guard.Guard(
+            self.net,
+            train_set.files,
+            settings.run_folder,
+            settings.amp == "fp16",
+            self.rank,
         )
         dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
         self.autocast = torch.autocast(

@@ -3,7 +3,8 @@ r"""The files of a run: what it was, what happened, what came out.
     config.json      every setting
     labeled.json     the split; `--labeled` takes it back
     metrics.jsonl    a line for every ten steps, and one for every evaluation
-    checkpoint.pt    everything needed to go on, or to evaluate
+    checkpoint.pt    everything needed to go on, or to evaluate; the one before it is
+                     checkpoint.previous.pt
     pretrained.pt    the same at the end of pretraining; `--pretrained` takes it
     summary.json     the result
     report.html      all of it on one page (`ssis/report.py`)
@@ -18,21 +19,53 @@ import contextlib
 import json
 from pathlib import Path
 
-from ssis import UserError, config
+try:
+    import fcntl
+except ImportError:  # Windows, where folders are not locked
+    fcntl = None
+
+from ssis import UserError, checkpoint, config
 from ssis.files import write_text, writing
 
 # The models whose AP a run reports.
 MODELS = ("pretrained", "student", "teacher")
 
 
-def prepare(settings: config.Config) -> bool:
+@contextlib.contextmanager
+def lock(folder: Path):
+    """In this context no other process can train in the folder.
+
+    The operating system takes the lock back when the process ends, however it ends.
+
+    Raises:
+        UserError: another process trains in it now.
+    """
+    if fcntl is None:
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder}: another process trains in it now; wait for it, stop it, or "
+                "give another --output"
+            ) from error
+        yield
+
+
+def prepare(settings: config.Config, held: contextlib.ExitStack) -> Path | None:
     """Make the run's folder, or find an unfinished run of the same settings in it.
 
     What is left of a run that never saved anything is cleared away: it would only stand
     in the way of the corrected command.
 
+    Args:
+        settings: of the run.
+        held: keeps the folder locked until it is closed.
+
     Returns:
-        Whether there is a checkpoint to go on from.
+        The checkpoint to go on from, if there is one.
 
     Raises:
         UserError: another run is there, or the folder cannot be written.
@@ -40,8 +73,11 @@ def prepare(settings: config.Config) -> bool:
     folder = settings.run_folder
     saved, point = folder / "config.json", folder / "checkpoint.pt"
     with writing(folder):
-        going_on = settings.resume == "auto" and point.exists()
-        if going_on and saved.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(lock(folder))
+        resumes = settings.resume == "auto"
+        there = point.exists() or checkpoint.previous(point).exists()
+        if resumes and there and saved.exists():
             try:
                 before = json.loads(saved.read_text())
             except ValueError as error:
@@ -55,11 +91,8 @@ def prepare(settings: config.Config) -> bool:
                     f"({'; '.join(other[:3])}); give another --output, or --resume "
                     "never to replace it"
                 )
-        if (
-            settings.resume == "auto"
-            and not going_on
-            and (folder / "summary.json").exists()
-        ):
+        going_on = checkpoint.latest(point) if resumes else None
+        if resumes and not going_on and (folder / "summary.json").exists():
             raise UserError(
                 f"{folder}: holds the summary of a finished run without its "
                 "checkpoint; give another --output, or --resume never to replace it"
@@ -68,12 +101,12 @@ def prepare(settings: config.Config) -> bool:
             # Only what a run writes: the folder may hold more.
             for name in (
                 "checkpoint.pt",
+                "checkpoint.previous.pt",
                 "metrics.jsonl",
                 "summary.json",
                 "labeled.json",
             ):
                 (folder / name).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
         config.save(settings, saved)
     return going_on
 

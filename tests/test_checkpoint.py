@@ -1,9 +1,11 @@
-"""Saving: atomic under a real failure of writing, refusing what is not a checkpoint."""
+"""Saving: atomic under a real failure of writing, refusing what is not a checkpoint, going
+back to the one before a damaged one."""
 
 import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -70,6 +72,50 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, how):
     with pytest.raises(UserError) as caught:
         checkpoint.load(tmp_path / "c.pt")
     assert str(tmp_path / "c.pt") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_any_changed_bit_is_found(tmp_path):
+    """PyTorch's own reader notices none of them."""
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, dict(STATE, weights=torch.randn(50_000)))
+    data, rng = path.read_bytes(), np.random.RandomState(0)
+    for _ in range(60):
+        wrong = bytearray(data)
+        # The middle half of the file is the tensor.
+        place = rng.randint(len(data) // 4, 3 * len(data) // 4)
+        wrong[place] ^= 1 << rng.randint(8)
+        path.write_bytes(wrong)
+        torch.load(path, weights_only=True)
+        with pytest.raises(UserError, match=r"c.pt: damaged .checksum of "):
+            checkpoint.load(path)
+
+
+def test_the_one_before_is_kept_and_gone_back_to(tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    assert checkpoint.latest(path) is None
+    for step in range(3):
+        checkpoint.save(path, dict(STATE, step=step))
+        assert checkpoint.latest(path) == path
+    before = checkpoint.previous(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [before.name, path.name]
+    assert (checkpoint.load(path)["step"], checkpoint.load(before)["step"]) == (2, 1)
+    assert capsys.readouterr().err == ""
+
+    # Killed between the two renames; damaged; cut off.
+    whole = path.read_bytes()
+    for content, said in ((None, "missing"), (whole[:900] + b"?" + whole[901:], ""), (b"PK", "")):
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        assert checkpoint.latest(path) == before
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"warning: {path}: ") and said in line
+        assert f"the one before it is {before}; going on from it" in line
+    # Neither: never from the beginning without a word.
+    before.write_bytes(b"")
+    with pytest.raises(UserError, match="none to go on from; give --resume never") as caught:
+        checkpoint.latest(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

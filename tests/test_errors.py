@@ -13,7 +13,7 @@ from PIL import Image
 
 import evaluate
 import train
-from ssis import checkpoint, config, model
+from ssis import checkpoint, config, model, run_folder
 
 pytestmark = pytest.mark.fast
 
@@ -264,6 +264,17 @@ def test_a_run_of_other_settings_is_not_overwritten(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 3
 
 
+def test_a_folder_in_which_another_process_trains(tmp_path, capsys):
+    write_coco(tmp_path)
+    (tmp_path / "run").mkdir()
+    with run_folder.lock(tmp_path / "run"):
+        line = error_of(capsys, train.main, arguments(tmp_path))
+        assert "another process trains in it now" in line and "give another --output" in line
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+    # When that one has ended, however, it is free.
+    train.main([*arguments(tmp_path), "--method", "supervised"])
+
+
 def test_evaluating_what_is_no_checkpoint_or_another_models(tmp_path, capsys):
     write_coco(tmp_path)
     data = ["--json", tmp_path / "coco.json", "--images", tmp_path / "images"]
@@ -298,7 +309,8 @@ def test_a_corrected_command_is_not_blocked_by_the_failed_one(tmp_path, capsys):
     error_of(capsys, train.main, [*arguments(tmp_path), "--labeled", "5"])
     train.main([*arguments(tmp_path), "--method", "supervised", "--lr", "1e-4"])
     # And a finished run is not wiped out because its checkpoint was thrown away.
-    (tmp_path / "run" / "checkpoint.pt").unlink()
+    for path in (tmp_path / "run").glob("checkpoint*.pt"):
+        path.unlink()
     capsys.readouterr()
     line = error_of(capsys, train.main, [*arguments(tmp_path), "--method", "supervised"])
     assert "finished run without its checkpoint" in line

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import io
 import json
 from pathlib import Path
@@ -165,17 +166,12 @@ def boundary_average_precision(truth: COCO, results: list[dict]) -> dict:
     the boundary of a mask is what lies within 2 % of the image diagonal of its outline.
     A large object's mask IoU hardly notices a ragged outline; this does.
 
-    Args and result as for `average_precision`, of masks, without the classes.
-
-    Raises:
-        UserError: faster-coco-eval, which computes it, is not installed.
+    Args and result as for `average_precision`, of masks, without the classes. Computed by
+    faster-coco-eval.
     """
-    try:
-        import faster_coco_eval as fast
-    except ImportError as error:
-        raise UserError(
-            "--boundary: needs a further package; pip install faster-coco-eval"
-        ) from error
+    # Imported here: an optional package.
+    import faster_coco_eval as fast
+
     keys = ("image_id", "category_id", "score", "segmentation")
     lines = [{key: result[key] for key in keys} for result in results]
     if not lines:
@@ -291,7 +287,7 @@ def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str],
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """What says which model, and where it runs."""
+    """What says which model."""
     parser.add_argument("checkpoint", type=Path, help="runs/<name>/checkpoint.pt")
     parser.add_argument(
         "--who",
@@ -299,13 +295,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         default="",
         help="default: the teacher, or the student of a run without one",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def run(argv: list[str] | None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="COCO mask and box AP of a checkpoint.")
     add_model_flags(parser)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", default="", help="COCO JSON; default: the run's test part")
     parser.add_argument("--images", default="", help="its image folder")
     parser.add_argument("--boundary", action="store_true", help="boundary AP too")
@@ -313,6 +309,8 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     if bool(args.json) != bool(args.images):
         raise UserError("--json and --images go together: give both, or neither")
+    if args.boundary and not importlib.util.find_spec("faster_coco_eval"):
+        raise UserError("--boundary: needs a further package; pip install faster-coco-eval")
     net, config, names, who = load_model(args.checkpoint, args.who)
     source, folder = (args.json, args.images) if args.json else loader.part_paths(config, "test")
     dataset = coco_json.load_coco(source, folder, names)

@@ -89,11 +89,10 @@ the teacher and AdamW, 7 GB for SAM's encoder. Not counted: evaluation every 5,0
 
 OUTRO = """## Tried at full size on a CPU
 
-ResNet-50-FPN, views of 640-800 x 1333 pixels, 80 classes, `vit_b` with random weights: two steps
-of pretraining with structural distillation, one of the guided burn-in, one of mutual learning,
-and three evaluations, on the 80 images of a small COCO. A random teacher predicts nothing that
-passes a filter; the thresholds of 0 let everything through, so that SAM redraws and copy-paste
-has something to paste.
+ResNet-50-FPN, views of 640-800 x 1333 pixels, 80 classes, `vit_b` with random weights, `full`: two
+steps of pretraining with structural distillation and one of the guided burn-in, on the 80 images
+of a small COCO. The thresholds of 0 let a random teacher's hundred predictions an image through,
+so that SAM redraws them all, and copy-paste has something to paste.
 
 ```
 {command}
@@ -105,8 +104,8 @@ TRIED = (
     "python train.py --preset coco --labeled 2% --data COCO_MINI --method full "
     "--sam vit_b --sam-checkpoint vit_b.pth --backbone-weights resnet50.pth "
     "--labeled-batch 1 --unlabeled-batch 1 "
-    "--pretrain-steps 2 --burnin-steps 1 --mutual-steps 1 "
-    "--tau-class 0 --tau-mask 0 --audit-images 2 --workers 0"
+    "--pretrain-steps 2 --burnin-steps 1 --mutual-steps 1 --tau-class 0 --tau-mask 0 "
+    "--audit-images 2 --workers 0 --val-json FOUR_IMAGES --val-images COCO_MINI/val"
 )
 MEASURED = (HERE / "results" / "full-size.txt").read_text(encoding="utf-8").strip()
 

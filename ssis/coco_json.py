@@ -282,13 +282,44 @@ def read_mask(record: dict, size: list[int], path: str) -> tuple[list[bytes], bo
     return parts, True
 
 
+class Known:
+    """Some files, to be found again under other names and as copies.
+
+    Of two files of one size the first and the last 4 kB are compared: enough to tell
+    two photos apart, and little to read where there are hundreds of thousands.
+    """
+
+    def __init__(self, paths):
+        self.paths, self.sizes, self.edges = set(), {}, {}
+        for path in paths:
+            self.paths.add(os.path.realpath(path))
+            with contextlib.suppress(OSError):  # missing: told when files are checked
+                self.sizes.setdefault(os.path.getsize(path), []).append(path)
+
+    def __contains__(self, path: str) -> bool:
+        if os.path.realpath(path) in self.paths:
+            return True
+        same = self.sizes.get(os.path.getsize(path), [])
+        return bool(same) and self.edge(path) in map(self.edge, same)
+
+    def edge(self, path: str) -> bytes:
+        """The first and the last 4 kB of a file."""
+        if path not in self.edges:
+            with open(path, "rb") as file:
+                start = file.read(4096)
+                file.seek(max(0, os.path.getsize(path) - 4096))
+                self.edges[path] = start + file.read(4096)
+        return self.edges[path]
+
+
 def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
     """Append the images of a bare folder; returns their indices.
 
     They have no annotations and never will: sizes are left unknown. Files that the
     dataset lists already are passed over, since the labelled and the unlabelled images
     often share a folder; so are those of the datasets in `apart`, on which the model is
-    to be judged and which it must not have seen, even without labels.
+    to be judged and which it must not have seen, even without labels. Copies count too,
+    as an annotation tool's export brings them; pictures that it compressed anew do not.
 
     Raises:
         UserError: no such folder, or no image in it.
@@ -301,13 +332,8 @@ def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
         for path in root.rglob("*")
         if path.suffix.lower() in images.IMAGE_TYPES
     )
-    # The listed ones, by their real path: one file may have two names.
-    known = {
-        os.path.realpath(part.path(i))
-        for part in (dataset, *apart)
-        for i in range(len(part))
-    }
-    names = [name for name in names if os.path.realpath(root / name) not in known]
+    known = Known(part.path(i) for part in (dataset, *apart) for i in range(len(part)))
+    names = [name for name in names if str(root / name) not in known]
     if not names:
         raise UserError(
             f"{folder}: no image in it that is not in {dataset.source} already "

@@ -17,6 +17,9 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -220,44 +223,62 @@ def convert_part(dataset: str, root: Path, out: Path, part: str, workers: int) -
             f"{SOURCES[dataset].example}"
         )
     target, partial = out / f"instances_{part}.json", out / f".instances_{part}.partial"
-    # What the file was made of: another list of images makes it anew.
-    listed = "\n".join("\t".join((job.name, *job.truth)) for job in jobs)
-    mark = hashlib.sha256(listed.encode()).hexdigest()
-    if made_of(target) == mark:
+    mark = mark_of(jobs, root)
+    if description(target)[-1:] == [mark]:
         print(f"{target}: is there already; delete it to make it again")
         return folder
     done = read_partial(partial, mark)
     waiting = [(dataset, job) for job in jobs if job.name not in done]
     size = dict(total=len(jobs), initial=len(done), unit="image", desc=part)
     # "spawn": a forked child of a process with threads may hang.
-    pool = multiprocessing.get_context("spawn").Pool(workers)
-    with (
-        writing(partial, "--out"),
-        open(partial, "a") as file,
-        pool,
-        tqdm(**size) as bar,
-    ):
-        for record in pool.imap(convert, waiting, chunksize=4):
-            if isinstance(record, str):
-                raise UserError(record)
-            done[record["file_name"]] = record
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            bar.update()
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    with writing(partial, "--out"), open(partial, "a") as file, tqdm(**size) as bar:
+        try:
+            for record in pool.map(convert, waiting, chunksize=4):
+                if isinstance(record, str):
+                    raise UserError(record)
+                done[record["file_name"]] = record
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                bar.update()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "one of the processes was killed, perhaps for want of memory; give "
+                "fewer --workers, the same command goes on"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     records = [done[job.name] for job in jobs]
-    content = assemble(records, SOURCES[dataset].categories, f"{dataset} {part} {mark}")
+    content = assemble(
+        records, SOURCES[dataset].categories, f"ssis.prepare {dataset} {part} {mark}"
+    )
     with writing(target, "--out"):
         write_text(target, json.dumps(content))
         partial.unlink()
     return folder
 
 
-def made_of(path: Path) -> str:
-    """The mark in a finished JSON, "" when there is none."""
+def mark_of(jobs: list[Job], root: Path) -> str:
+    """What a file is made of: other images, or other truth, make it anew.
+
+    Paths count relative to the root, which may be spelled in many ways.
+    """
+    lines = []
+    for job in jobs:
+        lines.append(job.name)
+        for path in job.truth:
+            size = os.path.getsize(path) if os.path.exists(path) else 0
+            lines.append(f"{os.path.relpath(path, root)} {size}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def description(path: Path) -> list[str]:
+    """The words of a JSON's description: "ssis.prepare", dataset, part, mark."""
     try:
-        return json.loads(path.read_text())["info"]["description"].split()[-1]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return ""
+        return json.loads(path.read_text())["info"]["description"].split()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def read_partial(path: Path, mark: str) -> dict[str, dict]:

@@ -4,8 +4,8 @@ r"""A trained model for the world outside: plain torchvision, and ONNX.
 
 The folder gets `weights.pt`, a state dict of torchvision's Mask R-CNN, `model.py`,
 which builds that model and loads the weights with torch and torchvision alone, and with
-`--onnx` `model.onnx`: an image (3, H, W) of float32 RGB in [0, 1], of any size, to
-boxes (N, 4), labels (N,), scores (N,) and soft masks (N, 1, H, W).
+`--onnx` `model.onnx`: an image (3, H, W) of float32 RGB in [0, 1], of any usual size,
+to boxes (N, 4), labels (N,), scores (N,) and soft masks (N, 1, H, W).
 
 The weights are the same and so are the boxes of an image that needs no resizing, but
 masks are pasted by torchvision's own code, which widens each by up to a pixel
@@ -35,6 +35,8 @@ import evaluate
 from ssis import UserError, coco_json, distributed, loader, model
 from ssis.files import whole, write_text, writing
 
+# What tells an exported `model.py` from any other.
+MARK = "as a plain torchvision model."
 # The file that is written beside the weights. Its builder of the small model is the
 # source of ours.
 SMALL = '''"""{title}
@@ -229,8 +231,15 @@ def run(argv: list[str] | None) -> None:
     if args.onnx and not importlib.util.find_spec("onnx"):
         raise UserError("--onnx: needs a further package; pip install onnx")
     net, config, names, who = evaluate.load_model(args.checkpoint, args.who)
-    title = f"The {who} of {args.checkpoint.name}, as a plain torchvision model."
+    title = f"The {who} of {args.checkpoint.name}, {MARK}"
     no_epsilon = config.model == "resnet50" and config.backbone_weights == "coco"
+    target = args.out / "model.py"
+    if target.exists() and MARK not in target.read_text(
+        encoding="utf-8", errors="replace"
+    ):
+        raise UserError(
+            f"{target}: is there and was not exported; choose another --out"
+        )
     with writing(args.out, "--out"):
         args.out.mkdir(parents=True, exist_ok=True)
         with whole(args.out / "weights.pt") as temporary:

@@ -170,6 +170,7 @@ def run(argv: list[str] | None) -> None:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     evaluate.add_model_flags(parser)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("images", nargs="+", help="image files and folders")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--score", type=float, default=0.5, help="lowest class score")

@@ -25,8 +25,10 @@ import contextlib
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from ssis import UserError, coco_json, convert, distributed, published, split
@@ -62,11 +64,17 @@ def whole_link(path: Path):
     temporary.replace(path)
 
 
-def check(dataset: str, out: Path, part: str) -> coco_json.Dataset:
-    """Read a part as training will, look at every image, and print what there is."""
-    found = coco_json.load_coco(
-        str(out / f"instances_{part}.json"), str(out / part), None
-    )
+def check(dataset: str, out: Path, part: str, names=None) -> coco_json.Dataset:
+    """Read a part as training will, look at every image, and print what there is.
+
+    Args:
+        dataset: its name.
+        out: the folder.
+        part: "train" or "val".
+        names: the classes of the training part, for the other.
+    """
+    source, folder = str(out / f"instances_{part}.json"), str(out / part)
+    found = coco_json.load_coco(source, folder, names)
     for index in tqdm(range(len(found)), unit="image", desc=f"check {part}"):
         found.check_file(index)
     crowds = int(found.crowd.sum())
@@ -86,6 +94,11 @@ def write_splits(dataset: str, out: Path, train_set, lists: list[str]) -> None:
     folder, names = out / "splits", []
 
     def add(name: str, chosen: list[int], seed: int | None, source: str) -> None:
+        # Two lists of one name, in two folders.
+        unique, number = name, 2
+        while unique in names:
+            unique, number = f"{name}-{number}", number + 1
+        name = unique
         names.append(name)
         with writing(folder / f"{name}.json", "--out"):
             folder.mkdir(exist_ok=True)
@@ -101,11 +114,41 @@ def write_splits(dataset: str, out: Path, train_set, lists: list[str]) -> None:
     for path in lists:
         for name, chosen in published.read(path, train_set).items():
             add(name, chosen, None, Path(path).name)
-    print(f"{len(names)} splits in {folder}/, for --labeled: {', '.join(names[:4])} …")
+    if names:
+        shown = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
+        print(f"{len(names)} splits in {folder}/, for --labeled: {shown}")
+
+
+def claim(dataset: str, out: Path, source: str) -> None:
+    """Refuse a folder whose files are not this command's own, before it writes any.
+
+    Args:
+        dataset: what is to be put there.
+        out: the folder.
+        source: the JSON of `own`, which must not be written over.
+    """
+    for part in ("train", "val"):
+        folder, target = out / part, out / f"instances_{part}.json"
+        if folder.exists() and not folder.is_symlink():
+            raise UserError(f"{folder}: is there and is no link; choose another --out")
+        if not target.exists() or target.is_symlink():
+            continue
+        said = convert.description(target)
+        if said[:2] != ["ssis.prepare", dataset] or (
+            source and target.samefile(source)
+        ):
+            raise UserError(
+                f"{target}: is there and was not made by prepare {dataset}; choose "
+                "another --out"
+            )
 
 
 def part_own(source: str, folder: Path, out: Path, share: str) -> None:
     """Part one JSON into `instances_train.json` and `instances_val.json`.
+
+    Images that an earlier call has put into the validation part stay there: a model of
+    before must not be judged by what it was trained on, nor trained on what it was
+    judged by. The last image of a class stays in the training part.
 
     Args:
         source: the COCO JSON.
@@ -115,15 +158,37 @@ def part_own(source: str, folder: Path, out: Path, share: str) -> None:
     """
     dataset = coco_json.load_coco(source, str(folder))
     try:
-        # A draw that covers the classes, so that each can be judged.
-        chosen, warnings = split.draw_split(dataset, share, 0)
+        count = split.how_many(share, len(dataset))
     except UserError as error:
         raise UserError(str(error).replace("--labeled", "--val")) from error
-    for line in (*dataset.warnings, *warnings):
-        print(f"warning: {line}".replace("learnt", "judged"), file=sys.stderr)
-    if len(chosen) == len(dataset):
+    if count == len(dataset):
         raise UserError(f"--val {share}: leaves no image to train on")
-    raw, val = coco_json.load_json(source, "COCO JSON"), set(chosen)
+    earlier = set()
+    if (out / "instances_val.json").exists():
+        before = coco_json.load_json(str(out / "instances_val.json"), "COCO JSON")
+        earlier = {image["file_name"] for image in before["images"]}
+    val = {i for i, name in enumerate(dataset.files) if name in earlier}
+    # How many images of the training part have each class.
+    labels = [dataset.present_labels(i) for i in range(len(dataset))]
+    left = Counter(k for i, found in enumerate(labels) if i not in val for k in found)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    for index in order.tolist():
+        if len(val) >= count:
+            break
+        if index not in val and all(left[label] > 1 for label in labels[index]):
+            val.add(index)
+            left.subtract(labels[index])
+    train = [i for i in range(len(dataset)) if i not in val]
+    for line in (*dataset.warnings, *split.coverage(dataset, train)):
+        print(f"warning: {line}", file=sys.stderr)
+    if not val:
+        raise UserError(
+            f"{source}: each image is the only one of some class, none can be spared "
+            "to judge by; annotate more"
+        )
+    raw = coco_json.load_json(source, "COCO JSON")
+    # Without a tool's placeholder for all the others.
+    categories = [c for c in raw["categories"] if c["name"] in dataset.names]
     for part in ("train", "val"):
         # The reader keeps the order of the JSON's images.
         images = [
@@ -133,7 +198,13 @@ def part_own(source: str, folder: Path, out: Path, share: str) -> None:
         rows = [
             a for a in raw["annotations"] if coco_json.as_number(a["image_id"]) in ids
         ]
-        content = dict(raw, images=images, annotations=rows)
+        content = dict(
+            raw,
+            info=dict(description=f"ssis.prepare own {part}"),
+            images=images,
+            annotations=rows,
+            categories=categories,
+        )
         with writing(out / f"instances_{part}.json", "--out"):
             out.mkdir(parents=True, exist_ok=True)
             write_text(out / f"instances_{part}.json", json.dumps(content))
@@ -166,13 +237,19 @@ def run(argv: list[str] | None) -> None:
         raise UserError(f"--root {args.root}: folder not found")
     if (args.dataset == "own") != bool(args.json):
         raise UserError("--json J: goes with own, and own with it")
+    if args.lists and args.dataset == "own":
+        raise UserError("--lists: published splits are of published datasets, not own")
+    for path in args.lists:
+        if not Path(path).is_file():
+            raise UserError(f"--lists {path}: no such file")
+    claim(args.dataset, out, args.json)
     if args.dataset == "own":
         part_own(args.json, args.root, out, args.val)
-        for part in ("train", "val"):
-            check(args.dataset, out, part)
+        train_set = check(args.dataset, out, "train")
+        check(args.dataset, out, "val", train_set.names)
         print(f"ready: train.py --preset custom --data {out} --labeled 100% ...")
         return
-    parts = {}
+    train_set = None
     for part in ("train", "val"):
         if args.dataset == "coco":
             truth = args.root / "annotations" / f"instances_{part}2017.json"
@@ -183,8 +260,10 @@ def run(argv: list[str] | None) -> None:
                 args.dataset, args.root, out, part, args.workers
             )
         link(out / part, folder)
-        parts[part] = check(args.dataset, out, part)
-    write_splits(args.dataset, out, parts["train"], args.lists)
+        names = train_set.names if train_set else None
+        found = check(args.dataset, out, part, names)
+        train_set = train_set or found
+    write_splits(args.dataset, out, train_set, args.lists)
     print(f"ready: train.py --preset {args.dataset} --data {out}")
 
 

@@ -45,7 +45,7 @@ def read(path: str, dataset: Dataset) -> dict[str, list[int]]:
         UserError: not such a list, or one of other images.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         said = getattr(error, "strerror", None) or "not text"
         raise UserError(f"--lists {path}: cannot be read ({said})") from error
@@ -59,7 +59,9 @@ def read(path: str, dataset: Dataset) -> dict[str, list[int]]:
         names = [str(image.get("file_name")) for image in content["images"]]
         return {stem: named(names, dataset, path)}
     if isinstance(content, dict) and isinstance(content.get("labeled"), list):
-        return {stem: named(content["labeled"], dataset, path)}
+        content = content["labeled"]
+    if isinstance(content, list) and all(isinstance(x, str) for x in content):
+        return {stem: named(content, dataset, path)}
     if isinstance(content, dict) and content:
         return supervision(content, dataset, path, stem)
     raise UserError(

@@ -75,21 +75,31 @@ def quality(dataset, index: int, found: list[dict]) -> float | None:
     """
     seen = sorted((f for f in found if f["score"] > 0.5), key=lambda f: -f["score"])
     labels = dataset.annotations(index)
-    truth = zip(dataset.rles(index), labels, strict=True)
-    truth = [(rle, label) for rle, (label, crowd) in truth if not crowd]
-    if not seen and not truth:
-        return None
-    total, hits, taken = 0.0, 0, set()
+    whole = list(zip(dataset.rles(index), labels, strict=True))
+    truth = [(rle, label) for rle, (label, crowd) in whole if not crowd]
+    crowds = [rle for rle, (_, crowd) in whole if crowd]
+    total, taken, matched = 0.0, set(), set()
     if seen and truth:
         rles = [f["segmentation"] for f in seen]
         iou = mask_utils.iou(rles, [rle for rle, _ in truth], [0] * len(truth))
-        for row, detection in zip(np.asarray(iou), seen, strict=True):
+        for place, (row, detection) in enumerate(
+            zip(np.asarray(iou), seen, strict=True)
+        ):
             for k in np.argsort(-row).tolist():
                 right = truth[k][1] == detection["category_id"] and row[k] > 0.5
                 if right and k not in taken:
                     taken.add(k)
-                    total, hits = total + row[k], hits + 1
+                    total += row[k]
+                    matched.add(place)
                     break
+    # What lies on a crowd, for the most part, is neither right nor wrong.
+    if crowds and seen:
+        rles = [f["segmentation"] for f in seen]
+        lies = np.asarray(mask_utils.iou(rles, crowds, [1] * len(crowds)))
+        on = np.flatnonzero(lies.max(axis=1) > 0.5).tolist()
+        seen = [f for k, f in enumerate(seen) if k not in set(on) - matched]
+    if not seen and not truth:
+        return None
     # TP + FP / 2 + FN / 2, where TP + FP = detections and TP + FN = instances.
     return total / ((len(seen) + len(truth)) / 2)
 
@@ -230,11 +240,11 @@ def page(folder: Path) -> str:
     """The whole page, from the files of a run."""
     try:
         saved = json.loads((folder / "config.json").read_text())
-        fields = {field.name for field in dataclasses.fields(Config)}
-        saved = {name: value for name, value in saved.items() if name in fields}
+        usual = dataclasses.asdict(Config())
+        saved = usual | {k: v for k, v in saved.items() if k in usual}
         path = folder / "summary.json"
         summary = json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: not the folder of a run ({error})") from error
     title = f"{saved['method']} on {saved['preset']}, {saved['labeled']} labelled"
     # The name that the run would have on its own says which parts are switched.
@@ -254,7 +264,8 @@ def page(folder: Path) -> str:
         parts.append(results(summary))
     charts = "".join(chart(folder, panel) for panel in ("loss", "ap", "audit"))
     parts.append(f'<h2>Curves</h2><div class="panels">{charts}</div>')
-    strips = sorted(folder.glob("pseudo_*.png"))
+    strips = sorted(folder.glob("pseudo_[0-9]*.png"))
+    strips = [p for p in strips if p.stem.removeprefix("pseudo_").isdigit()]
     if strips:
         parts.append("<h2>Pseudo-labels over time</h2>")
         places = np.linspace(0, len(strips) - 1, min(STRIPS, len(strips)))

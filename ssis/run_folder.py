@@ -99,7 +99,14 @@ def prepare(settings: config.Config, held: contextlib.ExitStack) -> Path | None:
             )
         if not going_on:
             # Only what a run writes: the folder may hold more.
+            strips = [path.name for path in folder.glob("pseudo_[0-9]*.png")]
             for name in (
+                *strips,
+                "report.html",
+                "best.png",
+                "worst.png",
+                "predictions.png",
+                "curves.png",
                 "checkpoint.pt",
                 "checkpoint.previous.pt",
                 "metrics.jsonl",
@@ -107,6 +114,8 @@ def prepare(settings: config.Config, held: contextlib.ExitStack) -> Path | None:
                 "labeled.json",
             ):
                 (folder / name).unlink(missing_ok=True)
+            for path in (folder / "tensorboard").glob("events.*"):
+                path.unlink()
         config.save(settings, saved)
     return going_on
 

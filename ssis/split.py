@@ -42,19 +42,7 @@ def draw_split(
     if labeled.endswith(".json"):
         given = read_split(dataset, labeled)
         return given, coverage(dataset, given)
-    try:
-        share = float(labeled[:-1]) / 100 if labeled.endswith("%") else None
-        count = round(share * total) if share is not None else int(labeled)
-    except (ValueError, OverflowError) as error:
-        raise UserError(
-            f"--labeled {labeled}: must be a share (5%), a number of images (64) or "
-            "the path of a split's .json"
-        ) from error
-    if not 1 <= count <= total:
-        raise UserError(
-            f"--labeled {labeled}: that is {count} of {total} images; "
-            f"choose from 1 to {total}"
-        )
+    count = how_many(labeled, total)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(total, generator=generator).tolist()
     # Cover the classes first, the rarest first, each by the first image of the random
@@ -71,6 +59,28 @@ def draw_split(
     taken = set(chosen)
     chosen += [index for index in order if index not in taken][: count - len(chosen)]
     return sorted(chosen), coverage(dataset, chosen)
+
+
+def how_many(labeled: str, total: int) -> int:
+    """The number of images that "5%" or "64" of so many means.
+
+    Raises:
+        UserError: neither a share nor a number, or none, or more than there are.
+    """
+    try:
+        share = float(labeled[:-1]) / 100 if labeled.endswith("%") else None
+        count = round(share * total) if share is not None else int(labeled)
+    except (ValueError, OverflowError) as error:
+        raise UserError(
+            f"--labeled {labeled}: must be a share (5%), a number of images (64) or "
+            "the path of a split's .json"
+        ) from error
+    if not 1 <= count <= total:
+        raise UserError(
+            f"--labeled {labeled}: that is {count} of {total} images; "
+            f"choose from 1 to {total}"
+        )
+    return count
 
 
 def coverage(dataset: Dataset, chosen: list[int]) -> list[str]:
@@ -167,6 +177,14 @@ def split(train_set: Dataset, config, path: Path) -> tuple[list[int], list[int]]
     """
 
     def draw() -> list[int]:
+        # The split of a run that goes on; the images must be those it was drawn from.
+        if path.exists() and load_json(str(path), "split").get("sha256") != fingerprint(
+            train_set
+        ):
+            raise UserError(
+                f"{path}: the training images in {train_set.source} are others than "
+                "when this run began; give another --output"
+            )
         if not path.exists():
             chosen, warnings = draw_split(train_set, config.labeled, config.seed)
             for line in train_set.warnings + warnings:

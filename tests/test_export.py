@@ -132,3 +132,11 @@ def test_a_missing_package_is_one_line(monkeypatch, exported):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="--onnx: needs a further package; pip install onnx"):
         export.run(["checkpoint.pt", "--out", str(exported[0]), "--onnx"])
+
+
+def test_a_file_of_ones_own_is_not_written_over(exported, tmp_path):
+    (tmp_path / "model.py").write_text("# mine")
+    with pytest.raises(UserError, match="is there and was not exported"):
+        export.run([str(exported[0].parent / "checkpoint.pt"), "--out", str(tmp_path)])
+    assert (tmp_path / "model.py").read_text() == "# mine"
+    export.run([str(exported[0].parent / "checkpoint.pt"), "--out", str(exported[0])])

@@ -16,7 +16,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
 import train
-from ssis import checkpoint, coco_json, config, distributed, predict
+from ssis import checkpoint, coco_json, config, distributed, predict, visualize
 
 pytestmark = pytest.mark.fast
 
@@ -109,7 +109,7 @@ def test_the_overlay_shows_the_masks_where_they_are():
     mask = np.zeros((1500, 3000), np.uint8, order="F")
     mask[300:600, 300:900] = 1
     found = [dict(category_id=1, score=0.9, segmentation=mask_utils.encode(mask))]
-    picture = np.array(predict.overlay(image, found, ["thing"])).astype(int)
+    picture = np.array(visualize.detections(image, found, ["thing"], predict.LARGEST)).astype(int)
     assert picture.shape == (1024, 2048, 3)
     changed = np.abs(picture - 128).max(axis=2) > 20
     xs = np.where(changed[260:400])[1]  # below the text
@@ -120,7 +120,7 @@ def test_the_overlay_shows_the_masks_where_they_are():
 def test_what_was_found_is_kept_when_it_is_stopped(trained, tmp_path, monkeypatch):
     for k in range(3):
         Image.new("RGB", (40, 40), (90 * k, 30, 200)).save(tmp_path / f"{k}.png")
-    draw, calls = predict.overlay, []
+    draw, calls = visualize.detections, []
 
     def stop_at_the_third(*arguments):
         calls.append(arguments)
@@ -128,7 +128,7 @@ def test_what_was_found_is_kept_when_it_is_stopped(trained, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return draw(*arguments)
 
-    monkeypatch.setattr(predict, "overlay", stop_at_the_third)
+    monkeypatch.setattr(visualize, "detections", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         predict.main([str(trained), str(tmp_path), "--out", str(tmp_path / "out"), "--score", "0"])
     found = json.loads((tmp_path / "out" / "coco.json").read_text())

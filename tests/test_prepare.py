@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, real
+from conftest import ROOT, real, write_coco
 from PIL import Image
 from pycocotools import mask as mask_utils
 
@@ -266,8 +266,8 @@ def test_ones_own_json_is_parted(tmp_path, capsys, coco_folder):
     names = [name for part in parts for name in part.files]
     assert sorted(names) == sorted(image["file_name"] for image in whole["images"])
     assert len(parts[0]) == len(parts[1]) == 2
-    # Both classes that are annotated can be judged, and nothing is lost.
-    assert set().union(*(parts[1].present_labels(i) for i in range(2))) == {1, 2}
+    # Both classes that are annotated can be learnt, and nothing is lost.
+    assert set().union(*(parts[0].present_labels(i) for i in range(2))) == {1, 2}
     assert sum(len(part.labels) for part in parts) == len(whole["annotations"])
     assert parts[0].names == parts[1].names
     assert "ready: train.py --preset custom" in capsys.readouterr().out
@@ -397,3 +397,130 @@ def test_validation_images_in_the_folder_of_photos_are_not_trained_on(tmp_path, 
     assert not set(train_set.files) & set(val.files)
     assert sorted([*train_set.files, *val.files]) == ["0.png", "1.png", "2.png", "3.png", "new.png"]
     assert train_set.annotated == 2 and len(train_set) == 3
+
+
+def test_copies_of_validation_images_are_known(tmp_path, coco_folder):
+    """An export brings copies of the photos, under other names."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for k in range(4):
+        content = (coco_folder / "images" / f"{k}.png").read_bytes()
+        (photos / f"IMG_{k}.png").write_bytes(content)
+    # Another picture that happens to be of the same size in bytes.
+    (photos / "other.png").write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    dataset = coco_json.load_coco(str(coco_folder / "coco.json"), str(coco_folder / "images"))
+    assert [dataset.files[i] for i in coco_json.add_folder(dataset, str(photos))] == ["other.png"]
+
+
+def own(folder, out, val="2") -> list[str]:
+    return [
+        "own", "--json", str(folder / "coco.json"), "--root", str(folder / "images"),
+        "--out", str(out), "--val", val,
+    ]  # fmt: skip
+
+
+def files_of(out, part) -> set[str]:
+    raw = json.loads((out / f"instances_{part}.json").read_text())
+    return {image["file_name"] for image in raw["images"]}
+
+
+def test_a_second_round_keeps_the_images_that_are_judged_by(tmp_path):
+    first = dataset_of(tmp_path, 30)
+    for k in range(40):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{k:06d}.png")
+    (tmp_path / "images").symlink_to(tmp_path)
+    (tmp_path / "train.json").rename(tmp_path / "coco.json")
+    out = tmp_path / "out"
+    prepare.run(own(tmp_path, out, "6"))
+    val = files_of(out, "val")
+    assert len(val) == 6 and not val & files_of(out, "train")
+    # Ten more are annotated, before and after the others.
+    dataset_of(tmp_path, 40)
+    (tmp_path / "train.json").rename(tmp_path / "coco.json")
+    prepare.run(own(tmp_path, out, "6"))
+    assert files_of(out, "val") == val
+    prepare.run(own(tmp_path, out, "8"))
+    assert files_of(out, "val") > val and len(files_of(out, "val")) == 8
+    assert len(files_of(out, "train")) == 32 and len(first) == 30
+
+
+def test_the_only_image_of_a_class_is_trained_on(tmp_path, capsys):
+    raw = write_coco(tmp_path)
+    for annotation in raw["annotations"]:
+        annotation.update(category_id=7 if annotation["id"] > 1 else 0, iscrowd=0)
+    (tmp_path / "coco.json").write_text(json.dumps(raw))
+    prepare.run(own(tmp_path, tmp_path / "o"))
+    assert "0.png" in files_of(tmp_path / "o", "train")
+    # A class that nobody annotated: said, not fatal.
+    assert "cannot be learnt: unused" in capsys.readouterr().err
+
+
+def test_what_is_not_its_own_is_never_written_over(tmp_path, coco_folder):
+    """The user's JSON and folders; and another dataset's, converted before."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    source = (coco_folder / "coco.json").read_bytes()
+    for name in ("instances_train.json", "instances_val.json"):
+        (mine / name).write_bytes(source)
+    arguments = own(coco_folder, mine)
+    with pytest.raises(UserError, match="was not made by prepare own; choose another --out"):
+        prepare.run(arguments)
+    arguments[2] = str(mine / "instances_train.json")
+    with pytest.raises(UserError, match="was not made by prepare own"):
+        prepare.run(arguments)
+    assert (mine / "instances_train.json").read_bytes() == source
+    write_cityscapes(tmp_path / "site")
+    city = ["cityscapes", "--root", str(tmp_path / "site"), "--out"]
+    with pytest.raises(UserError, match="was not made by prepare cityscapes"):
+        prepare.run([*city, str(mine)])
+    prepare.run([*city, str(tmp_path / "city")])
+    with pytest.raises(UserError, match="was not made by prepare own"):
+        prepare.run(own(coco_folder, tmp_path / "city"))
+
+
+def test_the_spelling_of_the_root_does_not_matter_and_the_truth_does(tmp_path, monkeypatch, capsys):
+    write_cityscapes(tmp_path / "site")
+    out = str(tmp_path / "out")
+    prepare.run(["cityscapes", "--root", str(tmp_path / "site"), "--out", out])
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    prepare.run(["cityscapes", "--root", "site", "--out", out])
+    assert capsys.readouterr().out.count("is there already") == 2
+    path = next((tmp_path / "site").glob("gtFine/train/*/*"))
+    Image.fromarray(np.full((32, 64), 24001, np.uint16)).save(path)
+    prepare.run(["cityscapes", "--root", "site", "--out", out])
+    assert capsys.readouterr().out.count("is there already") == 1
+    assert any(
+        len(found) == 1 for found in masks_of(tmp_path / "out/instances_train.json").values()
+    )
+
+
+KILLS_ITSELF = """
+import os, signal, sys
+from pathlib import Path
+from ssis import UserError, convert
+
+def killed(job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    try:
+        convert.convert_part("cityscapes", Path(sys.argv[1]), Path(sys.argv[2]), "train", 1)
+    except UserError as error:
+        print(error)
+else:  # the process that converts
+    convert.SOURCES["cityscapes"] = convert.SOURCES["cityscapes"]._replace(annotations=killed)
+"""
+
+
+def test_a_process_that_is_killed_does_not_hang_the_command(tmp_path):
+    write_cityscapes(tmp_path / "site")
+    (tmp_path / "kills.py").write_text(KILLS_ITSELF)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "kills.py", tmp_path / "site", tmp_path / "out"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "was killed, perhaps for want of memory; give fewer --workers" in done.stdout, (
+        done.stderr
+    )

@@ -68,6 +68,11 @@ LEFT, RIGHT = (0, 0, 20, 20), (20, 40, 40, 60)
         # Not sure enough to count.
         ([detection(1, rle(LEFT)), detection(2, rle(RIGHT), 0.4)], 1 / 1.5),
         ([], 0.0),
+        # What lies on a crowd is neither right nor wrong.
+        (
+            [detection(1, rle(LEFT)), detection(2, rle(RIGHT)), detection(1, rle((31, 0, 39, 20)))],
+            1.0,
+        ),
     ],
 )
 def test_panoptic_quality_by_hand(tmp_path, found, expected):

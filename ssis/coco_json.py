@@ -181,7 +181,7 @@ def read_images(records: list[dict], dataset: Dataset) -> dict:
                 "tell them apart"
             )
         size = (as_number(image["height"]), as_number(image["width"]))
-        if not all(isinstance(side, int) and side > 0 for side in size):
+        if not all(isinstance(side, int) and 0 < side < 2**31 for side in size):
             raise UserError(
                 f"{path}: image {name!r} has height {size[0]!r} and width {size[1]!r}; "
                 "both must be whole numbers above 0"
@@ -262,7 +262,15 @@ def read_mask(record: dict, size: list[int], path: str) -> tuple[list[bytes], bo
                 )
             # COCO's crowds: run lengths as numbers. One form of RLE is enough.
             counts = mask_utils.frPyObjects(segmentation, *size)["counts"]
-        return [counts.encode() if isinstance(counts, str) else counts], False
+        if isinstance(counts, str):
+            if not counts.isascii():
+                raise UserError(
+                    f"{path}: annotation {record.get('id')} has an RLE that is garbled"
+                )
+            counts = counts.encode()
+        elif not isinstance(counts, bytes):
+            raise TypeError("RLE")
+        return [counts], False
     # A polygon needs three corners; pycocotools takes four numbers for a box.
     polygons = [part for part in segmentation or [] if len(part) >= 6]
     parts = []
@@ -279,6 +287,13 @@ def read_mask(record: dict, size: list[int], path: str) -> tuple[list[bytes], bo
                 f"{path}: annotation {record.get('id')} has a polygon that is "
                 f"not a list of numbers"
             ) from error
+        # pycocotools walks every pixel of an outline: one that leads to infinity, or
+        # over NaN, for ever. (A comparison with NaN is false.)
+        if not sum(map(abs, polygon)) <= 10 * len(polygon) * max(size):
+            raise UserError(
+                f"{path}: annotation {record.get('id')} has a polygon far outside of "
+                "its image, or with a coordinate that is no number"
+            )
     return parts, True
 
 

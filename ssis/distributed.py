@@ -42,6 +42,7 @@ def start(device: str) -> tuple[int, int, torch.device]:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU; use --device cpu, or auto")
     use_gpu = device != "cpu" and torch.cuda.is_available()
+    rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if use_gpu:
@@ -52,13 +53,43 @@ def start(device: str) -> tuple[int, int, torch.device]:
             )
         torch.cuda.set_device(local)
     if world > 1:
+        store = fresh_store(world)
         dist.init_process_group(
             "nccl" if use_gpu else "gloo",
             # A process that waits ten minutes for another waits for a dead one.
             timeout=timedelta(minutes=10),
+            **(dict(store=store, rank=rank, world_size=world) if store else {}),
         )
     place = torch.device("cuda", local) if use_gpu else torch.device("cpu")
-    return int(os.environ.get("RANK", 0)), world, place
+    return rank, world, place
+
+
+def fresh_store(world: int):
+    """Where the processes find each other after torchrun has restarted them.
+
+    The store that torchrun shares with them still has the addresses of the dead ones,
+    and the new ones would wait for those for ever (pytorch issue 135712). So each
+    attempt has keys of its own. Which attempt it is, the torchruns of several machines
+    count differently; there the store must not be shared.
+
+    Returns:
+        A store; None where the usual one will do.
+
+    Raises:
+        UserError: several machines, and a shared store.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not attempt or not shared:
+        return None
+    if world != int(os.environ["LOCAL_WORLD_SIZE"]):
+        raise UserError(
+            "restarted on several machines, where PyTorch's shared store cannot be "
+            "used again (pytorch issue 135712); start each torchrun with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, the run then goes on by itself"
+        )
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(f"attempt {attempt}", dist.TCPStore(address, port))
 
 
 def stop() -> None:
@@ -171,6 +202,8 @@ def give_up(error: UserError) -> None:
     """
     if str(error):
         line = str(error).strip().splitlines()[-1].removeprefix("ssis.UserError: ")
+        if len(line) > 1000:  # it quotes a value that is a book
+            line = f"{line[:600]} … {line[-300:]}"
         print(f"error: {line}", file=sys.stderr, flush=True)
     # With several processes, not sys.exit: leaving the process group in order means
     # waiting for the others, who may wait for this one. torchrun stops them.

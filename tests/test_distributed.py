@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT
 from ssis import config
@@ -24,14 +25,26 @@ def launch(command, *arguments, status=0):
     return done
 
 
-def test_two_processes_one_without_pseudo_labels_agree_with_one(tmp_path, shapes_folder):
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, shapes_folder):
+    """What one process makes of the batch."""
+    path = tmp_path_factory.mktemp("one") / "one.pt"
+    launch([sys.executable], ROOT / "tests" / "gloo_step.py", path, shapes_folder)
+    return torch.load(path)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_without_pseudo_labels_among_them_agree_with_one(
+    one, tmp_path, shapes_folder, world
+):
     script = ROOT / "tests" / "gloo_step.py"
-    launch([sys.executable], script, tmp_path / "one.pt", shapes_folder)
-    launch(TWO, script, tmp_path / "two.pt", shapes_folder)
-    one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
-    # The case is the one we mean: rank 0 had pseudo-labels in each step, rank 1 never.
-    assert all(two["found"][0]) and not any(two["found"][1])
-    assert two["found"][0] == one["found"][0]
+    launch([*TWO[:-1], str(world)], script, tmp_path / "two.pt", shapes_folder)
+    two = torch.load(tmp_path / "two.pt")
+    # The case is the one we mean: half of the processes had pseudo-labels in each step,
+    # the others never.
+    for rank in range(world):
+        assert all(two["found"][rank]) if rank < world // 2 else not any(two["found"][rank])
+    assert [sum(step) for step in zip(*two["found"], strict=True)] == one["found"][0]
     # What three steps changed, not the weights themselves, whose size would hide it.
     for name, start in one["before"].items():
         assert torch.equal(start, two["before"][name])
@@ -41,7 +54,7 @@ def test_two_processes_one_without_pseudo_labels_agree_with_one(tmp_path, shapes
             assert (moved - moved_too).abs().max() <= min(tolerance, 1e-5), (who, name)
     # PL-DC's memory: the same on both processes, and what one process has.
     start = 0.05 + (config.Config().tau_max - 0.05) / 6
-    for rank in (0, 1):
+    for rank in range(world):
         for ours, single in zip(two["remembered"][rank], one["remembered"][0], strict=True):
             torch.testing.assert_close(ours, single, atol=1e-4, rtol=1e-4)
     assert one["remembered"][0][2].sum() > 4 and (one["remembered"][0][0] != start).any()

@@ -26,6 +26,7 @@ def error_of(capsys, main, argv) -> str:
     printed = capsys.readouterr().err.replace("\r", "\n").splitlines()
     # Less the warnings and the progress bar, which is left behind on a line of its own.
     lines = [line for line in printed if line and "warning:" not in line and "it/s" not in line]
+    assert len(lines[-1]) < 1200
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
@@ -111,6 +112,16 @@ JSON_TRAPS = {
     ),
     "odd polygon": (polygon(1, 2, 3, 4, 5, 6, 7), "odd number"),
     "polygon of words": (polygon(*"abcdef"), "not a list of numbers"),
+    "polygon to infinity": (polygon(*6 * [1e308]), "far outside of its image"),
+    "polygon over nan": (polygon(1, 2, 3, 4, 5, float("nan")), "a coordinate that is no number"),
+    "polygon far away": (polygon(-1e6, 0, 1e6, 0, 5, 9), "far outside of its image"),
+    "size beyond all bounds": (set_record("images", 0, width=10**30), "must be whole numbers"),
+    "size of many letters": (set_record("images", 0, width="x" * 10**5), " … "),
+    "rle that is no text": (
+        set_record("annotations", 4, segmentation=dict(size=[32, 48], counts="\ud800")),
+        "has an RLE that is garbled",
+    ),
+    "file name with nul": (set_record("images", 0, file_name="a\0.png"), "image not found"),
     "no instance anywhere": (lambda raw: dict(raw, annotations=[]), "no instance at all"),
 }
 
@@ -232,6 +243,8 @@ def test_a_split_that_does_not_fit(tmp_path, capsys, content, expected):
 def test_an_oracle_needs_the_truth_of_every_unlabelled_image(tmp_path, capsys):
     write_coco(tmp_path)
     write_coco(tmp_path / "more")
+    # Copies of the images that are listed already would be passed over.
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "more" / "images" / "new.png")
     more = ["--unlabeled-images", tmp_path / "more" / "images", "--oracle", "class"]
     line = error_of(capsys, train.main, [*arguments(tmp_path), *more])
     assert "--oracle class: needs the truth" in line

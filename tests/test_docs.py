@@ -30,6 +30,8 @@ def test_every_option_in_the_documents_exists():
     own |= {flag.replace("--", "--no-", 1) for flag in own}
     others = {
         "--root",
+        "--max-restarts",
+        "--nnodes",
         "--lists",
         "--val",
         "--boundary",

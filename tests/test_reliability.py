@@ -23,7 +23,7 @@ from test_train import TINY, assert_same_end, command, dataset_of, launch
 
 from ssis import UserError, checkpoint
 
-KILLS = int(os.environ.get("SSIS_KILLS", 5))
+KILLS = int(os.environ.get("SSIS_KILLS", 3))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def saved(folder) -> bool:
 
 def test_killed_again_and_again_at_random_moments(whole, tmp_path, tmp_path_factory):
     folder, arguments = whole
-    if KILLS > 5:
+    if KILLS > 3:
         # Longer, or it would be over before it has been killed so often.
         arguments = [*arguments, "--mutual-steps", 5 + 2 * KILLS]
         folder = tmp_path_factory.mktemp("long")

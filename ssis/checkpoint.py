@@ -43,6 +43,19 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
+def keep(path: Path) -> None:
+    """Give a checkpoint its second name, under which it stays when it is replaced."""
+    spare = path.with_name(path.name + ".previous.tmp")
+    spare.unlink(missing_ok=True)
+    try:
+        # Two names for one file: `path` is there at every moment.
+        os.link(path, spare)
+        spare.replace(previous(path))
+    except OSError:
+        # A file system without such links: for a moment only the previous one is there.
+        path.replace(previous(path))
+
+
 def save(path: Path, state: dict) -> None:
     """Write a checkpoint; the one before stays until this one is complete, and then
     under its other name.
@@ -58,9 +71,8 @@ def save(path: Path, state: dict) -> None:
             # file. fsync forbids that order.
             file.flush()
             os.fsync(file.fileno())
-        # Between these two lines the previous one is the latest.
         if path.exists():
-            path.replace(previous(path))
+            keep(path)
         temporary.replace(path)
     # torch.save reports a full disk as a RuntimeError of its zip writer.
     except (OSError, RuntimeError) as error:

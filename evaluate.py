@@ -341,10 +341,7 @@ def text(value: float | None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """`run`, with one line and status 2 for what the user did wrong."""
-    try:
-        run(argv)
-    except UserError as error:
-        distributed.give_up(error)
+    distributed.program(run, argv)
 
 
 if __name__ == "__main__":

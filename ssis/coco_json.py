@@ -314,8 +314,12 @@ class Known:
     def __contains__(self, path: str) -> bool:
         if os.path.realpath(path) in self.paths:
             return True
-        same = self.sizes.get(os.path.getsize(path), [])
-        return bool(same) and self.edge(path) in map(self.edge, same)
+        try:
+            same = self.sizes.get(os.path.getsize(path), [])
+            return bool(same) and self.edge(path) in map(self.edge, same)
+        except OSError:
+            # A broken link: no copy, and told when the files are checked.
+            return False
 
     def edge(self, path: str) -> bytes:
         """The first and the last 4 kB of a file."""
@@ -345,7 +349,7 @@ def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
     names = sorted(
         path.relative_to(root).as_posix()
         for path in root.rglob("*")
-        if path.suffix.lower() in images.IMAGE_TYPES
+        if path.suffix.lower() in images.IMAGE_TYPES and not path.is_dir()
     )
     known = Known(part.path(i) for part in (dataset, *apart) for i in range(len(part)))
     names = [name for name in names if str(root / name) not in known]

@@ -194,6 +194,14 @@ def from_main(function, *args):
     return value
 
 
+def program(run, argv: list[str] | None) -> None:
+    """`run(argv)`; one line and status 2 for what the user did wrong."""
+    try:
+        run(argv)
+    except UserError as error:
+        give_up(error)
+
+
 def give_up(error: UserError) -> None:
     """Print the one line and end this process with status 2.
 

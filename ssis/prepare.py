@@ -270,9 +270,7 @@ def run(argv: list[str] | None) -> None:
 def main(argv: list[str] | None = None) -> None:
     """`run`, with one line and status 2 for what the user did wrong."""
     try:
-        run(argv)
-    except UserError as error:
-        distributed.give_up(error)
+        distributed.program(run, argv)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)

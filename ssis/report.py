@@ -312,18 +312,20 @@ def write(folder: Path) -> None:
         write_text(folder / "report.html", page(folder))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """One line and status 2 for what the user did wrong."""
+def run(argv: list[str] | None) -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m ssis.report", description="A run on one page."
     )
     parser.add_argument("folder", type=Path, help="runs/<name>")
     args = parser.parse_args(argv)
-    try:
-        write(args.folder)
-        print(args.folder / "report.html")
-    except UserError as error:
-        distributed.give_up(error)
+    write(args.folder)
+    print(args.folder / "report.html")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`run`, with one line and status 2 for what the user did wrong."""
+    distributed.program(run, argv)
 
 
 if __name__ == "__main__":

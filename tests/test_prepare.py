@@ -406,10 +406,17 @@ def test_copies_of_validation_images_are_known(tmp_path, coco_folder):
     for k in range(4):
         content = (coco_folder / "images" / f"{k}.png").read_bytes()
         (photos / f"IMG_{k}.png").write_bytes(content)
+    # Neither a link to nothing nor a folder with a picture's name is a reason to stop.
+    (photos / "broken.png").symlink_to(tmp_path / "nothing.png")
+    (photos / "folder.png").mkdir()
     # Another picture that happens to be of the same size in bytes.
     (photos / "other.png").write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
     dataset = coco_json.load_coco(str(coco_folder / "coco.json"), str(coco_folder / "images"))
-    assert [dataset.files[i] for i in coco_json.add_folder(dataset, str(photos))] == ["other.png"]
+    found = [dataset.files[i] for i in coco_json.add_folder(dataset, str(photos))]
+    assert found == ["broken.png", "other.png"]
+    # The first is told by its name when the files are looked at.
+    with pytest.raises(UserError, match=r"broken.png: image not found"):
+        dataset.check_files()
 
 
 def own(folder, out, val="2") -> list[str]:

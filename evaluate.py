@@ -47,10 +47,13 @@ from ssis.config import Config
 # The order of COCOeval's twelve numbers.
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
+# Images that are evaluated at a time.
+BATCH = 8
+
 
 @torch.no_grad()
 def predictions(
-    net, dataset, indices: list[int], device, batch: int = 8, progress: bool = False
+    net, dataset, indices: list[int], device, batch: int = BATCH, progress: bool = False
 ) -> list[dict]:
     """What a model finds in some images, as COCO results in the original frame.
 
@@ -202,17 +205,16 @@ def judge(run, net, dataset) -> tuple[dict, list[dict]]:
 def evaluate(net, dataset, device, rank: int = 0, world: int = 1, progress: bool = False):
     """Mask and box AP of a model on a whole dataset, over all processes.
 
+    Several processes find, bit for bit on a CPU, what one finds.
+
     Returns:
         ({"mask": numbers, "box": numbers, "mask_per_class": {name: AP}}, results); the
         same on every process.
     """
-    share = predictions(
-        net,
-        dataset,
-        list(range(len(dataset)))[rank::world],
-        device,
-        progress=progress and rank == 0,
-    )
+    # Whole batches are shared out, not images: what a model finds at the edge of an image
+    # depends a little on the padding, and so on who is in the batch with it.
+    mine = [i for i in range(len(dataset)) if i // BATCH % world == rank]
+    share = predictions(net, dataset, mine, device, progress=progress and rank == 0)
     results = [result for part in distributed.gather(share) for result in part]
     # In image order, whatever the number of processes: AP breaks ties by position.
     results.sort(key=lambda result: result["image_id"])

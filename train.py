@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     """One line and status 2 for what the user did wrong, a traceback for what we did."""
     try:
         settings = config.parse(argv)
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as held, loader.dead_workers():
             train(settings, distributed.start(settings.device), held)
         distributed.stop()
     except UserError as error:

@@ -11,6 +11,7 @@ read their annotations at all, so nothing can leak.
 Read next: `ssis/augment.py`, the views of an image.
 """
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -173,6 +174,28 @@ class Shard(torch.utils.data.Sampler):
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start)
+
+
+@contextlib.contextmanager
+def dead_workers():
+    """Within it, a loader worker that dies is one line that says what to do.
+
+    PyTorch raises its RuntimeError from a signal handler, so in any line of the main
+    process, or from the queue, whichever is first.
+
+    Raises:
+        UserError: a worker was killed, or died in some other way.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a loader worker died ({str(error).splitlines()[0].strip()}): often for "
+            "want of memory, then give fewer --workers; the last checkpoint is kept, "
+            "the same command goes on from it"
+        ) from error
 
 
 def batches(stream: Stream, batch: int, start: int, run):

@@ -8,9 +8,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from ssis import config
 from test_train import TINY, dataset_of
 
@@ -80,3 +82,49 @@ def test_an_error_stops_all_processes_with_its_line(tmp_path, shapes_folder):
     done = launch(TWO, "train.py", *arguments, status=1)
     assert "error: --labeled 99: that is 99 of 40 images" in done.stderr
     assert "UserError" not in done.stderr
+
+
+def uneven_folder(folder, count, with_instances):
+    """`count` images, no two of one shape; the first few have an instance, the others none."""
+    rng = np.random.RandomState(count)
+    (folder / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for k in range(count):
+        height, width = 24 + 7 * (k % 5), 80 - 9 * (k % 7)
+        pixels = rng.randint(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{k}.png")
+        images.append(dict(id=k, file_name=f"{k}.png", height=height, width=width))
+        if k < with_instances:
+            square = [3, 3, 19, 3, 19, 20, 3, 20]
+            annotations.append(dict(id=k + 1, image_id=k, category_id=1, segmentation=[square]))
+    names = [dict(id=1, name="square")]
+    raw = dict(images=images, annotations=annotations, categories=names)
+    (folder / "coco.json").write_text(json.dumps(raw))
+
+
+def test_uneven_shapes_and_images_without_instances_hang_nobody(tmp_path):
+    uneven_folder(tmp_path / "train", 11, with_instances=2)
+    uneven_folder(tmp_path / "val", 5, with_instances=3)
+    parts = [
+        f"--{part}-{kind}={tmp_path}/{part}/{name}"
+        for part in ("train", "val")
+        for kind, name in (("json", "coco.json"), ("images", "images"))
+    ]
+    sizes = ["--short-side-min", 32, "--short-side", 48, "--long-side", 96, "--arp", "both"]
+    # Of the five labelled images three are empty: batches without any instance come.
+    arguments = [*parts, *TINY, *sizes, "--preset", "custom", "--labeled", 5]
+    arguments += ["--output", tmp_path / "run", "--tau-class", 0.01]
+    done = launch(TWO, "train.py", *arguments)
+    assert done.stdout.count("AP in percent") == 1
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_evaluate_to_what_one_finds(tmp_path, world):
+    """Bit for bit, on 19 images of all shapes: who is in a batch with whom stays the same."""
+    uneven_folder(tmp_path / "data", 19, with_instances=9)
+    for name, command in (("one", [sys.executable]), ("many", [*TWO[:-1], str(world)])):
+        script = ROOT / "tests" / "gloo_evaluate.py"
+        launch(command, script, tmp_path / f"{name}.json", tmp_path / "data")
+    one, many = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "many"))
+    assert len(one["results"]) > 50 and {r["image_id"] for r in one["results"]} == set(range(19))
+    assert many == one

@@ -110,19 +110,6 @@ def test_predictions_lie_in_the_original_frame(shapes_folder):
     assert max(r["bbox"][0] + r["bbox"][2] for r in results) > 60
 
 
-def test_the_share_of_every_process_together_is_the_whole(shapes_folder):
-    dataset = coco_json.load_coco(f"{shapes_folder}/instances_val.json", f"{shapes_folder}/val")
-    net = model.build_small(7, 96, 96).eval()
-    net.roi_heads.score_thresh = 0.1
-    device = torch.device("cpu")
-    whole = evaluate.predictions(net, dataset, list(range(6)), device, batch=1)
-    parts = [
-        evaluate.predictions(net, dataset, list(range(6))[r::4], device, batch=1) for r in range(4)
-    ]
-    merged = sorted((r for part in parts for r in part), key=lambda r: r["image_id"])
-    assert merged == whole and len(whole) > 6
-
-
 def erode(mask: np.ndarray, times: int) -> np.ndarray:
     """A mask less what touches its outside, or the image's edge, again and again."""
     for _ in range(times):

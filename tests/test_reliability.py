@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -78,6 +79,24 @@ def test_killed_again_and_again_at_random_moments(whole, tmp_path, tmp_path_fact
     assert steps == sorted(steps) and steps[-1] == checkpoint.load(path)["step"] >= 12
     # What a kill left half written is replaced by the next write.
     assert not list(tmp_path.glob("checkpoint*.tmp"))
+
+
+def test_a_loader_worker_that_dies(whole, tmp_path):
+    """As the kernel kills it when memory is short: one line, and the run goes on after."""
+    folder, arguments = whole
+    process = begin(*arguments, "--output", tmp_path, "--workers", "1")
+    while not (tmp_path / "checkpoint.previous.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2, said
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "a loader worker died (DataLoader worker" in line and "fewer --workers" in line
+    assert "Traceback" not in said
+    launch("train.py", *arguments, "--output", tmp_path)
+    assert_same_end(folder, tmp_path)
 
 
 def stopped_in_the_middle(arguments, folder) -> None:

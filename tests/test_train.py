@@ -211,7 +211,10 @@ def few(monkeypatch):
 
 
 def test_both_papers_resume_bit_identical(whole, few, tmp_path, monkeypatch):
-    """Stopped while pretraining, in the burn-in and in mutual learning; all goes on."""
+    """Stopped while pretraining, in the burn-in and in mutual learning; all goes on.
+
+    Both with `--deterministic`, one with loader workers, one without.
+    """
     _, arguments, _ = whole
     step, stops = train.step, []
 
@@ -223,13 +226,16 @@ def test_both_papers_resume_bit_identical(whole, few, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "step", step_and_stop)
     monkeypatch.setattr(correction, "START_VIEWS", 16)
-    for name, when in (("once", []), ("often", [2, 6, 9])):
-        given = [*arguments, *FULL, "--output", str(tmp_path / name)]
+    for name, when, workers in (("once", [], "0"), ("often", [2, 6, 9], "2")):
+        given = [*arguments, *FULL, "--output", str(tmp_path / name), "--workers", workers]
+        given += ["--deterministic"]
         # One fills the cache of embeddings, the other finds it.
         given += ["--sam-cache", str(tmp_path / "sam")]
         stops[:] = when
         for _ in range(len(when) + 1):
             train.main(given)
+            assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
     assert_same_end(tmp_path / "once", tmp_path / "often")
     one, two = (checkpoint.load(tmp_path / n / "checkpoint.pt") for n in ("once", "often"))
     assert same(one["thresholds"], two["thresholds"]) and same(one["second"], two["second"])

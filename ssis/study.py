@@ -161,6 +161,17 @@ STUDIES = {
         seeds=(0, 1),
         common="--preset signs " + SHAPES,
     ),
+    "amp": Study(
+        title="Mixed precision: bf16 on a CPU",
+        text="The ladder's `full` once more with `--amp bf16`: the same to within what "
+        "two runs differ by.",
+        rows={
+            "full, float32": "--method full",
+            "full, bf16": "--method full --amp bf16",
+        },
+        seeds=(0, 1),
+        common=SHAPES,
+    ),
     "nuclei": Study(
         title="Cell nuclei: real images, 5 and 10 % of 240 images labelled",
         text="Microscope images of the 2018 Data Science Bowl (CC0) in COCO "

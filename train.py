@@ -61,7 +61,7 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
     objective = losses.total(loss_s, counts, distributed.all_sum(counts), run.world)
     row |= losses.logged(loss_s, counts, "labeled/")
     if unlabeled is None and run.structure:
-        # S4M Eq. (SD), while pretraining: the teacher-to-be gets SAM's layout.
+        # S4M Eq. (teacher), while pretraining: the teacher-to-be gets SAM's layout.
         loss_sd = sam_distill.loss(features, labeled, run.structure)
         objective = objective + run.config.structure_weight * loss_sd
         row["labeled/loss_structure"] = torch.stack([loss_sd.detach(), torch.ones_like(loss_sd)])

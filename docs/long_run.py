@@ -3,9 +3,9 @@
     python docs/long_run.py --steps 20000
 
 Starts train.py (both papers, the built-in dataset, batches of one labelled and one unlabelled
-image, two loader workers a stream), looks at its processes every few seconds, and prints a table: for
-each tenth of the run the memory of the main process and of its workers, and the time of a
-step. Everything is written into `docs/results/long-run.json`. Linux only: it reads /proc.
+image, two loader workers a stream), looks at its processes every few seconds, and prints a
+table: for each tenth of the run the memory of the main process and of its workers, and the time
+of a step. Everything is written into `docs/results/long-run.json`. Linux only: it reads /proc.
 
 Memory is the proportional share (`Pss`): a page that five processes share counts a fifth for
 each. Time is given twice: by the clock, which other work on the machine slows down, and of the

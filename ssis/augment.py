@@ -23,6 +23,10 @@ hurts); with masks redrawn by SAM it helps.
                 onto (S4M: 3000 pixels of a crop of 1024 x 1024)
     where       at its own coordinates, centres of the images on each other; at a random
                 scale with `arp_jitter` (S4M on COCO: 0.8 to 1.2)
+    how         a pixel is that of the pasted instances' union M, or what was there:
+
+$$x = M \odot x_{\mathrm{above}} + (1 - M) \odot x_{\mathrm{below}}$$ S4M Eq. (ARP)
+
     occlusion   what is pasted lies in front; of what is pasted together, the best
                 pseudo-label does. No pixel belongs to two instances afterwards
     labels      masks lose what is hidden; boxes are those of the new masks; what has
@@ -74,6 +78,8 @@ class Geometry(NamedTuple):
 
         Continuous coordinates in both: the centre of the first pixel is 0.5.
         """
+        # Mirrored about the middle of the view: with continuous coordinates x becomes
+        # width - x. With pixel numbers it would be width - 1 - x, the usual slip.
         height, width = self.view
         x, y = points.unbind(dim=-1)
         x = width - x if self.flip else x
@@ -98,12 +104,15 @@ def weak_view(image: Tensor, target: dict | None, config, seed: int):
         image (3, h, w) float32 in [0, 1], the target with its masks in that frame, and
         its `Geometry`. Masks may have become empty: `data.sanitize` comes next.
     """
+    # One generator for each view, seeded by the stream: which worker makes it, and what
+    # was made before, changes nothing.
     original = tuple(image.shape[-2:])
     generator = torch.Generator().manual_seed(seed)
     short = torch.randint(
         config.short_side_min, config.short_side + 1, (), generator=generator
     ).item()
     flip = torch.rand((), generator=generator).item() < 0.5
+    # First the pixels, as uint8 (a quarter of the memory), then masks to their size.
     image = resize(image, short, config.long_side)
     if target is not None:
         target = dict(target, masks=resize_masks(target["masks"], image))
@@ -121,6 +130,7 @@ def resize(image: Tensor, short: int, longest: int) -> Tensor:
     are used to such pixels. A strip is not made narrower than 16 pixels.
     """
     height, width = image.shape[-2:]
+    # One scale for both sides: whichever limit is reached first decides.
     scale = min(short / min(height, width), longest / max(height, width))
     size = [max(16, round(height * scale)), max(16, round(width * scale))]
     return image if size == [height, width] else F.resize(image, size, antialias=False)
@@ -178,6 +188,8 @@ def arp(
         Images and targets of the same sizes; those outside of the pairs are the same
         objects.
     """
+    # A random order cut into pairs: each image is in one pair at most, so nothing that
+    # was pasted is pasted on.
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator).tolist()
     made_images, made_targets = list(images), list(targets)
@@ -186,6 +198,7 @@ def arp(
         a, b = order[2 * k : 2 * k + 2]
         # Both directions, each from the images as they were.
         for below, above in ((a, b), (b, a)):
+            # A scale between 1 - jitter and 1 + jitter, one for all that is pasted.
             jitter = config.arp_jitter * (2 * torch.rand((), generator=generator) - 1)
             made_images[below], made_targets[below] = paste(
                 images[below],
@@ -214,6 +227,8 @@ def placed(
     left = (like.shape[-1] - size[1]) // 2
     right, bottom = like.shape[-1] - size[1] - left, like.shape[-2] - size[0] - top
     room = (left, right, top, bottom)
+    # Image and maps are moved alike; boxes are left as they were, for `paste` makes
+    # them anew from what can be seen of the masks.
     kept = {k: pad(maps, room) for k, maps in target.items() if k.startswith("mask")}
     return pad(image, room), {**target, **kept}
 
@@ -252,7 +267,9 @@ def paste(
         sure = torch.where(number < len(source["labels"]), ~visible, pasted)
         most = weights.amax(dim=(1, 2), keepdim=True) if len(weights) else 1.0
         both["mask_weights"] = torch.where(sure, most, weights)
+    # An instance of which a sliver is left is not worth a box around the sliver.
     area = stack.flatten(1).sum(dim=1)
     seen = visible.flatten(1).sum(dim=1) >= VISIBLE * area
     both = {key: value[seen] for key, value in both.items()}
+    # S4M Eq. (ARP). What has no pixel left, or no box, is no instance any more.
     return torch.where(pasted, above, image), data.sanitize(both)

@@ -7,10 +7,11 @@ teacher's part. For each pseudo-label the two meet:
 1. CLIP's convolutional tower turns the image into a feature map of stride 32;
 2. the features under the instance's mask are averaged (mask pooling) and go through the
    tower's own head, as the average over the whole image would:
-   $v = head(\mathrm{mean}_{xy \in mask} F_{xy})$;
+   $v = \mathrm{head}(\mathrm{mean}_{xy \in M} F_{xy})$;
 3. each class is the mean of the embeddings of its prompts, $e_k$;
-4. $p_{second} = \mathrm{softmax}_k(s \cdot \cos(v, e_k))$, s being CLIP's own logit
-   scale.       PL-DC Eq. (CLIP)
+4. the second opinion is their similarity, s being CLIP's own logit scale:
+
+$$p_{\mathrm{second}} = \mathrm{softmax}_k(s \cdot \cos(v, e_k))$$ PL-DC Eq. (CLIP)
 
 The paper has ConvNeXt-L trained on LAION-2B and five prompts with descriptions for each
 class. Here the prompts are made of the dataset's class names, or come from a JSON file:

@@ -5,13 +5,16 @@ them, and it is sure of its wrong names: no threshold on the class score takes t
 So a second classifier, which makes other mistakes, looks at each kept instance, and the
 two class distributions are mixed:
 
-$$p = w(t) \, p_{second} + (1 - w(t)) \, p_{teacher}$$ PL-DC Eq. (DICC)
+$$p = w(t) \, p_{\mathrm{second}} + (1 - w(t)) \, p_{\mathrm{teacher}}$$
+PL-DC Eq. (DICC)
 
 The label becomes argmax p, the class quality max p. The second opinion counts less and
 less, for the teacher learns more than the second classifier does:
 
-$$w(t) = \tfrac14 \left(\cos \pi \frac{t - t_{burn}}{t_{max} - t_{burn}} + 1\right)$$
-PL-DC Eq. (w): one half until the end of the burn-in, falling to 0 at the end.
+$$w(t) = \frac{1}{4} \left(\cos \pi \frac{t - t_{\mathrm{burn}}}
+  {t_{\mathrm{max}} - t_{\mathrm{burn}}} + 1\right)$$ PL-DC Eq. (w)
+
+one half until the end of the burn-in, falling to 0 at the end.
 
 Two second classifiers (`--correction`):
 
@@ -62,6 +65,7 @@ def weight(step: int, burn: int, last: int) -> float:
         burn: t_burn, the step at which the guided burn-in ends.
         last: t_max, the last step.
     """
+    # While the teacher is frozen it learns nothing, so neither does its share grow.
     if step <= burn:
         return 0.5
     # PL-DC Eq. (w)
@@ -78,11 +82,15 @@ def fuse(pseudo: PseudoLabels, second: Tensor, w: float) -> PseudoLabels:
         w: weight of the second opinion, in [0, 1]. Where it is 0, or there is no
             opinion, the instance stays as it is.
     """
+    # Nothing to mix: not even rounding may change the teacher's own numbers.
     if w == 0:
         return pseudo
+    # A row of zeros is silence, and silence must not lower the teacher's probability.
     asked = second.sum(dim=1) > 0  # (N,)
     # PL-DC Eq. (DICC)
     mixed = w * second + (1 - w) * pseudo.distribution  # (N, C)
+    # The argmax may be another class now; boxes and masks are those of the old one, for
+    # there are no others. Column k is class k + 1: column 0, background, is not in it.
     quality, index = mixed.max(dim=1)
     return dataclasses.replace(
         pseudo,
@@ -129,7 +137,10 @@ def begin(run, labeled) -> None:
     """
     if run.second is None or not run.second.learns:
         return
+    # Forget what another network saw; its features mean something else.
     run.second.seen.zero_()
+    # Eight views at a time, as in a training batch; with several processes, each looks
+    # at eight of its own and `learn` puts them together.
     chunk = 8
     for first in range(0, START_VIEWS, chunk * run.world):
         mine = range(first + run.rank * chunk, first + (run.rank + 1) * chunk)
@@ -149,6 +160,8 @@ class Prototypes(nn.Module):
 
     def __init__(self, classes: int, channels: int, size: int):
         super().__init__()
+        # A ring of K places for each class: the newest instance replaces the oldest. As
+        # buffers they are in the checkpoint, and a resumed run remembers the same.
         length = channels * teacher.CELLS**2 + SILHOUETTE**2
         self.register_buffer("bank", torch.zeros(classes, size, length))
         # How many instances of each class were ever put in; the k-th lies at k mod K.
@@ -178,6 +191,8 @@ class Prototypes(nn.Module):
         cells = roi_align(masks[:, None], rois, SILHOUETTE, 1.0, 2, aligned=True)
         # Less one half: the outside says as much about a shape as the inside.
         shape = F.normalize((cells - 0.5).flatten(1))
+        # Each half has length 1, so together the square root of 2: the cosine of two
+        # instances is the mean of what their looks and their shapes say.
         return torch.cat([appearance, shape], dim=1) / math.sqrt(2)
 
     @torch.no_grad()
@@ -188,6 +203,7 @@ class Prototypes(nn.Module):
             net: the teacher's network, in evaluation mode.
             items: labelled views of this process: `image` and `target`.
         """
+        # Under the true box and the true mask: no mistake of the teacher gets in.
         device = self.bank.device
         views = [item["image"].to(device) for item in items]
         targets = [{k: v.to(device) for k, v in i["target"].items()} for i in items]
@@ -211,6 +227,8 @@ class Prototypes(nn.Module):
         """The second opinion on the instances of one image: (N, C), rows sum to 1."""
         if not len(pseudo) or not self.seen.any():
             return torch.zeros_like(pseudo.distribution)
+        # The features are of the box that the teacher saw, the mask may be SAM's by
+        # now.
         query = self.describe(pseudo.features, pseudo.mask_probs, pseudo.feature_boxes)
         # Cosine similarity with all that is in the memory, -1 where a place is empty.
         similar = torch.einsum("nf,ckf->nck", query, self.bank)

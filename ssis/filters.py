@@ -9,20 +9,32 @@ wrong class, a right class with a ragged mask:
 $$c = \max_k P(k), \qquad
   m = \mathrm{mean}\{p_{xy} : p_{xy} > 0.5\}$$ PL-DC Eq. (quality)
 
-with P the class distribution and p the mask probability. Four rules (`--filter`):
+with P the class distribution and p the mask probability. Four rules (`--filter`) say
+what is kept:
 
-    score      c > tau_class. Guided Distillation's: the mask is not asked.
-    coupled    c * m >= tau_class. The usual practice: one number, in which a good
-               class makes up for a bad mask, and the other way round.
-    dual       c >= tau_class and m >= tau_mask. PL-DC (arXiv): decoupled.
-    adaptive   c >= T_class[k] and m >= T_mask[k]. PL-DC (AAAI): a threshold for each
-               class k that follows the teacher, so that a class in which the teacher
-               is never sure is not lost altogether.
+* `score`, Guided Distillation's: the mask is not asked.
+
+$$c > \tau_{\mathrm{class}}$$ GD Eq. (filter)
+
+* `coupled`, the usual practice: one number, in which a good class makes up for a bad
+  mask, and the other way round.
+
+$$c \cdot m \ge \tau_{\mathrm{class}}$$ PL-DC Eq. (coupled)
+
+* `dual`, PL-DC as on arXiv: decoupled, each quality has to pass a threshold of its own.
+
+$$c \ge \tau_{\mathrm{class}} \;\wedge\; m \ge \tau_{\mathrm{mask}}$$ PL-DC Eq. (dual)
+
+* `adaptive`, PL-DC at AAAI: thresholds for each class k that follow the teacher, so
+  that a class in which the teacher is never sure is not lost altogether.
+
+$$c \ge T^{\mathrm{class}}_k \;\wedge\; m \ge T^{\mathrm{mask}}_k$$ PL-DC Eq. (adaptive)
 
 The adaptive thresholds start at the frequency of the class among the labelled
 instances, rare classes low, and follow the mean quality q of the class:
 
-$$T_k^0 = T_{min} + (T_{max} - T_{min}) \, n_k / N$$ PL-DC Eq. (init)
+$$T_k^0 = T_{\mathrm{min}} + (T_{\mathrm{max}} - T_{\mathrm{min}}) \, \frac{n_k}{N}$$
+PL-DC Eq. (init)
 
 $$T_k \leftarrow a T_k + (1 - a) \, \bar q_k$$ PL-DC Eq. (adapt)
 
@@ -119,7 +131,7 @@ def keep(
         # GD Eq. (filter)
         good = c > config.tau_class
     elif config.filter == "coupled":
-        # The usual practice that PL-DC replaces.
+        # PL-DC Eq. (coupled): what the paper replaces.
         good = c * m >= config.tau_class
     elif config.filter == "dual":
         # PL-DC Eq. (dual)

@@ -8,7 +8,7 @@ Mask R-CNN has five losses, and both passes of a step have the same five:
     loss_box_reg        box head: where exactly
     loss_mask           mask head: binary cross-entropy per pixel of the 28 x 28 mask
 
-$$L = L_{labeled} + \lambda_u L_{unlabeled}$$       GD Eq. (total)
+$$L = L_{\mathrm{labeled}} + \lambda_u L_{\mathrm{unlabeled}}$$       GD Eq. (total)
 
 with $\lambda_u$ = `unsup_weight`.
 
@@ -17,9 +17,9 @@ and doubtful along its edge, where its probability p is near one half. Made hard
 p = 0.51 is taught as firmly as p = 0.99. So each unlabelled pixel is weighted by
 how sure the teacher was of it:
 
-$$u = 1 - 2 |p - 0.5|$$       PL-DC Eq. (PMUA)
+$$u = 1 - 2 |p - 0.5|$$       PL-DC Eq. (uncertainty)
 
-$$L_{mask} = \mathrm{mean}[(1 - u) \cdot BCE]$$       PL-DC Eq. (PMUA)
+$$L_{\mathrm{mask}} = \mathrm{mean}[(1 - u) \cdot \mathrm{BCE}]$$       PL-DC Eq. (PMUA)
 
 1 - u is 1 where p is 0 or 1, and 0 where it is 0.5. Only the cross-entropy of the
 masks is weighted, only on unlabelled images. The mean stays over all pixels, so that
@@ -30,7 +30,7 @@ proposals, or foreground proposals. Of these a process with many instances has m
 one with few. DDP takes the mean of the processes' gradients, which is the gradient of
 the global mean only if each process's loss is first multiplied by
 
-$$ n_{rank} \cdot world / n_{total} $$
+$$\frac{n_{\mathrm{rank}} \cdot \mathrm{world}}{n_{\mathrm{total}}}$$
 
 This also makes a process without pseudo-labels (n = 0) count for exactly nothing. On
 one process the factor is 1.
@@ -66,7 +66,7 @@ def certainty(mask_probs: Tensor) -> Tensor:
     Returns:
         The same shape, in [0, 1].
     """
-    # PL-DC Eq. (PMUA): u = 1 - 2 |p - 0.5|
+    # PL-DC Eq. (uncertainty), and 1 - u of it in one line: the two ones cancel.
     return 2 * (mask_probs - 0.5).abs()
 
 
@@ -87,8 +87,11 @@ def mask_loss(
     if len(labels) == 0:
         # Not a constant: every parameter must get a gradient, or DDP waits for it.
         return logits.sum() * 0.0
+    # Mask R-CNN: a mask for each class, of which the true class's alone is trained.
+    # Which class it is the box head must know; the masks do not compete.
     own = logits[torch.arange(len(labels), device=logits.device), labels]
-    # PL-DC Eq. (PMUA)
+    # PL-DC Eq. (PMUA). The mean is over all pixels, not over the sum of the weights:
+    # dividing by that would give an unsure mask the say of a sure one.
     return F.binary_cross_entropy_with_logits(own, targets, weights)
 
 
@@ -106,6 +109,7 @@ def total(
     Returns:
         A scalar; the mean of it over the processes is the loss of the global batch.
     """
+    # n_rank * world / n_total, for each loss by what it was averaged over.
     # A batch without any instance anywhere has n = 0 and loss 0: no 0 / 0.
     factor = counts * world / total_counts.clamp(min=1)
     return sum(losses[name] * factor[place] for name, place in COUNT_OF.items())

@@ -113,6 +113,7 @@ class WeightedRoIHeads(RoIHeads):
             logits, deltas, labels, regression
         )
         # Masks are learned on the foreground proposals alone.
+        # Of the others nobody knows what their mask would be.
         foreground = [torch.where(label > 0)[0] for label in labels]
         boxes = [p[keep] for p, keep in zip(proposals, foreground, strict=True)]
         mask_features = self.mask_head(
@@ -124,6 +125,8 @@ class WeightedRoIHeads(RoIHeads):
         for target, box, match, keep in zip(
             targets, boxes, matched, foreground, strict=True
         ):
+            # Each proposal is taught the mask of the instance it was matched with, cut
+            # out by the proposal's own box: (P, 28, 28).
             instance = match[keep]
             aligned.append(project_masks_on_boxes(target["masks"], box, instance, side))
             # The weights go exactly where the mask goes: through the same RoIAlign.
@@ -180,6 +183,7 @@ class MaskRCNN(mask_rcnn.MaskRCNN):
         features = self.backbone(batch.tensors)
         proposals, first = self.rpn(batch, features, targets)
         _, second = self.roi_heads(features, proposals, batch.image_sizes, targets)
+        # What the five losses were means of, in the order of `losses.COUNT_OF`.
         rpn, roi = self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler
         counts = torch.stack([rpn.sampled, roi.sampled, roi.positives]).float()
         return {**second, **first}, counts, features["0"]

@@ -15,8 +15,11 @@ $$P(x) \propto p(x) \; \text{inside} \; \{p > 0.5\}$$ S4M Eq. (PR sampling)
 2. *Candidates.* SAM is prompted with these points, all positive, and answers with three
    masks (a point may mean a part or a whole), each with the IoU that it expects.
 
-3. *Choice.* The paper takes the candidate with the highest expected IoU. The
-   alternative, instance-level matching, takes the one that agrees best with the
+3. *Choice.* The paper takes the candidate k with the highest expected IoU,
+
+$$k^* = \mathrm{argmax}_k \; \widehat{\mathrm{IoU}}_k$$ S4M Eq. (PR choice)
+
+   The alternative, instance-level matching, takes the one that agrees best with the
    teacher's mask: SAM knows edges, but only the teacher knows which of part, object and
    group is meant.
 
@@ -26,9 +29,10 @@ $$P(x) \propto p(x) \; \text{inside} \; \{p > 0.5\}$$ S4M Eq. (PR sampling)
 
 5. *Calibration.* How far two so different observers agree says how good the mask is:
 
-$$m' = m \cdot IoU(mask_{SAM}, mask_T)$$ S4M Eq. (calibration)
+$$m' = m \cdot \mathrm{IoU}(M_{SAM}, M_T)$$ S4M Eq. (calibration)
 
-   and the mask loss of the instance is weighted by m'.
+   and the mask loss of the instance is weighted by m'. The paper's summary speaks of
+   confidence calibration; the formula is this project's.
 
 SAM works in the original frame, on the one embedding of the image; the points travel
 there and the masks travel back (`augment.Geometry`). Read next: `ssis/augment.py`,
@@ -65,6 +69,7 @@ def sample_points(
     else:
         # softmax(logit p) = p / (1 - p), normalised
         chance = mask_probs / (1 - mask_probs).clamp(min=1e-6)
+    # One distribution over all pixels for each instance; multinomial scales it itself.
     chance = chance.flatten(1)  # (N, H * W)
     if not len(chance):
         return torch.zeros(0, count, 2, device=chance.device)
@@ -74,6 +79,7 @@ def sample_points(
     empty = chance.gather(1, place) == 0
     best = chance.argmax(dim=1, keepdim=True)
     place = torch.where(empty, torch.where(empty[:, :1], best, place[:, :1]), place)
+    # Pixel number to the centre of the pixel, x before y as SAM wants it.
     width = mask_probs.shape[2]
     return torch.stack([place % width, place // width], dim=2).float() + 0.5
 
@@ -98,7 +104,9 @@ def choose(
     Returns:
         logits (N, H, W) of the chosen one, and its IoU with the teacher's mask (N,).
     """
+    # A logit above 0 is a probability above one half.
     agreement = overlap(logits > 0, masks[:, None])  # (N, 3)
+    # S4M Eq. (PR choice), or instance-level matching: who is asked which one is meant.
     best = (expected if rule == "iou" else agreement).argmax(dim=1)
     rows = torch.arange(len(best), device=best.device)
     return logits[rows, best], agreement[rows, best]
@@ -120,6 +128,8 @@ def refine(
     """
     if not len(pseudo):
         return pseudo
+    # The points follow from the seed of the view alone: the same in a resumed run, and
+    # whatever other images are in the batch.
     sam, geometry, device = embeddings.sam, item["geometry"], pseudo.masks.device
     embedding = embeddings[item["index"]]
     generator = torch.Generator(device).manual_seed(item["seed"])
@@ -131,6 +141,8 @@ def refine(
         points = geometry.to_original(
             sample_points(soft, config.refine_points, config.refine_sampling, generator)
         )
+        # Candidates come back in the size of the view, so that they can be compared
+        # with the teacher's mask; mirrored where the view is.
         answer = sam.candidates(embedding, points, geometry.original, geometry.view)
         parts.append(
             choose(geometry.to_view(answer[0]), answer[1], masks, config.refine)
@@ -154,11 +166,14 @@ def gated(
     # The gate; and a few pixels are no mask, whatever the gate (see `filters.keep`).
     enough = (redrawn > 0.5).flatten(1).sum(dim=1) > config.min_area
     taken = (agreement >= config.refine_gate) & enough
+    # Mask, quality and box change together or not at all: a box that is not its mask's
+    # would teach the student two different objects.
     soft = torch.where(taken[:, None, None], redrawn, pseudo.mask_probs)
     masks = soft > 0.5
     quality = torch.where(taken, mask_quality(soft), pseudo.mask_quality)
     if config.refine_calibrate:
-        # S4M Eq. (calibration)
+        # S4M Eq. (calibration): of all, also of those that kept the teacher's mask.
+        # That SAM sees something else there is a reason for doubt as well.
         quality = pseudo.mask_quality * agreement
     boxes = torch.where(taken[:, None], data.boxes_of(masks), pseudo.boxes)
     return dataclasses.replace(

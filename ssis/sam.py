@@ -182,8 +182,9 @@ class SegmentAnything:
         embedding, after it has attended to the prompt.
 
         Args:
-            embedding, size: as for `candidates`.
+            embedding: as for `candidates`.
             points: (Q, 2), one a prompt.
+            size: as for `candidates`.
 
         Returns:
             (Q, cells * cells, D) float32.

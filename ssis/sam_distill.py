@@ -9,8 +9,11 @@ $$C(i, j) = \cos(F_i, F_j)$$ S4M Eq. (similarity)
 $$L_{SD} = \mathrm{mean}_{i, j} \; \mathrm{Huber}(C_{SAM}(i, j) - C_T(i, j))$$
 S4M Eq. (SD)
 
-over query points i and all places j of the image. Not the features themselves: SAM's
-know no classes, and a teacher made to have them would lose its own (S4M's ablation).
+$$L_T = L_{\mathrm{labeled}} + \lambda_{SD} \, L_{SD}$$ S4M Eq. (teacher)
+
+with $\lambda_{SD}$ = `structure_weight`; i are query points, j all places of the image.
+Not the features themselves: SAM's know no classes, and a teacher made to have them
+would lose its own (S4M's ablation).
 
 *SAM's side.* Each query point i is one prompt, and F is the image feature map after the
 mask decoder's two-way transformer, which has been told of that point: the decoder's
@@ -57,6 +60,7 @@ def query_points(
         masks: (N, H, W) uint8, the true ones; N may be 0.
         count: Q; the first half on the objects, the others anywhere.
         boundary: share of the first half that is drawn from the band around the edges.
+        generator: of the draw, on the CPU.
 
     Returns:
         (Q, 2) float, x and y; the first pixel's centre is 0.5.
@@ -106,6 +110,8 @@ def similarity(features: Tensor, queries: Tensor) -> Tensor:
     Returns:
         (Q, P) in [-1, 1].
     """
+    # The cosine is the dot product of vectors of length 1: how strong a feature is does
+    # not count, only where it points.
     unit = F.normalize(features, dim=1)
     return unit[queries] @ unit.T
 
@@ -114,6 +120,7 @@ def centres(sam: SegmentAnything, size: tuple[int, int]) -> tuple[Tensor, Tensor
     """Which of SAM's cells lie in an image, and where.
 
     Args:
+        sam: whose cells.
         size: height and width of the original.
 
     Returns:
@@ -121,6 +128,8 @@ def centres(sam: SegmentAnything, size: tuple[int, int]) -> tuple[Tensor, Tensor
         image, as shares of its height and width, in (0, 1). The other cells are
         padding. There is at least one of each.
     """
+    # SAM scales the long side to its frame and pads below and to the right; its cells
+    # divide the frame evenly.
     height, width = sam.resized(size)
     shares = (torch.arange(sam.cells) + 0.5) * sam.side / sam.cells
     rows, columns = shares[shares < height], shares[shares < width]
@@ -155,6 +164,7 @@ class Structure:
 
         Places are numbered row by row over the cells of `centres`.
         """
+        # What finds no room is computed again next time, with the same points.
         if index not in self.memory:
             found = self.compute(index)
             if not self.embeddings.takes(found[1].numel() * 2):
@@ -185,10 +195,12 @@ class Structure:
         for some, i, j in zip(
             points.split(CHUNK), y.split(CHUNK), x.split(CHUNK), strict=True
         ):
+            # One map for each prompt, cut to the cells that lie in the image.
             maps = sam.features(embedding, some.to(sam.device), size)
             maps = maps.unflatten(1, (sam.cells, sam.cells))  # (q, cells, cells, D)
             maps = maps[:, : len(rows), : len(columns)].flatten(1, 2)  # (q, P, D)
             place = (i * len(columns) + j).to(sam.device)
+            # Of each map one row only: the point's own place against all others.
             table += [
                 similarity(m, p[None])[0] for m, p in zip(maps, place, strict=True)
             ]
@@ -214,6 +226,7 @@ def sampled(
     x = 2 * across * width / (4 * features.shape[2]) - 1
     y = 2 * rows * height / (4 * features.shape[1]) - 1
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)  # (R, K, 2)
+    # Bilinear: the centre of a SAM cell seldom falls on a cell of the student's map.
     found = F.grid_sample(
         features[None],
         grid[None].to(features),
@@ -231,9 +244,13 @@ def loss(features: Tensor, items: list[dict], structure: Structure) -> Tensor:
         items: B items of `loader.Stream`.
         structure: SAM's side, without gradient.
     """
+    # Only a part of the channels has to have SAM's layout, if so configured: the rest
+    # is free to tell classes apart, which SAM does not.
     total = features.new_zeros(())
     features = features[:, : structure.channels(features.shape[1])]
     for own, item in zip(features.float(), items, strict=True):
+        # Both sides at the same places of the original image, in float32: cosines of
+        # long vectors in 16 bits are off in the second digit.
         geometry = item["geometry"]
         queries, wanted = structure[item["index"]]
         places = sampled(own, geometry, *centres(structure.sam, geometry.original))

@@ -49,6 +49,10 @@ def make_teacher(student: nn.Module, decay: float) -> AveragedModel:
     The first update copies and later ones average: PyTorch counts in `n_averaged`.
     So `restart(teacher)` before mutual learning is GD's "teacher := student".
     """
+    # `multi_avg_fn` gets all weights at once: one fused kernel instead of hundreds.
+    # `use_buffers`: BatchNorm's running statistics are averaged like the weights, for
+    # they describe the activations of just these weights.
+    # GD Eq. (EMA), in every `update_parameters`.
     teacher = AveragedModel(
         student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
     )
@@ -103,7 +107,7 @@ class PseudoLabels:
         """As a training target: torchvision's dict.
 
         Args:
-            uncertainty: with `mask_weights` (N, H, W), 1 - u of PL-DC Eq. (PMUA).
+            uncertainty: with `mask_weights` (N, H, W): 1 - u, PL-DC Eq. (uncertainty).
             calibrated: these times the mask quality, S4M Eq. (calibration).
         """
         target = dict(
@@ -120,7 +124,7 @@ class PseudoLabels:
 
 
 def mask_quality(mask_probs: Tensor) -> Tensor:
-    """PL-DC Eq. (mask quality): m = mean of p over the predicted foreground {p > 0.5}.
+    """PL-DC Eq. (quality): m, the mean of p over the predicted foreground {p > 0.5}.
 
     Args:
         mask_probs: (N, H, W) in [0, 1].
@@ -128,6 +132,8 @@ def mask_quality(mask_probs: Tensor) -> Tensor:
     Returns:
         (N,) in (0.5, 1], or 0 where the foreground is empty.
     """
+    # Inside only: outside p is near 0 for every mask, good or bad. A mask that is sure
+    # of itself has m near 1; one that hesitates everywhere has m just above one half.
     foreground = mask_probs > 0.5
     area = foreground.flatten(1).sum(dim=1)
     return (mask_probs * foreground).flatten(1).sum(dim=1) / area.clamp(min=1)
@@ -174,6 +180,8 @@ def paste_parts(
         The rows and the columns of the frame that a box touches, and its mask there.
     """
     height, width = size
+    # Whole pixels that a box touches, cut at the frame; an empty span for a box
+    # outside.
     boxes = boxes.float()
     limit = boxes.new_tensor([width, height])
     first = boxes[:, :2].floor().clamp(min=0).minimum(limit)
@@ -187,11 +195,15 @@ def paste_parts(
         across = 2 * (x - shift - x1) / (x2 - x1) - 1
         down = 2 * (y - shift - y1) / (y2 - y1) - 1
         grid = torch.stack(torch.broadcast_tensors(across, down[:, None]), dim=2)
+        # Bilinear between the centres of the 28 x 28 cells; beyond the outermost
+        # centres the outermost value, for a mask does not fade towards the edge of its
+        # box.
         soft = torch.zeros(grid.shape[:2], dtype=mask.dtype, device=box.device)
         if soft.numel():
             soft = F.grid_sample(
                 mask[None], grid[None], padding_mode="border", align_corners=False
             )[0, 0]
+        # A pixel whose centre is outside of the box has no mask, whatever was sampled.
         inside = ((y >= y1) & (y <= y2))[:, None] & (x >= x1) & (x <= x2)  # (h, w)
         del grid  # of a large box gigabytes, which the next one would come on top of
         yield slice(top, bottom), slice(left, right), soft * inside
@@ -216,15 +228,20 @@ class Detections(NamedTuple):
 @torch.no_grad()
 def look(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Detections]:
     """torchvision's inference without its resizing and pasting; args as `predict`."""
+    # The model's own preparation, less the resizing: normalised, padded to one size.
+    # The sizes before padding go along, since no box may lie in the padding.
     roi = model.roi_heads
     sizes = [tuple(image.shape[-2:]) for image in images]
     normal = [model.transform.normalize(image) for image in images]
     batch = model.transform.batch_images(normal)
+    # Where might be an object, of whatever class: the best proposals of each image.
     features = model.backbone(batch)
     proposals, _ = model.rpn(ImageList(batch, sizes), features)
     # First stage: classify and regress every proposal.
     box_features = roi.box_head(roi.box_roi_pool(features, proposals, sizes))
     logits, regression = roi.box_predictor(box_features)
+    # The whole distribution is kept: PL-DC's correction mixes it with another one, and
+    # its maximum is the class quality c of PL-DC Eq. (quality).
     # float32: box arithmetic and NMS lose whole pixels in 16 bits.
     probs = logits.float().softmax(dim=-1)  # (proposals of all images, C + 1)
     boxes = roi.box_coder.decode(regression.float(), proposals)  # (.., C + 1, 4)
@@ -240,6 +257,8 @@ def look(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Detect
     pooled = roi.mask_roi_pool(features, kept_boxes, sizes)  # (N of all, D, 14, 14)
     mask_logits = roi.mask_predictor(roi.mask_head(pooled)).float()
     masks = maskrcnn_inference(mask_logits, labels)
+    # What the mask head looked at, made smaller, goes along: the second classifier
+    # reads it, and need not look at the image again.
     small = F.adaptive_avg_pool2d(pooled.float(), CELLS)
     small = small.split([len(boxes) for boxes in kept_boxes])
     return [
@@ -286,6 +305,8 @@ def predict(
     """
     result = []
     for image, found in zip(images, look(model, images, min_score), strict=True):
+        # Soft and hard: the hard one is taught, the soft one says how sure it is, where
+        # SAM's points are drawn, and which pixels are uncertain.
         soft = paste(found.masks, found.boxes, tuple(image.shape[-2:]))  # (N, H, W)
         quality, hard = mask_quality(soft), soft > 0.5
         result.append(
@@ -321,6 +342,7 @@ def detect(
     Returns:
         boxes (N, 4), labels (N,), scores (N,), distributions (N, C), best first.
     """
+    # Regression may lead out of the image; a box there has nothing to be matched with.
     boxes = clip_boxes_to_image(boxes, size)
     # Each (proposal, class) above the threshold is a candidate of its own. To threshold
     # before NMS changes nothing: a box is only ever suppressed by a better one.
@@ -334,5 +356,8 @@ def detect(
         candidates[big],
         scores[big],
     )
+    # Non-maximum suppression within each class: of two boxes that overlap, the better
+    # one stays. Boxes of different classes do not compete, so one object may be found
+    # twice.
     keep = batched_nms(candidates, scores, column, nms_iou)[:limit]
     return candidates[keep], column[keep] + 1, scores[keep], probs[row[keep], 1:]

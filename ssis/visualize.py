@@ -47,8 +47,10 @@ def overlay(
 
     Args:
         image: (3, H, W) float in [0, 1].
-        masks: (N, H, W) bool; labels: (N,), 1..C; scores: (N,) or None.
+        masks: (N, H, W) bool.
+        labels: (N,) int64, 1..C.
         names: class names.
+        scores: (N,) in [0, 1], or None.
         side: long side of the picture, pixels.
     """
     # Enlarged or reduced first, masks by nearest neighbour: what the edge of a mask is
@@ -102,7 +104,7 @@ def grid(rows: list[list[Image.Image]], titles: list[str]) -> Image.Image:
 
 
 def uncertainty(image: Tensor, mask_probs: Tensor) -> Image.Image:
-    """Where the masks are unsure: u of PL-DC Eq. (PMUA), black to red.
+    """Where the masks are unsure: u of PL-DC Eq. (uncertainty), black to red.
 
     Args:
         image: (3, H, W) float in [0, 1], shown darkly underneath.
@@ -138,6 +140,7 @@ def pasted(results: list[tuple], config) -> list[tuple]:
 
     Args:
         results: image, target, seed.
+        config: of `augment.arp`.
     """
     made = []
     for k in range(0, len(results), 2):
@@ -164,6 +167,8 @@ def pseudo_labels(run, label, streams, folder, step: int) -> None:
         run: `run.Run`.
         label: `train.pseudo_labels`.
         streams: `loader.Streams`; without known truth the last column is left out.
+        folder: the run's.
+        step: steps done, for the name of the file.
     """
     if run.rank:
         return

@@ -4,6 +4,7 @@ All pages of docs/annotate.py are rendered here, so one that does not render, a 
 not convert and a docstring that speaks of other arguments fail a test.
 """
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import make_architecture
 import make_equations
 
 from ssis import config
+from ssis.teacher import PseudoLabels
 
 pytestmark = pytest.mark.fast
 
@@ -172,6 +174,29 @@ def test_the_papers_page_names_files_functions_and_equations_that_exist():
             named.add(name)
     # Each equation of the sources has its row.
     assert named == set(known), set(known) - named
+
+
+def test_the_notation_names_what_there_is():
+    """Settings and fields are real ones; each letter of an equation has its line."""
+    page = (ROOT / "docs" / "notation.md").read_text(encoding="utf-8")
+    fields = {f.name for c in (config.Config, PseudoLabels) for f in dataclasses.fields(c)}
+    letters = page.split("## Names")[0]
+    names = set(re.findall(r"`([a-z]\w+)`", letters))
+    assert len(names) > 10 and names <= fields, names - fields
+    for path in re.findall(r"`(ssis/\w+\.py)`", page):
+        assert (ROOT / path).exists()
+    first = " ".join(line.split("|")[1] for line in letters.splitlines() if line.startswith("| "))
+    greek = dict(alpha="α", lambda_="λ", tau="τ", theta="θ")
+    for name, entry in make_equations.collect().items():
+        formula = re.sub(
+            r"\\mathrm\{[^}]*\}|\\(frac|cos|left|right|pi|max|min)", " ", entry["formula"]
+        )
+        for word in set(re.findall(r"\\?[A-Za-z]+", formula)):
+            if word.startswith("\\"):
+                sign = greek.get(word[1:] + ("_" if word[1:] == "lambda" else ""))
+                assert sign is None or sign in first, (name, word)
+            elif len(word) == 1:
+                assert re.search(rf"(?<![A-Za-z]){word}(?![A-Za-z])", first), (name, word)
 
 
 def test_the_papers_pages_values_are_the_settings():

@@ -32,6 +32,11 @@ $$x = M \odot x_{\mathrm{above}} + (1 - M) \odot x_{\mathrm{below}}$$ S4M Eq. (A
     labels      masks lose what is hidden; boxes are those of the new masks; what has
                 lost nearly all of itself is dropped
 
+*Why the student's view must be hard.* If both saw the same, the student would agree
+at once and learn nothing: the loss would only say that it is a copy. Distortion takes
+away what a small network likes to lean on, colour and fine texture, so that what is
+left to agree on is shape.
+
 Every view has a seed of its own, so a run does not depend on how the images are spread
 over workers and processes; only ARP's pairs are those of one process. Read next:
 `ssis/teacher.py`, who looks at the weak view.
@@ -120,6 +125,7 @@ def weak_view(image: Tensor, target: dict | None, config, seed: int):
         image = F.horizontal_flip(image)
         target = target and dict(target, masks=target["masks"].flip(-1))
     geometry = Geometry(original, tuple(image.shape[-2:]), flip)
+    # From 0..255 to 0..1, which is what torchvision's models normalise.
     return F.to_dtype(image, torch.float32, scale=True), target, geometry
 
 
@@ -156,6 +162,8 @@ def strong_view(image: Tensor, seed: int) -> Tensor:
     Returns:
         (3, H, W) float in [0, 1], every pixel in its place.
     """
+    # On the image's device: views come from the loader as they are, and are distorted
+    # where the student is, which on a GPU is much faster.
     with torch.random.fork_rng(devices=[]):
         # Only this one: `torch.manual_seed` would also reseed the GPUs', for good.
         torch.default_generator.manual_seed(seed)
@@ -192,6 +200,7 @@ def arp(
     # was pasted is pasted on.
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator).tolist()
+    # New lists, old tensors: what is not in a pair is handed on untouched.
     made_images, made_targets = list(images), list(targets)
     # S4M: max(1, B // 4) pairs; no image is in two of them.
     for k in range(max(1, len(images) // 4) if len(images) > 1 else 0):
@@ -214,7 +223,18 @@ def arp(
 def placed(
     image: Tensor, target: dict, like: Tensor, scale: float
 ) -> tuple[Tensor, dict]:
-    """An image and its target, scaled, in the middle of a frame like another's."""
+    """An image and its target, scaled, in the middle of a frame like another's.
+
+    Args:
+        image: (3, H, W), what is to be pasted.
+        target: its masks (N, H, W), labels, and weights if it has them.
+        like: (3, h, w), whose frame it is to have.
+        scale: of image and masks.
+
+    Returns:
+        (3, h, w) with 0 where the image does not reach, and the target in that frame.
+    """
+    # Scaled first, if at all: masks stay 0 or 1, weights are interpolated.
     size = [max(1, round(side * scale)) for side in image.shape[-2:]]
     if size != list(image.shape[-2:]):
         image = F.resize(image, size, antialias=False)
@@ -246,6 +266,8 @@ def paste(
     Returns:
         The new image and its target: disjoint masks, their boxes, nothing degenerate.
     """
+    # Areas are those of the source's masks in this frame: what is cut off by it does
+    # not count, what is hidden by others does.
     masks = source["masks"].bool()
     # S4M: tiny pieces are not pasted; mostly they are wrong.
     big = masks.flatten(1).sum(dim=1) >= min_area * image.shape[-2] * image.shape[-1]
@@ -254,6 +276,7 @@ def paste(
     # In front comes first: what is pasted before what was there, best ones first.
     # A pixel belongs to the first instance that has it.
     visible = stack & (stack.cumsum(dim=0, dtype=torch.int16) == 1)
+    # M of the equation: every pixel that some pasted instance owns.
     pasted = visible[: len(source["labels"])].any(dim=0)
     both = dict(
         masks=visible.to(torch.uint8),

@@ -16,6 +16,10 @@ $$w(t) = \frac{1}{4} \left(\cos \pi \frac{t - t_{\mathrm{burn}}}
 
 one half until the end of the burn-in, falling to 0 at the end.
 
+Why a mixture and not a vote? Both sides say how sure they are, and a mixture lets the
+surer one win. And it fades on purpose: a second opinion that never changes would in the
+end hold back a teacher that has become better than it.
+
 Two second classifiers (`--correction`):
 
 *prototypes.* The labelled instances themselves, as a memory: the teacher's features of
@@ -76,7 +80,7 @@ def fuse(pseudo: PseudoLabels, second: Tensor, w: float) -> PseudoLabels:
     """Mix in a second opinion; masks, boxes and the order stay.
 
     Args:
-        pseudo: of one image.
+        pseudo: of one image; none of its tensors is changed.
         second: (N, C) class distribution of the second classifier; a row of zeros means
             that it has no opinion.
         w: weight of the second opinion, in [0, 1]. Where it is 0, or there is no
@@ -103,7 +107,16 @@ def fuse(pseudo: PseudoLabels, second: Tensor, w: float) -> PseudoLabels:
 def correct(
     pseudo: list[PseudoLabels], images: list[Tensor], second: nn.Module, w: float
 ) -> list[PseudoLabels]:
-    """The pseudo-labels of B weak views with the second classifier's opinions."""
+    """The pseudo-labels of B weak views with the second classifier's opinions.
+
+    Args:
+        pseudo: of each image.
+        images: the weak views, (3, H, W) float in [0, 1] each.
+        second: `Prototypes` or `clip.Clip`: called with an image and its pseudo-labels
+            it gives (N, C) probabilities.
+        w: weight of its opinion, of `weight`.
+    """
+    # Image by image: an opinion depends on nothing but the image and its instances.
     pairs = zip(pseudo, images, strict=True)
     return [fuse(found, second(image, found), w) for found, image in pairs]
 
@@ -117,6 +130,7 @@ def make(config, names: list[str], net: nn.Module, device) -> nn.Module | None:
         net: the student, for the width of its features.
         device: where it is to be.
     """
+    # A plain choice of two; `none` is None, and the loop then skips this level.
     if config.correction == "prototypes":
         channels = net.backbone.out_channels
         return Prototypes(len(names), channels, config.prototypes).to(device)
@@ -179,11 +193,15 @@ class Prototypes(nn.Module):
         Returns:
             (N, 49 D + 256), each row of length 1.
         """
+        # One map for each instance, and so one box in each map: number n of the boxes
+        # belongs to map n.
         masks = masks.float()
         number = torch.arange(len(boxes), device=boxes.device)[:, None]
         # What lies in the box but not on the object is not asked.
         rois = torch.cat([number.to(boxes), boxes], dim=1)
         inside = roi_align(masks[:, None], rois, teacher.CELLS, aligned=True)
+        # All 49 places apart, not their average: where in the box a part lies (the
+        # points of a star, the hole of a ring) says what it is.
         appearance = F.normalize((features * inside).flatten(1))
         # The shape alone, in its own box: where a loose box puts it does not matter.
         tight = data.boxes_of(masks > 0.5) if len(masks) else boxes
@@ -212,6 +230,7 @@ class Prototypes(nn.Module):
             self.describe(features.float(), target["masks"], target["boxes"])
             for features, target in zip(pooled, targets, strict=True)
         ]
+        # From here on it does not matter any more which image an instance is of.
         labels = torch.cat([target["labels"] for target in targets])
         # Every process puts in everybody's, so that all have the same memory.
         # Through the CPU: objects gathered from GPUs would stay on the sender's.
@@ -232,6 +251,7 @@ class Prototypes(nn.Module):
         query = self.describe(pseudo.features, pseudo.mask_probs, pseudo.feature_boxes)
         # Cosine similarity with all that is in the memory, -1 where a place is empty.
         similar = torch.einsum("nf,ckf->nck", query, self.bank)
+        # A place that was never filled must not be anybody's neighbour.
         places = torch.arange(self.bank.shape[1], device=query.device)
         similar[:, places >= self.seen[:, None]] = -1
         # The mean of the nearest few of each class: one alone may be a mistake, and the
@@ -246,6 +266,8 @@ class Prototypes(nn.Module):
         # Of a class that was never seen there is no opinion: it keeps the probability
         # that the teacher gives it, and the others share the rest.
         unseen = self.seen == 0
+        # The softmax is sharp: cosines of classes differ in the second digit, and the
+        # temperature makes of that a clear answer.
         kept = pseudo.distribution * unseen
         shares = (mean / TEMPERATURE).masked_fill(unseen, -torch.inf).softmax(dim=1)
         return kept + (1 - kept.sum(dim=1, keepdim=True)) * shares

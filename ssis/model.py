@@ -25,6 +25,21 @@ What is added to torchvision's model:
   process; the mean of N means is something else (`ssis/losses.py`);
 * the stride-4 feature map, given out in training: S4M's distillation needs it.
 
+What happens to an image in training, and which of the five losses comes of it:
+
+    backbone, FPN     the image as maps of stride 4, 8, 16 (and 32), D channels each
+    RPN               at every place some anchors: is there an object (loss_objectness),
+                      and how must the anchor move (loss_rpn_box_reg)? The best are the
+                      proposals
+    RoI pooling       the maps cut out at each proposal, 7 x 7 places
+    box head          of which class, or background (loss_classifier), and how must the
+                      proposal move (loss_box_reg)?
+    mask head         of foreground proposals: 14 x 14 places into 28 x 28 pixels for
+                      each class (loss_mask)
+
+Positive and negative anchors and proposals are sampled at random, since nearly all of
+them are background, which would otherwise be all that is learnt.
+
 Read next: `ssis/teacher.py`, the second copy of this model.
 """
 
@@ -102,6 +117,7 @@ class WeightedRoIHeads(RoIHeads):
             return super().forward(features, proposals, image_shapes)
         # As torchvision does it: match proposals with instances, sample some of both
         # kinds, classify and regress them.
+        # `matched` says which instance each proposal belongs to.
         proposals, matched, labels, regression = self.select_training_samples(
             proposals, targets
         )

@@ -85,7 +85,17 @@ def sample_points(
 
 
 def overlap(masks: Tensor, other: Tensor) -> Tensor:
-    """IoU of masks (.., H, W) bool, pair by pair; 0 where both are empty."""
+    """IoU of masks, pair by pair.
+
+    Args:
+        masks: (.., H, W) bool.
+        other: (.., H, W) bool; the leading sides are broadcast.
+
+    Returns:
+        (..) in [0, 1]; 0 where both are empty.
+    """
+    # Pixels of both over pixels of either. Not over those of one of them: a mask that
+    # covers the whole image would then agree with everything.
     both = (masks & other).flatten(-2).sum(dim=-1)
     return both / (masks | other).flatten(-2).sum(dim=-1).clamp(min=1)
 

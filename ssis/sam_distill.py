@@ -15,6 +15,10 @@ with $\lambda_{SD}$ = `structure_weight`; i are query points, j all places of th
 Not the features themselves: SAM's know no classes, and a teacher made to have them
 would lose its own (S4M's ablation).
 
+An example: i lies on a zebra. To SAM all places of the zebra are alike, and unlike the
+grass, whatever stripe they lie on; to a young teacher a black stripe is like any other
+black thing. L_SD asks for the first pattern, and leaves open which numbers make it.
+
 *SAM's side.* Each query point i is one prompt, and F is the image feature map after the
 mask decoder's two-way transformer, which has been told of that point: the decoder's
 features, not the encoder's (the ablation again). So each row C(i, .) comes from a map
@@ -65,11 +69,15 @@ def query_points(
     Returns:
         (Q, 2) float, x and y; the first pixel's centre is 0.5.
     """
+    # Three places to draw from, as maps of chances: anywhere, on some object, on an
+    # edge.
     height, width = masks.shape[-2:]
     anywhere = torch.ones(height, width)
     inside = masks.bool().any(dim=0).float()
     band = torch.zeros(height, width)
     if len(masks) and boundary:
+        # The largest value nearby of the mask and of its negative: their sum is 1 where
+        # both inside and outside are near, and 0 elsewhere.
         reach = max(1, round(BAND * max(height, width)))
         soft = masks.float()[:, None]
         band = (spread(soft, reach) + spread(-soft, reach))[:, 0].amax(dim=0)
@@ -132,6 +140,7 @@ def centres(sam: SegmentAnything, size: tuple[int, int]) -> tuple[Tensor, Tensor
     # divide the frame evenly.
     height, width = sam.resized(size)
     shares = (torch.arange(sam.cells) + 0.5) * sam.side / sam.cells
+    # Centres beyond the image are padding: SAM has features there, of nothing.
     rows, columns = shares[shares < height], shares[shares < width]
     # A strip thinner than half a cell still has its first row.
     rows = rows if len(rows) else torch.tensor([height / 2])
@@ -176,6 +185,8 @@ class Structure:
     def compute(self, index: int) -> tuple[Tensor, Tensor]:
         """The same, from SAM."""
         dataset, sam = self.embeddings.dataset, self.sam
+        # In the original frame, which is SAM's; views of the image differ, this does
+        # not.
         masks = dataset.target(index)["masks"]
         size = tuple(dataset.image(index).shape[-2:])
         # A seed of the image: a row that was not kept comes out the same again.
@@ -220,6 +231,7 @@ def sampled(
     Returns:
         (R * K, D).
     """
+    # Where a share of the original lies in the view: mirrored with it, scaled with it.
     height, width = geometry.view
     # In the view, in the padded batch, and as grid_sample counts: from -1 to 1.
     across = 1 - columns if geometry.flip else columns
@@ -253,6 +265,8 @@ def loss(features: Tensor, items: list[dict], structure: Structure) -> Tensor:
         # long vectors in 16 bits are off in the second digit.
         geometry = item["geometry"]
         queries, wanted = structure[item["index"]]
+        # A gradient flows into the features at query and other places alike; SAM's rows
+        # are numbers, and cannot be taught.
         places = sampled(own, geometry, *centres(structure.sam, geometry.original))
         found = similarity(places, queries.to(own.device))
         # S4M Eq. (SD); smooth L1 with beta 1 is the Huber loss with delta 1.

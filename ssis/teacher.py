@@ -9,12 +9,22 @@ over parameters *and* float buffers (running statistics that lag behind their we
 would make another network). An average over many steps is smoother and mostly better
 than any single student, which is why it may judge the student's unlabelled images.
 
+Why not let the student label for itself? It would confirm its own mistakes of a moment
+ago, and each step would make it surer of them. The average changes slowly (with
+$\alpha$ = 0.9996 it looks back over some 2,500 steps), so a mistake has to persist
+before it is taught; and the teacher sees the weak view, where fewer are made.
+
 Guided Distillation's order: the teacher is first trained on the labelled images, then
 *frozen* while the student learns from it (guided burn-in), then set to a copy of the
 student, and averaged from there on.
 
 `predict` is torchvision's inference, step by step, because the methods need what
 torchvision throws away: the whole class distribution, and soft masks with a quality.
+
+    images -> features -> proposals (RPN)
+           -> class distribution and box of each proposal -> detections (NMS)
+           -> mask, 28 x 28 cells of each detection's box -> pasted into the image
+
 A test holds it against torchvision's own. One step differs on purpose, `paste`:
 torchvision's masks come out shifted by about half a pixel, which nobody sees in one
 prediction, but which adds up when a student learns from them and teaches the next.
@@ -48,6 +58,13 @@ def make_teacher(student: nn.Module, decay: float) -> AveragedModel:
 
     The first update copies and later ones average: PyTorch counts in `n_averaged`.
     So `restart(teacher)` before mutual learning is GD's "teacher := student".
+
+    Args:
+        student: the network; the copy gets its weights and stays on its device.
+        decay: alpha, from 0 (the teacher is the student) to 1 (it never changes).
+
+    Returns:
+        PyTorch's wrapper; the network itself is its `module`.
     """
     # `multi_avg_fn` gets all weights at once: one fused kernel instead of hundreds.
     # `use_buffers`: BatchNorm's running statistics are averaged like the weights, for
@@ -56,7 +73,8 @@ def make_teacher(student: nn.Module, decay: float) -> AveragedModel:
     teacher = AveragedModel(
         student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
     )
-    # Evaluation mode for good: the teacher predicts, and collects no statistics.
+    # Evaluation mode for good: the teacher predicts, and collects no statistics. No
+    # gradients: it is a judge, and must not be trained to agree with whom it judges.
     return teacher.eval().requires_grad_(False)
 
 
@@ -132,6 +150,7 @@ def mask_quality(mask_probs: Tensor) -> Tensor:
     Returns:
         (N,) in (0.5, 1], or 0 where the foreground is empty.
     """
+    # A bool mask as float weights: multiplied, the background adds nothing to the sum.
     # Inside only: outside p is near 0 for every mask, good or bad. A mask that is sure
     # of itself has m near 1; one that hesitates everywhere has m just above one half.
     foreground = mask_probs > 0.5
@@ -160,6 +179,8 @@ def paste(
     Returns:
         (N, H, W) float32 in [0, 1], 0 outside the boxes.
     """
+    # A frame for each instance. With a hundred of them in a photograph this is
+    # gigabytes, so evaluation, which does not need them all at once, takes the parts.
     pasted = small.new_zeros(len(small), *size)
     for whole, (rows, columns, soft) in zip(
         pasted, paste_parts(small, boxes, size, shift), strict=True
@@ -175,6 +196,12 @@ def paste_parts(
 
     A box is a small part of a photograph, and work and memory go with what is sampled
     (docs/performance.md).
+
+    Args:
+        small: (N, 1, M, M) float in [0, 1].
+        boxes: (N, 4) in the frame.
+        size: height and width of the frame.
+        shift: as for `paste`.
 
     Yields:
         The rows and the columns of the frame that a box touches, and its mask there.
@@ -237,14 +264,17 @@ def look(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Detect
     # Where might be an object, of whatever class: the best proposals of each image.
     features = model.backbone(batch)
     proposals, _ = model.rpn(ImageList(batch, sizes), features)
-    # First stage: classify and regress every proposal.
+    # Classify and regress every proposal: C + 1 numbers, and a box for each class,
+    # since what a good box is depends on what is in it.
     box_features = roi.box_head(roi.box_roi_pool(features, proposals, sizes))
     logits, regression = roi.box_predictor(box_features)
     # The whole distribution is kept: PL-DC's correction mixes it with another one, and
     # its maximum is the class quality c of PL-DC Eq. (quality).
     # float32: box arithmetic and NMS lose whole pixels in 16 bits.
     probs = logits.float().softmax(dim=-1)  # (proposals of all images, C + 1)
+    # The regression is relative to the proposal; decoded it is a box in pixels.
     boxes = roi.box_coder.decode(regression.float(), proposals)  # (.., C + 1, 4)
+    # The proposals of all images lie in one tensor, in order; taken apart again.
     counts = [len(p) for p in proposals]
     found = [
         detect(b, p, size, min_score, roi.nms_thresh, roi.detections_per_img)
@@ -252,7 +282,8 @@ def look(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Detect
             boxes.split(counts), probs.split(counts), sizes, strict=True
         )
     ]
-    # Second stage: a mask for each box that is left, that of its class.
+    # A mask for each box that is left, that of its class: the mask head answers for all
+    # classes at once, and only the label's answer is kept.
     kept_boxes, labels = [f[0] for f in found], [f[1] for f in found]
     pooled = roi.mask_roi_pool(features, kept_boxes, sizes)  # (N of all, D, 14, 14)
     mask_logits = roi.mask_predictor(roi.mask_head(pooled)).float()
@@ -281,9 +312,12 @@ def features_in(
     Returns:
         (N, D, 7, 7) for each image.
     """
+    # Half of `look`: here the boxes are given, so there is nothing to propose. PL-DC's
+    # memory asks for labelled instances, whose boxes are known.
     sizes = [tuple(image.shape[-2:]) for image in images]
     normal = [model.transform.normalize(image) for image in images]
     features = model.backbone(model.transform.batch_images(normal))
+    # The same pooling and the same average as there, or the two could not be compared.
     pooled = model.roi_heads.mask_roi_pool(features, boxes, sizes)
     small = F.adaptive_avg_pool2d(pooled.float(), CELLS)
     return list(small.split([len(part) for part in boxes]))
@@ -305,21 +339,14 @@ def predict(
     """
     result = []
     for image, found in zip(images, look(model, images, min_score), strict=True):
+        boxes, labels, scores, distributions, features, small = found
         # Soft and hard: the hard one is taught, the soft one says how sure it is, where
         # SAM's points are drawn, and which pixels are uncertain.
-        soft = paste(found.masks, found.boxes, tuple(image.shape[-2:]))  # (N, H, W)
-        quality, hard = mask_quality(soft), soft > 0.5
-        result.append(
-            PseudoLabels(
-                *found[:3],
-                quality,
-                soft,
-                hard,
-                found.distributions,
-                found.features,
-                found.boxes,
-            )
-        )
+        soft = paste(small, boxes, tuple(image.shape[-2:]))  # (N, H, W)
+        hard, quality = soft > 0.5, mask_quality(soft)
+        parts = (boxes, labels, scores, quality, soft, hard, distributions, features)
+        # The last one: the boxes that the features are of, whatever becomes of the first.
+        result.append(PseudoLabels(*parts, boxes))
     return result
 
 
@@ -349,15 +376,13 @@ def detect(
     row, column = torch.where(probs[:, 1:] > min_score)
     candidates, scores = boxes[row, column + 1], probs[row, column + 1]
     # A degenerate box would make the student's loss raise.
+    # A hundredth of a pixel is torchvision's own limit.
     big = remove_small_boxes(candidates, min_size=1e-2)
-    row, column, candidates, scores = (
-        row[big],
-        column[big],
-        candidates[big],
-        scores[big],
-    )
+    row, column = row[big], column[big]
+    candidates, scores = candidates[big], scores[big]
     # Non-maximum suppression within each class: of two boxes that overlap, the better
     # one stays. Boxes of different classes do not compete, so one object may be found
     # twice.
     keep = batched_nms(candidates, scores, column, nms_iou)[:limit]
+    # Column k of the classes is label k + 1, for label 0 is background.
     return candidates[keep], column[keep] + 1, scores[keep], probs[row[keep], 1:]

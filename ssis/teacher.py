@@ -345,7 +345,8 @@ def predict(
         soft = paste(small, boxes, tuple(image.shape[-2:]))  # (N, H, W)
         hard, quality = soft > 0.5, mask_quality(soft)
         parts = (boxes, labels, scores, quality, soft, hard, distributions, features)
-        # The last one: the boxes that the features are of, whatever becomes of the first.
+        # The last one: the boxes that the features are of, whatever becomes of the
+        # first.
         result.append(PseudoLabels(*parts, boxes))
     return result
 

@@ -1,5 +1,8 @@
 """What several tests share: small datasets in COCO format, and the real images.
 
+Which tests belong to which graded task is said in docs/assignments/tasks.toml alone; here
+they get the markers `task1_1`, ... that it makes.
+
 The real images are a folder beside the project, `../shared/data` (or the environment
 variable SSIS_TEST_DATA); tests that read it are skipped, by name, where it is absent.
 """
@@ -18,6 +21,11 @@ import pytest
 import torch
 from PIL import Image
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 REAL = Path(os.environ.get("SSIS_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -31,9 +39,31 @@ def real(name: str) -> Path:
     return folder
 
 
+TASKS = tomllib.loads((ROOT / "docs" / "assignments" / "tasks.toml").read_text("utf-8"))["task"]
+
+
+def pytest_configure(config):
+    for task in TASKS:
+        line = f"task{task['id']}: {task['title']} ({task['module']}, {task['function']})"
+        config.addinivalue_line("markers", line)
+
+
+# First: before pytest picks the tests that -m asks for.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    markers: dict = {}
+    for task in TASKS:
+        for test in task["tests"]:
+            markers.setdefault(test, []).append(f"task{task['id']}")
+    for item in items:
+        for marker in markers.get(item.nodeid.split("[")[0], ()):
+            item.add_marker(marker)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
-    torch.manual_seed(0)
+    """The same random numbers in every run; others where SSIS_SEED says so."""
+    torch.manual_seed(int(os.environ.get("SSIS_SEED", "0")))
 
 
 @pytest.fixture(scope="session")

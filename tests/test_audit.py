@@ -56,6 +56,23 @@ def test_the_audit_counts_as_a_person_would():
     assert by_class["c"]["recall"] == 1.0 and by_class["c"]["labeled_per_image"] == 1.0
 
 
+def test_matching_by_hand():
+    """A duplicate has to take the second best; 5 of 10 is enough, less is not; none is -1."""
+    truth = torch.tensor([[0.0, 0.0, 10.0, 10.0], [2.0, 0.0, 12.0, 10.0], [30.0, 0.0, 40.0, 10.0]])
+    boxes = torch.tensor(
+        [
+            [0.0, 0.0, 10.0, 10.0],  # the first, exactly
+            [0.5, 0.0, 10.5, 10.0],  # nearer to the first, which is taken: the second
+            [0.0, 0.0, 10.0, 10.0],  # nothing is left of them
+            [30.0, 0.0, 34.9, 10.0],  # 0.49 of the third
+            [30.0, 0.0, 35.0, 10.0],  # 0.50 of it
+        ]
+    )
+    assert audit.match(boxes, truth).tolist() == [0, 1, -1, -1, 2]
+    assert audit.match(boxes, truth[:0]).tolist() == [-1] * 5
+    assert audit.match(boxes[:0], truth).shape == (0,)
+
+
 def test_nothing_kept_and_nothing_there_are_no_shares():
     none = audit.summary(audit.tally(pseudo([], []), truth([(0, 0, 9)], [1]), 3), 1, 1.0)
     assert none["box_precision"] is None and none["recall"] == 0.0

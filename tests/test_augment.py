@@ -31,6 +31,24 @@ def test_masks_follow_the_pixels_in_the_weak_view():
     assert len(sizes) > 5 and 3 < flips < 17
 
 
+def test_a_weak_view_follows_its_seed_and_its_geometry_says_what_was_done():
+    """An image that is bright on the left: the bright side says whether it is mirrored."""
+    image = torch.zeros(3, 32, 48, dtype=torch.uint8)
+    image[:, :, :24] = 255
+    flips = set()
+    for seed in range(12):
+        state = torch.get_rng_state()
+        view, target, geometry = augment.weak_view(image, None, SETTINGS, seed)
+        assert target is None and torch.equal(state, torch.get_rng_state())
+        mirrored = bool(view[:, :, 0].mean() < 0.5)
+        assert geometry == augment.Geometry((32, 48), tuple(view.shape[1:]), mirrored)
+        torch.manual_seed(seed + 100)
+        again, _, same = augment.weak_view(image, None, SETTINGS, seed)
+        assert torch.equal(again, view) and same == geometry
+        flips.add(mirrored)
+    assert flips == {False, True}
+
+
 def test_the_long_side_is_limited():
     assert augment.resize(torch.zeros(3, 30, 100), 64, 80).shape == (3, 24, 80)
     # A strip stays wide enough for the blur of the strong view.
@@ -177,3 +195,35 @@ def test_a_batch_of_one_or_none_is_left_alone():
     empty = {key: value[:0] for key, value in target.items()}
     _, targets = augment.arp([image, image * 0], [target, empty], settings, 0)
     assert len(targets[0]["labels"]) == 2 and len(targets[1]["labels"]) == 2
+
+
+def test_both_of_a_pair_get_the_other_as_it_was():
+    """Two overlapping instances: each is in front in the other's image, neither comes back."""
+    images = [torch.full((3, 30, 30), 0.25), torch.full((3, 30, 30), 0.75)]
+    targets = [rectangles(30, 30, (5, 20, 5, 20)), rectangles(30, 30, (10, 25, 10, 25))]
+    targets[1]["labels"] += 1
+    new_images, new_targets = augment.arp(images, targets, config.Config(arp_jitter=0.0), 0)
+    for k, other in ((0, 1), (1, 0)):
+        above, below = targets[other]["masks"][0].bool(), targets[k]["masks"][0].bool()
+        assert new_targets[k]["labels"].tolist() == [other + 1, k + 1]
+        assert torch.equal(new_targets[k]["masks"].bool(), torch.stack([above, below & ~above]))
+        assert torch.equal(new_images[k][0] == images[other][0, 0, 0], above)
+
+
+def test_pairs_and_scales_are_drawn_anew_from_each_seed(monkeypatch):
+    images, targets = zip(*(scene(40, 40, k / 10, 2, k) for k in range(6)), strict=True)
+    drawn, scales, before = set(), [], augment.placed
+
+    def spy(image, target, like, scale):
+        scales.append(scale)
+        return before(image, target, like, scale)
+
+    monkeypatch.setattr(augment, "placed", spy)
+    for seed in range(10):
+        for _ in range(2):
+            torch.manual_seed(len(scales))
+            _, made = augment.arp(list(images), list(targets), config.Config(arp_jitter=0.2), seed)
+            drawn.add((seed, tuple(k for k in range(6) if made[k] is not targets[k])))
+    # One pair of six images, the same whenever the seed is; five of ten pairs must differ.
+    assert len(drawn) == 10 and len({pair for _, pair in drawn}) > 4
+    assert min(scales) >= 0.8 and max(scales) <= 1.2 and max(scales) - min(scales) > 0.2

@@ -1,6 +1,7 @@
 """Saving: atomic under a real failure of writing, refusing what is not a checkpoint, going
 back to the one before a damaged one."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -46,6 +47,44 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     assert len(done.stdout.splitlines()) == 1, done.stderr
     assert torch.equal(checkpoint.load(path)["weights"], STATE["weights"])
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_a_failed_write_leaves_the_old_one_and_no_rubbish(tmp_path, monkeypatch):
+    """The write breaks off in the middle, as a full disk makes it."""
+    path = tmp_path / "c.pt"
+
+    def broken(state, file):
+        file.write(b"half of it")
+        raise RuntimeError("unexpected pos 64 vs 0\nmore of the writer's text")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(UserError, match=r"cannot be written .unexpected pos 64.*none yet"):
+        checkpoint.save(path, STATE)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    checkpoint.save(path, STATE)
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(UserError, match="the one before is kept"):
+        checkpoint.save(path, dict(STATE, names=["b"]))
+    assert checkpoint.load(path)["names"] == ["a"]
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_the_data_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
+    """A power cut between the two must not leave a complete name on an empty file."""
+    path, sync = tmp_path / "c.pt", os.fsync
+    checkpoint.save(path, STATE)
+    seen = []
+
+    def spy(file):
+        # What is forced to disk is the whole of the new file; the name is still the old one's.
+        seen.append((os.fstat(file).st_size, checkpoint.load(path)["names"]))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    checkpoint.save(path, dict(STATE, names=["b"]))
+    assert (path.stat().st_size, ["a"]) in seen
+    assert checkpoint.load(path)["names"] == ["b"]
 
 
 def spoil(path, how):

@@ -138,6 +138,54 @@ def test_an_image_without_instances_teaches_nothing_and_asks_nothing(seen):
     assert seen[1](item["image"], as_pseudo(net, item)).shape == (0, 6)
 
 
+def bank_of(cosines: list[list[float]], found, size: int = 4) -> correction.Prototypes:
+    """Prototypes whose instances have given cosines with the one found instance."""
+    second = correction.Prototypes(len(cosines), 1, size)
+    query = second.describe(found.features, found.mask_probs, found.feature_boxes)[0]
+    other = torch.randn_like(query)
+    other = other - (other @ query) * query
+    other = other / other.norm()
+    for k, row in enumerate(cosines):
+        for place, cosine in enumerate(row):
+            second.bank[k, place] = cosine * query + math.sqrt(1 - cosine**2) * other
+        second.seen[k] = len(row)
+    return second
+
+
+def test_the_opinion_is_of_the_nearest_three_by_hand():
+    """Mean cosines of the best three: 0.50, 0.49 and 0.48; the means of all say otherwise."""
+    found = made_labels([1], [0.9], [0.9])
+    cosines = [[0.51, 0.50, 0.49, 0.1], [0.49, 0.49, 0.49, 0.49], [0.40, 0.52, 0.48, 0.44]]
+    opinion = bank_of(cosines, found)(torch.zeros(3, 20, 20), found)
+    means = torch.tensor([[0.50, 0.49, 0.48]])
+    torch.testing.assert_close(opinion, (means / 0.005).softmax(1), atol=1e-3, rtol=0)
+
+
+def test_places_that_are_empty_have_no_say():
+    """Cosines below 0, which is what an empty place would have; a class of one instance."""
+    found = made_labels([1], [0.9], [0.9])
+    second = bank_of([[-0.50], [-0.49, -0.50, -0.51], [-0.51, -0.52, -0.50, -0.51]], found)
+    means = torch.tensor([[-0.50, -0.50, -0.51 + 0.01 / 3]])
+    opinion = second(torch.zeros(3, 20, 20), found)
+    torch.testing.assert_close(opinion, (means / 0.005).softmax(1), atol=1e-3, rtol=0)
+    # Nothing in the memory at all, or nobody to ask about: no opinion.
+    nothing = correction.Prototypes(3, 1, 4)
+    assert nothing(torch.zeros(3, 20, 20), found).tolist() == [[0.0] * 3]
+    none = found[torch.zeros(1, dtype=torch.bool)]
+    assert second(torch.zeros(3, 20, 20), none).shape == (0, 3)
+
+
+def test_of_a_class_never_seen_the_teacher_decides():
+    """It keeps its 0.4; the two known classes share the other 0.6 as they are near."""
+    found = made_labels([1, 1], [0.5, 0.5], [0.9, 0.9], distribution=[[0.5, 0.1, 0.4]] * 2)
+    second = bank_of([[0.51], [0.50], []], found[:1])
+    opinion = second(torch.zeros(3, 20, 20), found)
+    torch.testing.assert_close(opinion.sum(1), torch.ones(2))
+    shares = torch.tensor([0.51, 0.50]).div(0.005).softmax(0)
+    expected = torch.cat([0.6 * shares, torch.tensor([0.4])])
+    torch.testing.assert_close(opinion[0], expected, atol=1e-3, rtol=0)
+
+
 def test_a_class_that_was_never_seen_keeps_what_the_teacher_gives_it(seen):
     net, full, labeled, _ = seen
     second = correction.Prototypes(6, 64, 4)

@@ -150,6 +150,37 @@ def test_the_split_is_seeded_covers_classes_and_can_be_given_back(coco_folder, t
     assert len(seeds) > 1
 
 
+class Labels:
+    """Of a dataset what the split asks of it: 40 annotated images and two bare ones; 6 classes."""
+
+    annotated, names, source = 40, [*"abcdef"], "labels"
+
+    def present_labels(self, index: int) -> set:
+        # Classes 1 to 4 are everywhere, 5 in one of ten, 6 in two images.
+        return {index % 4 + 1} | ({5} if index % 10 == 0 else set()) | ({6} & {6 * (index < 2)})
+
+    def __len__(self) -> int:
+        return 42
+
+
+def test_a_split_is_of_the_asked_size_and_the_rest_of_it_is_uniform():
+    """10 of 40 images, drawn 60 times: the seed's alone, each class in it, none favoured."""
+    times = torch.zeros(40)
+    for seed in range(60):
+        torch.manual_seed(seed + 1)
+        chosen, warnings = split.draw_split(Labels(), "10", seed)
+        assert chosen == sorted(set(chosen)) and len(chosen) == 10 and not warnings
+        # The split is the seed's, whatever was drawn before it.
+        torch.manual_seed(0)
+        assert split.draw_split(Labels(), "25%", seed)[0] == chosen
+        covered = set().union(*(Labels().present_labels(index) for index in chosen))
+        assert covered == set(range(1, 7))
+        times[chosen] += 1
+    # One of the two images of the rare class in each; of the others 13 to 16 times each, with
+    # a standard deviation of 3.5.
+    assert times[:2].sum() >= 60 and times[2:].min() >= 3 and times[2:].max() <= 35
+
+
 def test_a_bare_folder_gives_unlabelled_images_that_are_not_listed_yet(coco_folder):
     dataset = load(coco_folder)
     (coco_folder / "images" / "sub").mkdir()

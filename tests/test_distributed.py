@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from ssis import config
+from ssis import config, distributed
 from test_train import TINY, dataset_of
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -75,6 +75,33 @@ def test_a_whole_run_under_torchrun_with_two_processes(tmp_path, shapes_folder):
     launch(TWO, "train.py", *arguments)
     again = json.loads((tmp_path / "summary.json").read_text())
     assert again["details"] == summary["details"] and again["audit"] == summary["audit"]
+
+
+@pytest.mark.fast
+def test_statistics_are_the_mean_over_the_processes(monkeypatch):
+    """Three processes; the sums of the other two are given. One call for all the norms."""
+    net = torch.nn.Sequential(torch.nn.BatchNorm2d(1), torch.nn.BatchNorm2d(2))
+    for k, norm in enumerate(net):
+        norm.running_mean.fill_(1.0 + k)
+        norm.running_var.fill_(4.0 + k)
+    before, calls = [buffer.data_ptr() for buffer in net.buffers()], []
+
+    def all_sum(tensor):
+        calls.append(tensor.numel())
+        return tensor + 5.0
+
+    # Alone, without a process group, nothing changes.
+    distributed.average_statistics(net)
+    assert net[0].running_mean.item() == 1.0
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "all_sum", all_sum)
+    distributed.average_statistics(net)
+    # (1 + 5) / 3, (4 + 5) / 3, (2 + 5) / 3, (5 + 5) / 3
+    assert net[0].running_mean.tolist() == [2.0] and net[0].running_var.tolist() == [3.0]
+    torch.testing.assert_close(net[1].running_mean, torch.full((2,), 7 / 3))
+    torch.testing.assert_close(net[1].running_var, torch.full((2,), 10 / 3))
+    assert calls == [6] and [buffer.data_ptr() for buffer in net.buffers()] == before
 
 
 def test_an_error_stops_all_processes_with_its_line(tmp_path, shapes_folder):

@@ -58,6 +58,14 @@ def test_score_is_strict_and_the_others_are_not():
     assert len(filters.keep(found, settings("dual"))) == 1
 
 
+def test_first_thresholds_by_hand():
+    """PL-DC Eq. (init): the rare class low, the common one high, for both qualities."""
+    thresholds = filters.Thresholds(settings("adaptive", tau_min=0.5, tau_max=0.9), 3)
+    thresholds.start(torch.tensor([0.25, 0.75, 0.0]))
+    expected = torch.tensor([[0.6, 0.8, 0.5]]).repeat(2, 1)
+    torch.testing.assert_close(thresholds.values, expected)
+
+
 def test_adaptive_thresholds_by_hand():
     """PL-DC Eq. (init) and (adapt): two classes, one of which is not seen."""
     made = settings("adaptive", tau_min=0.5, tau_max=0.9, threshold_decay=0.75)
@@ -89,3 +97,16 @@ def test_only_the_adaptive_rule_moves_them():
     before = thresholds.values.clone()
     thresholds.update([made_labels(labels=[1], class_quality=[0.9], mask_quality=[0.9])])
     assert torch.equal(before, thresholds.values)
+
+
+def test_thresholds_follow_what_all_processes_saw(monkeypatch):
+    """Another process with the same predictions and two more of class 2: sums are added."""
+    made = settings("adaptive", tau_min=0.5, tau_max=0.9, threshold_decay=0.5)
+    thresholds = filters.Thresholds(made, 2)
+    thresholds.values.fill_(0.6)
+    more = torch.tensor([[0.0, 1.6], [0.0, 1.4], [0.0, 2.0]])
+    monkeypatch.setattr(filters.distributed, "all_sum", lambda sums: 2 * sums + more)
+    thresholds.update([made_labels(labels=[1], class_quality=[0.9], mask_quality=[0.7])])
+    # Class 1: 0.9 and 0.7, seen twice; class 2, not seen here: 0.8 and 0.7.
+    expected = torch.tensor([[0.75, 0.7], [0.65, 0.65]])
+    torch.testing.assert_close(thresholds.values, expected)

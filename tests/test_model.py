@@ -69,6 +69,40 @@ def test_counts_are_what_the_losses_were_averaged_over():
     assert foreground == (seen["labels"] > 0).sum() >= 3
 
 
+def test_the_sampler_counts_its_draw():
+    """Two images: 10 and 1 positives, 90 and 2 negatives; at most 8 positives of 16 each."""
+    sampler = model.CountingSampler(16, 0.5)
+    matched = [
+        torch.cat([torch.ones(10), torch.zeros(90), -torch.ones(5)]),
+        torch.cat([torch.zeros(2), torch.ones(1), -torch.ones(7)]),
+    ]
+    positive, negative = sampler(matched)
+    assert [mask.sum().item() for mask in positive] == [8, 1]
+    assert [mask.sum().item() for mask in negative] == [8, 2]
+    assert sampler.positives == 9 and sampler.sampled == 19
+
+
+def test_the_second_stage_without_weights_is_torchvisions():
+    """The same draw of proposals: the same four losses."""
+    net = model.build_small(4, 64, 96).train()
+    images, targets = batch((2, 1))
+    targets[0]["labels"] = torch.tensor([1, 3])
+    features = net.backbone(torch.stack(images))
+    # Boxes near the instances, and others; the background ones come first.
+    near = targets[0]["boxes"].repeat(4, 1) + 2 * torch.randn(8, 4)
+    far = torch.tensor([[40.0, 0.0, 60.0, 20.0], [0.0, 40.0, 8.0, 60.0]])
+    proposals = [torch.cat([far, near]), torch.cat([far, near])]
+    found = []
+    for forward in (model.RoIHeads.forward, model.WeightedRoIHeads.forward):
+        torch.manual_seed(5)
+        sizes = [(64, 64), (64, 64)]
+        _, losses = forward(net.roi_heads, features, proposals, sizes, targets)
+        found.append(losses)
+    assert found[0].keys() == found[1].keys() and found[0]["loss_mask"] > 0.1
+    for name, loss in found[0].items():
+        torch.testing.assert_close(found[1][name], loss)
+
+
 def test_a_negative_image_is_legal_and_has_no_mask_loss():
     net = model.build_small(4, 64, 96).train()
     losses, counts, _ = net(*batch(instances=(0, 0)))

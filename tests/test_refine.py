@@ -149,6 +149,20 @@ def test_refined_labels_are_consistent_and_classes_stay(embeddings):
     assert torch.equal(again.mask_probs, made.mask_probs)
 
 
+def test_overlap_by_hand():
+    """6 and 4 pixels, 2 of them in common: 2 of 8; the same mask; nothing in common; none."""
+    masks = torch.zeros(4, 4, 4, dtype=torch.bool)
+    other = masks.clone()
+    masks[0, :3, :2], other[0, 2:, :2] = True, True
+    masks[1, 1], other[1, 1] = True, True
+    masks[2, 0], other[2, 3] = True, True
+    assert refine.overlap(masks, other).tolist() == [0.25, 1.0, 0.0, 0.0]
+    # Each with each, by broadcasting.
+    table = refine.overlap(masks[:3, None], other[None, :3])
+    assert table.shape == (3, 3) and table.diagonal().tolist() == [0.25, 1.0, 0.0]
+    assert table[0].tolist() == pytest.approx([0.25, 2 / 8, 0.0])
+
+
 def test_choice_by_hand():
     masks = torch.zeros(1, 4, 4, dtype=torch.bool)
     masks[0, :2] = True

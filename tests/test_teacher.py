@@ -46,6 +46,27 @@ def test_ema_is_the_formula_over_parameters_and_float_buffers():
         torch.testing.assert_close(ema.module.state_dict()[name], expected[name])
 
 
+def test_ema_by_hand_on_one_layer():
+    """Three students of one layer: weights, bias and the running mean of its BatchNorm."""
+
+    def student(value: float) -> torch.nn.Sequential:
+        net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))
+        for tensor in (*net.parameters(), net[1].running_mean, net[1].running_var):
+            tensor.data.fill_(value)
+        return net
+
+    first = student(1.0)
+    ema = teacher.make_teacher(first, 0.75)
+    # The first update copies; then 0.75 x 1 + 0.25 x 5 = 2 and 0.75 x 2 + 0.25 x 10 = 4.
+    for value, expected in ((1.0, 1.0), (5.0, 2.0), (10.0, 4.0)):
+        ema.update_parameters(student(value))
+        layer, norm = ema.module
+        for tensor in (layer.weight, layer.bias, norm.weight, norm.running_mean, norm.running_var):
+            torch.testing.assert_close(tensor.flatten(), torch.tensor([expected]))
+    # The student goes its own way.
+    assert first[0].weight.item() == 1.0
+
+
 def test_the_teacher_is_frozen_and_never_in_training_mode():
     ema = teacher.make_teacher(small().train(), 0.9)
     assert not ema.module.training
@@ -169,3 +190,30 @@ def test_masks_pasted_within_their_boxes_are_those_pasted_in_the_whole_frame():
     torch.testing.assert_close(pasted, soft * inside)
     assert (pasted.flatten(1).sum(1) > 0).tolist() == [True] * 4 + [False] * 2
     assert teacher.paste(small[:0], boxes[:0], (height, width)).shape == (0, height, width)
+
+
+def test_detections_are_torchvisions_with_the_whole_distribution():
+    """Forty random proposals, three classes; the oracle is torchvision's second stage."""
+    roi, size = small().roi_heads, (64, 96)
+    roi.score_thresh, roi.nms_thresh = 0.2, 0.3
+    corner = torch.rand(40, 2) * torch.tensor([80.0, 50.0])
+    proposals = torch.cat([corner, corner + 6 + 30 * torch.rand(40, 2)], dim=1)
+    logits, regression = 2 * torch.randn(40, 4), 2 * torch.randn(40, 16)
+    # One that regression leaves without a width.
+    regression[0, 2::4] = -1000
+    probs = logits.softmax(dim=1)
+    decoded = roi.box_coder.decode(regression, [proposals])
+    for limit in (1000, 7):
+        roi.detections_per_img = limit
+        theirs = roi.postprocess_detections(logits, regression, [proposals], [size])
+        ours = teacher.detect(decoded, probs, size, 0.2, 0.3, limit)
+        boxes, labels, scores, distributions = ours
+        torch.testing.assert_close(boxes, theirs[0][0])
+        torch.testing.assert_close(scores, theirs[1][0])
+        assert torch.equal(labels, theirs[2][0])
+        assert len(labels) == 7 if limit == 7 else len(labels) > 12
+        # Each distribution is that of one proposal, without its background.
+        assert distributions.shape == (len(labels), 3)
+        assert torch.equal(distributions[torch.arange(len(labels)), labels - 1], scores)
+        away = (distributions[:, None] - probs[None, :, 1:]).abs().sum(dim=2)
+        assert away.amin(dim=1).max() == 0

@@ -34,7 +34,7 @@ STYLE = Path(__file__).with_name("annotate.css")
 # A name such as "PL-DC Eq. (DICC)"; it is the equation's address on every page.
 LABEL = re.compile(r"(GD|PL-DC|S4M)\s+Eq\. \(([^)]+)\)")
 DISPLAY = re.compile(r"\$\$(.+?)\$\$(?:\s+((?:GD|PL-DC|S4M)\s+Eq\. \([^)]+\)))?", re.DOTALL)
-INLINE = re.compile(r"(?<![\\$])\$([^$\n]+?)\$")
+INLINE = re.compile(r"(?<![\\$])\$([^$]+?)\$")
 # The sections of a Google-style docstring that list names.
 LISTS = ("Args", "Attributes", "Raises")
 SECTIONS = (*LISTS, "Returns", "Yields")
@@ -103,7 +103,9 @@ def comments(source: str) -> dict[int, str]:
             text = token.string[1:]
             # A ruler between parts of a file is a heading: "# ---- one step".
             ruler = re.fullmatch(r"\s*-{3,}\s*(.*)", text)
-            found[token.start[0]] = f"**{ruler[1]}**" if ruler else text.removeprefix(" ")
+            # What is meant for a program is not words: "# fmt: off".
+            if not re.match(r"\s*(fmt|ruff|noqa|type):", text):
+                found[token.start[0]] = f"**{ruler[1]}**" if ruler else text.removeprefix(" ")
     return found
 
 
@@ -171,7 +173,11 @@ def mathml(formula: str, where: str, display: bool = False) -> str:
         raise Mistake(f"{where}: {formula!r} does not convert ({error!r})") from error
     # What it does not know it passes on as it is, and half a fraction as well.
     parts = ElementTree.fromstring(made).iter()
-    whole = all(len(part) == CHILDREN.get(part.tag.partition("}")[2], len(part)) for part in parts)
+    balanced = re.sub(r"\\[{}]", "", formula)
+    braces = balanced.count("{") == balanced.count("}")
+    whole = braces and all(
+        len(part) == CHILDREN.get(part.tag.partition("}")[2], len(part)) for part in parts
+    )
     if "\\" in made or not whole:
         raise Mistake(f"{where}: {formula!r} does not convert, see {made!r}")
     return made
@@ -214,6 +220,8 @@ class Words:
         text = INLINE.sub(lambda m: self.keep(mathml(m[1], self.where)), text)
         text = LABEL.sub(self.reference, text)
         made = MARKDOWN.render(text)
+        if lost := re.search(r"\$[^$]{0,40}", re.sub(r"<code>.*?</code>", "", made, flags=re.S)):
+            raise Mistake(f"{self.where}: a formula without its end: {lost.group()!r}")
         made = re.sub(r"<p>(\ue000\d+\ue001)</p>", r"\1", made)
         made = re.sub(r"<code>(ssis/\w+\.py|train\.py|evaluate\.py)</code>", linked, made)
         # Twice: what was kept may stand in what was kept.
@@ -256,31 +264,30 @@ def disagreements(source: str, where: str) -> list[str]:
     """Docstrings that speak of other arguments than their functions have."""
     found = []
 
-    def check(node, name, text, own):
+    def check(node, name, text, own, title="Args"):
         parts = re.split(rf"^({'|'.join(SECTIONS)}):\n", text or "", flags=re.MULTILINE)
         lists = dict(zip(parts[1::2], parts[2::2], strict=True))
-        if "Args" not in lists:
+        if title not in lists:
             return
-        named = [n.strip() for names, _ in listed(lists["Args"]) for n in names.split(",")]
+        named = [n.strip() for names, _ in listed(lists[title]) for n in names.split(",")]
         if named != own:
             found.append(f"{where}:{node.lineno}: {name}({', '.join(own)}) is said to take {named}")
 
-    def visit(node, prefix):
-        for child in getattr(node, "body", []):
-            if isinstance(child, ast.ClassDef):
-                makers = [c for c in child.body if getattr(c, "name", "") == "__init__"]
-                if makers:
-                    check(child, child.name, ast.get_docstring(child), arguments(makers[0]))
-                visit(child, child.name + ".")
-            elif isinstance(child, ast.FunctionDef):
-                check(child, prefix + child.name, ast.get_docstring(child), arguments(child))
-                visit(child, prefix)
-
-    visit(ast.parse(source), "")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            makers = [c for c in node.body if getattr(c, "name", "") == "__init__"]
+            fields = [c.target.id for c in node.body if isinstance(c, ast.AnnAssign)]
+            own = arguments(makers[0]) if makers else fields
+            check(node, node.name, ast.get_docstring(node), own)
+            # Of a dataclass or a named tuple: what it has is what it is made of.
+            if fields and not makers:
+                check(node, node.name, ast.get_docstring(node), fields, "Attributes")
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            check(node, node.name, ast.get_docstring(node), arguments(node))
     return found
 
 
-def arguments(node: ast.FunctionDef) -> list[str]:
+def arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     """Names of a function's arguments, without `self`."""
     every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     names = [arg.arg for arg in every]

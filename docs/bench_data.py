@@ -272,6 +272,7 @@ def medians(sides: dict, rounds: int) -> None:
 def parts(rounds: int) -> None:
     """Boxes of masks and pasting, at the sizes of photographs."""
     generator = torch.Generator().manual_seed(0)
+
     def boxes(count: int, height: int, width: int) -> torch.Tensor:
         corner = torch.rand(count, 2, generator=generator) * torch.tensor([width, height]) * 2 / 3
         span = (torch.rand(count, 2, generator=generator) + 0.1) * torch.tensor([width, height]) / 4

@@ -4,8 +4,9 @@
 
 Starts train.py (both papers, the built-in dataset, batches of one labelled and one unlabelled
 image, two loader workers a stream), looks at its processes every few seconds, and prints a
-table: for each tenth of the run the memory of the main process and of its workers, and the time
-of a step. Everything is written into `docs/results/long-run.json`. Linux only: it reads /proc.
+table: for each tenth of mutual learning the memory of the main process and of its workers, and
+the time of a step. Everything is written into `docs/results/long-run.json`. Linux only: it
+reads /proc.
 
 Memory is the proportional share (`Pss`): a page that five processes share counts a fifth for
 each. Time is given twice: by the clock, which other work on the machine slows down, and of the
@@ -98,6 +99,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/long"))
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "long-run.json")
     given = parser.parse_args()
+    if given.steps < 2500:
+        parser.error(f"--steps {given.steps}: must be at least 2500, of which 2050 come before")
     flags = [*FLAGS.split(), "--mutual-steps", str(given.steps - 2050)]
     command = [sys.executable, str(ROOT / "train.py"), *flags, "--output", str(given.folder)]
     command += ["--resume", "never"]

@@ -9,7 +9,9 @@ wrong class, a right class with a ragged mask:
 $$c = \max_k P(k), \qquad
   m = \mathrm{mean}\{p_{xy} : p_{xy} > 0.5\}$$ PL-DC Eq. (quality)
 
-with P the class distribution and p the mask probability. Four rules (`--filter`) say
+with P the class distribution and p the mask probability. (As in torchvision, a proposal
+can be a candidate for two classes; then c is P of the candidate's own class, which is
+the largest one whenever it is above one half.) Four rules (`--filter`) say
 what is kept:
 
 * `score`, Guided Distillation's: the mask is not asked.

@@ -181,18 +181,22 @@ def dead_workers():
     """Within it, a loader worker that dies is one line that says what to do.
 
     PyTorch raises its RuntimeError from a signal handler, so in any line of the main
-    process, or from the queue, whichever is first.
+    process (also in one that makes a UserError of a RuntimeError, as the writing of a
+    checkpoint does), or from the queue, whichever is first. An error *in* a worker is
+    another thing ("Caught ... in DataLoader worker process 0"), and passes.
 
     Raises:
         UserError: a worker was killed, or died in some other way.
     """
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, UserError) as error:
+        first = error.__cause__ if isinstance(error, UserError) else error
+        said = str(first).strip()
+        if not said.startswith("DataLoader worker (pid"):
             raise
         raise UserError(
-            f"a loader worker died ({str(error).splitlines()[0].strip()}): often for "
+            f"a loader worker died ({said.splitlines()[0].strip()}): often for "
             "want of memory, then give fewer --workers; the last checkpoint is kept, "
             "the same command goes on from it"
         ) from error

@@ -22,8 +22,9 @@ $$u = 1 - 2 |p - 0.5|$$       PL-DC Eq. (uncertainty)
 $$L_{\mathrm{mask}} = \mathrm{mean}[(1 - u) \cdot \mathrm{BCE}]$$       PL-DC Eq. (PMUA)
 
 1 - u is 1 where p is 0 or 1, and 0 where it is 0.5. Only the cross-entropy of the
-masks is weighted, only on unlabelled images. The mean stays over all pixels, so that
-an unsure mask also weighs less as a whole.
+masks is weighted, only on unlabelled images. The mean stays over all pixels, not over
+the sum of the weights: where the teacher is unsure of all masks of a batch, the mask
+loss of the batch as a whole is small.
 
 *Averaging.* Each loss is a mean over what it was computed on: sampled anchors, sampled
 proposals, or foreground proposals. Of these a process with many instances has more than
@@ -90,8 +91,8 @@ def mask_loss(
     # Mask R-CNN: a mask for each class, of which the true class's alone is trained.
     # Which class it is the box head must know; the masks do not compete.
     own = logits[torch.arange(len(labels), device=logits.device), labels]
-    # PL-DC Eq. (PMUA). The mean is over all pixels, not over the sum of the weights:
-    # dividing by that would give an unsure mask the say of a sure one.
+    # PL-DC Eq. (PMUA). The mean is over all pixels: divided by the sum of the weights,
+    # a batch that the teacher is unsure of would count as much as one that it knows.
     return F.binary_cross_entropy_with_logits(own, targets, weights)
 
 
@@ -109,7 +110,6 @@ def total(
     Returns:
         A scalar; the mean of it over the processes is the loss of the global batch.
     """
-    # n_rank * world / n_total, for each loss by what it was averaged over.
     # A batch without any instance anywhere has n = 0 and loss 0: no 0 / 0.
     factor = counts * world / total_counts.clamp(min=1)
     return sum(losses[name] * factor[place] for name, place in COUNT_OF.items())

@@ -117,7 +117,6 @@ class WeightedRoIHeads(RoIHeads):
             return super().forward(features, proposals, image_shapes)
         # As torchvision does it: match proposals with instances, sample some of both
         # kinds, classify and regress them.
-        # `matched` says which instance each proposal belongs to.
         proposals, matched, labels, regression = self.select_training_samples(
             proposals, targets
         )

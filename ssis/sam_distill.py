@@ -256,13 +256,12 @@ def loss(features: Tensor, items: list[dict], structure: Structure) -> Tensor:
         items: B items of `loader.Stream`.
         structure: SAM's side, without gradient.
     """
+    total = features.new_zeros(())
     # Only a part of the channels has to have SAM's layout, if so configured: the rest
     # is free to tell classes apart, which SAM does not.
-    total = features.new_zeros(())
     features = features[:, : structure.channels(features.shape[1])]
     for own, item in zip(features.float(), items, strict=True):
-        # Both sides at the same places of the original image, in float32: cosines of
-        # long vectors in 16 bits are off in the second digit.
+        # Both sides at the same places of the original image; the student's in float32.
         geometry = item["geometry"]
         queries, wanted = structure[item["index"]]
         # A gradient flows into the features at query and other places alike; SAM's rows

@@ -163,8 +163,8 @@ STUDIES = {
     ),
     "amp": Study(
         title="Mixed precision: bf16 on a CPU",
-        text="The ladder's `full` once more with `--amp bf16`: the same to within what "
-        "two runs differ by.",
+        text="The ladder's `full` once more with `--amp bf16`, to be read with what "
+        "two runs of the same settings differ by: about 2 AP.",
         rows={
             "full, float32": "--method full",
             "full, bf16": "--method full --amp bf16",

@@ -66,7 +66,7 @@ def make_teacher(student: nn.Module, decay: float) -> AveragedModel:
     Returns:
         PyTorch's wrapper; the network itself is its `module`.
     """
-    # `multi_avg_fn` gets all weights at once: one fused kernel instead of hundreds.
+    # `multi_avg_fn` gets all weights at once: on a GPU a few launches, not hundreds.
     # `use_buffers`: BatchNorm's running statistics are averaged like the weights, for
     # they describe the activations of just these weights.
     # GD Eq. (EMA), in every `update_parameters`.
@@ -269,7 +269,7 @@ def look(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Detect
     box_features = roi.box_head(roi.box_roi_pool(features, proposals, sizes))
     logits, regression = roi.box_predictor(box_features)
     # The whole distribution is kept: PL-DC's correction mixes it with another one, and
-    # its maximum is the class quality c of PL-DC Eq. (quality).
+    # P of the label is the class quality c of PL-DC Eq. (quality).
     # float32: box arithmetic and NMS lose whole pixels in 16 bits.
     probs = logits.float().softmax(dim=-1)  # (proposals of all images, C + 1)
     # The regression is relative to the proposal; decoded it is a box in pixels.

@@ -1,7 +1,7 @@
 """The evaluation of an untrained model by several processes; the body of a test_distributed test.
 
-    python tests/gloo_evaluate.py OUT FOLDER             one process
-    torchrun --nproc_per_node 3 tests/gloo_evaluate.py OUT FOLDER
+python tests/gloo_evaluate.py OUT FOLDER             one process
+torchrun --nproc_per_node 3 tests/gloo_evaluate.py OUT FOLDER
 """
 
 import json

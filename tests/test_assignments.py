@@ -31,7 +31,7 @@ CONCEPTS += " split audit checkpoint distributed"
 
 def program(name: str, *arguments, status: int = 0) -> subprocess.CompletedProcess:
     command = [sys.executable, str(HERE / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=1800)
     assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -155,6 +155,19 @@ def test_the_copy_lacks_the_bodies_and_nothing_else(made):
     for name in ("docs/results", "docs/walk.md", "docs/walk", "runs", "tests/test_assignments.py"):
         assert not (made / name).exists()
     assert (made / "docs" / "assignments" / "02_filters.md").exists()
+
+
+@pytest.mark.fast
+def test_a_function_that_was_deleted_comes_back_for_the_other_tasks():
+    other = "class A:\n    def f(self):\n        return 1\n\n\ndef g():\n    return 2\n"
+    text = "class A:\n    x = 1\n\n\nh = lambda: 3\n"
+    for name in ("A.f", "g"):
+        text = task_list.swap(text, name, other)
+    space: dict = {}
+    exec(compile(text, "module", "exec"), space)
+    assert space["A"]().f() == 1 and space["g"]() == 2 and space["A"].x == 1
+    assert task_list.swap("x = 1\n", "A.f", other) == "x = 1\n"
+    assert task_list.assigned(text, "h") and not task_list.assigned(text, "g")
 
 
 @pytest.mark.fast

@@ -23,7 +23,7 @@ from test_errors import arguments, error_of, set_record
 import train
 from ssis import coco_json
 
-pytestmark = pytest.mark.fast
+fast = pytest.mark.fast
 RAMP = np.tile(np.linspace(0, 255, 48).astype(np.uint8), (32, 1))
 PICTURE = Image.fromarray(np.stack([RAMP] * 3, -1))
 ODD_NAMES = [
@@ -189,6 +189,7 @@ def read(folder):
     return dataset.image(1).float().mean(dim=(0, 1))
 
 
+@fast
 @pytest.mark.parametrize("name", PASS)
 def test_an_unusual_image_is_read_as_it_looks(tmp_path, name):
     dataset_with(tmp_path, PASS[name])
@@ -198,12 +199,14 @@ def test_an_unusual_image_is_read_as_it_looks(tmp_path, name):
     assert wrong < 12 and columns[:6].mean() < 30, columns
 
 
+@fast
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_an_odd_name_is_a_name(tmp_path, name):
     dataset_with(tmp_path, save("PNG"), name)
     assert abs(read(tmp_path).mean().item() - RAMP.mean()) < 1
 
 
+@fast
 def test_a_name_that_looks_the_same_but_is_not(tmp_path, capsys):
     """Two ways to write an e with an accent: file systems, unlike eyes, tell them apart."""
     dataset_with(tmp_path, save("PNG"), unicodedata.normalize("NFC", "é.png"))
@@ -223,6 +226,7 @@ def test_odd_images_train(tmp_path, capsys):
     assert "mask" in capsys.readouterr().out
 
 
+@fast
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_broken_or_hostile_image(tmp_path, capsys, name):
     make, size, words = REFUSED[name]
@@ -238,6 +242,7 @@ def test_a_broken_or_hostile_image(tmp_path, capsys, name):
     assert time.monotonic() - began < 60
 
 
+@fast
 def test_among_the_unlabelled_images_too(tmp_path, capsys):
     """Here no JSON says how large an image should be."""
     write_coco(tmp_path)
@@ -248,6 +253,7 @@ def test_among_the_unlabelled_images_too(tmp_path, capsys):
     assert "bomb.png: cannot be read as an image" in line
 
 
+@fast
 def test_a_comment_is_no_image():
     """The limit that the comment above goes over is Pillow's own."""
     assert 10**8 > PngImagePlugin.MAX_TEXT_CHUNK

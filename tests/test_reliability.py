@@ -18,11 +18,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from test_distributed import TWO
 from test_train import TINY, assert_same_end, command, dataset_of, launch
 
-from ssis import UserError, checkpoint
+from ssis import UserError, checkpoint, loader
 
 KILLS = int(os.environ.get("SSIS_KILLS", 3))
 
@@ -97,6 +98,30 @@ def test_a_loader_worker_that_dies(whole, tmp_path):
     assert "Traceback" not in said
     launch("train.py", *arguments, "--output", tmp_path)
     assert_same_end(folder, tmp_path)
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, k):
+        return torch.zeros(2) @ torch.zeros(3)
+
+
+@pytest.mark.fast
+def test_a_mistake_in_a_worker_is_not_a_dead_worker():
+    """It stays a traceback, for it is ours; a dead one is found behind another error, too."""
+    with pytest.raises(RuntimeError, match="Caught RuntimeError in DataLoader worker"):
+        with loader.dead_workers():
+            next(iter(torch.utils.data.DataLoader(Broken(), num_workers=1)))
+    with pytest.raises(UserError, match="a loader worker died"), loader.dead_workers():
+        # As when PyTorch's signal handler strikes while a checkpoint is written.
+        try:
+            raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. ")
+        except RuntimeError as error:
+            raise UserError("the checkpoint cannot be written") from error
+    with pytest.raises(UserError, match="something else"), loader.dead_workers():
+        raise UserError("something else")
 
 
 def stopped_in_the_middle(arguments, folder) -> None:

@@ -64,8 +64,7 @@ def main() -> None:
     wrongs = tomllib.loads((HERE / "wrong.toml").read_text(encoding="utf-8"))["wrong"]
     for task in chosen(tasks, args.task):
         found = {
-            # With other numbers than those of the suite, which has passed anyway.
-            "the reference passes": solved(task, tasks, files, args.seed + 1),
+            "the reference passes": solved(task, tasks, files, args.seed),
             "the stub fails with its error": unsolved(task, tasks, files),
         }
         for wrong in wrongs:

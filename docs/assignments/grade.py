@@ -5,7 +5,8 @@
 
 For each task a tree is built from the reference, its tests included; only the task's module is
 the student's, and in that the functions of the *other* tasks are the reference's again. So a
-student's helpers and imports stay, and what was not solved costs its own points and no others.
+student's helpers and imports stay, and what was not solved costs its own points and no others
+(a module that cannot be imported costs those of all its tasks).
 Whatever the student's code does, the exit status is 0 if there is a table; see isolated.py.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import isolated
 from make import copy, program, project_files
-from tasks import ROOT, Task, chosen, find, load, swap
+from tasks import ROOT, Task, assigned, chosen, find, load, swap
 
 TIMEOUT = 60.0  # seconds for a task; the slowest of the reference takes less than 2
 
@@ -79,7 +80,7 @@ def grade(folder: Path, task: Task, tasks: list[Task], files, timeout: float, se
         return row
     text = path.read_bytes().decode("utf-8", "surrogateescape")
     try:
-        if find(text, task.function) is None:
+        if find(text, task.function) is None and not assigned(text, task.function):
             row.message = f"{task.module} has no {task.function}"
             return row
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -1,11 +1,11 @@
 """Run a task's tests in a process of its own, which may hang, crash or leave when it likes.
 
 What is loaded from the student is loaded in that process only. It has a session of its own,
-so that the end of it, or the time limit, takes everything that it started with it; its
-output goes nowhere; memory and the size of files are limited. It is believed to have passed
-only if it leaves a report in which every collected test passed: a student's `os._exit(0)`
-leaves none. This is protection against accidents, not against malice: the student's code
-runs as you, with your files and your network.
+so that its end, or the time limit, takes along what it started (unless that made a session
+of its own); its output goes nowhere; memory and the size of files are limited. It is believed
+to have passed only if it leaves a report in which every collected test passed: a student's
+`os._exit(0)` leaves none. This is protection against accidents, not against malice: the
+student's code runs as you, with your files and your network.
 
 PyTorch takes seconds to load. Where there is fork (Linux) it is loaded once, before any
 student's code, and each process is a copy that has it already.
@@ -162,8 +162,12 @@ def finish(process, timeout: float) -> tuple[bool, int]:
         if hasattr(os, "killpg"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
-        if not ended and not FORK:
-            process.kill()
+        # In case it has not come to a session of its own yet.
+        if not ended:
+            if FORK:
+                os.kill(pid, signal.SIGKILL)
+            else:
+                process.kill()
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if FORK else process.wait()
     return ended, status
 

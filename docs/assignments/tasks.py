@@ -118,6 +118,12 @@ def find(text: str, name: str):
     return found[-1]
 
 
+def assigned(text: str, name: str) -> bool:
+    """Whether a module makes a function in another way: `keep = lambda ...`."""
+    targets = [t for node in ast.parse(text).body for t in getattr(node, "targets", [])]
+    return name in [getattr(target, "id", None) for target in targets]
+
+
 def lines_of(node) -> slice:
     """Its lines, from the first decorator to the last line of the body."""
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
@@ -146,12 +152,19 @@ def stub(text: str, task: Task) -> str:
 
 
 def swap(text: str, name: str, other: str) -> str:
-    """The module with a function as it is in another text; unchanged if it lacks it."""
+    """The module with a function as it is in another text, which it gets if it lacks it.
+
+    A method of a class that is not there is left out.
+    """
     node, new = find(text, name), find(other, name)
-    if node is None:
-        return text
     lines = split(text)
     inserted = split(other)[lines_of(new)]
+    if node is None:
+        home = find(text, name.rpartition(".")[0]) if "." in name else None
+        if home or "." not in name:
+            place = home.end_lineno if home else len(lines)
+            lines[place:place] = ["\n", *inserted]
+        return "".join(lines)
     # A file's last line may lack its end.
     if lines[lines_of(node)][-1].endswith("\n") and not inserted[-1].endswith("\n"):
         inserted[-1] += "\n"

@@ -178,7 +178,7 @@ class Shard(torch.utils.data.Sampler):
 
 @contextlib.contextmanager
 def dead_workers():
-    """Within it, a loader worker that dies is one line that says what to do.
+    """Within it, a loader worker that dies is one line; after it, no worker is left.
 
     PyTorch raises its RuntimeError from a signal handler, so in any line of the main
     process (also in one that makes a UserError of a RuntimeError, as the writing of a
@@ -200,6 +200,24 @@ def dead_workers():
             "want of memory, then give fewer --workers; the last checkpoint is kept, "
             "the same command goes on from it"
         ) from error
+    finally:
+        end_workers()
+
+
+def end_workers() -> None:
+    """Kill what loader workers are left.
+
+    When a program ends, Python sends its daemons SIGTERM and waits for them; workers
+    ignore that signal, so after an error it would wait for ever.
+    """
+    # PyTorch's own handler would take their end for an accident. (Windows has none.)
+    child_ended = getattr(signal, "SIGCHLD", None)
+    before = child_ended and signal.signal(child_ended, signal.SIG_DFL)
+    for worker in torch.multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    if child_ended:
+        signal.signal(child_ended, before)
 
 
 def batches(stream: Stream, batch: int, start: int, run):

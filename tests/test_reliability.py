@@ -100,6 +100,38 @@ def test_a_loader_worker_that_dies(whole, tmp_path):
     assert_same_end(folder, tmp_path)
 
 
+LIVELY = """
+import torch
+from ssis import UserError, distributed, loader
+
+kept = []
+
+
+def run(argv):
+    more = dict(num_workers=2, worker_init_fn=loader.ignore_signals)
+    with loader.dead_workers():
+        kept.append(iter(torch.utils.data.DataLoader(range(10**6), **more)))
+        next(kept[0])
+        raise UserError("something is wrong")
+
+
+distributed.program(run, None)
+"""
+
+
+@pytest.mark.fast
+def test_an_error_while_workers_are_alive_ends_the_program():
+    """They ignore SIGTERM, with which Python would end them: it waited for them for ever."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LIVELY], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 2 and said == "error: something is wrong\n"
+
+
 class Broken(torch.utils.data.Dataset):
     def __len__(self):
         return 1

@@ -15,8 +15,10 @@ Read next: `train.py`, which uses every field.
 
 import argparse
 import dataclasses
+import difflib
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -307,7 +309,9 @@ class Config:
     )
 
     # Bookkeeping.
-    eval_every: int = setting(400, "steps between evaluations on the validation images")
+    # 450: the second one, and its picture of the pseudo-labels, is at the end of the
+    # default run's burn-in, where PL-DC's correction counts most.
+    eval_every: int = setting(450, "steps between evaluations on the validation images")
     audit_images: int = setting(
         96, "unlabelled images on which each evaluation audits the teacher"
     )
@@ -453,13 +457,24 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are one line here, not the list of all flags."""
+
+    def error(self, message: str):
+        wrong = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
+        known = [flag(field.name) for field in dataclasses.fields(Config)]
+        near = difflib.get_close_matches(wrong[0], known, 1) if wrong else []
+        advice = f"did you mean {near[0]}?" if near else "see --help"
+        raise UserError(f"{message}; {advice}")
+
+
 def parse(argv: list[str] | None = None) -> Config:
     """The command line into a checked `Config`; `--help` lists every field.
 
     Raises:
         UserError: a value that no run could use.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py",
         description="Semi-supervised instance segmentation. Without arguments: S4M and "
         "PL-DC together on the built-in dataset, 5%% labelled, in about 10 minutes on "

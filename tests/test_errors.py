@@ -160,6 +160,9 @@ def test_a_truncated_image_seen_only_in_training_in_a_loader_worker(tmp_path, ca
 
 
 OPTIONS = {
+    "a typo": (["--tau-mim", 0.8], "arguments: --tau-mim 0.8; did you mean --tau-min?"),
+    "a flag of another program": (["--xyzzy"], "unrecognized arguments: --xyzzy; see --help"),
+    "a word for a number": (["--seed", "one"], "argument --seed: invalid int value: 'one'"),
     "SAM without weights": (["--method", "s4m"], "fetch https://dl.fbaipublicfiles.com"),
     "SAM's weights absent": (["--method", "s4m", "--sam-checkpoint", "x.pth"], "x.pth: not found"),
     "SAM for nothing": (["--sam-checkpoint", "x.pth"], "nothing uses SAM"),

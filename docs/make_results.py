@@ -84,7 +84,7 @@ mean ± standard deviation of the seeds. Machine: {machine}.
 {table}
 
 These runs are a fifth longer than the default one, which goes from {default_first} (its first
-teacher) to {default_last} within ten minutes (seed 0, [performance](docs/performance.md)).
+teacher) to {default_last} in about ten minutes (seed 0, [performance](docs/performance.md)).
 
 Both papers together close **{gap} %** of the gap (on the seeds that all three rows have:
 {gap_seeds}) between supervised training with 64 labelled images and with all 1,280. Where it

@@ -10,8 +10,9 @@ also reached through another arrow: the picture is to be read, not to be complet
 
 import ast
 import itertools
-import sys
 from pathlib import Path
+
+from generated import write_or_check
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "architecture.svg"
@@ -137,12 +138,5 @@ def draw() -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def main() -> None:
-    made = draw()
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if PICTURE.exists() and PICTURE.read_text(encoding="utf-8") == made else 1)
-    PICTURE.write_text(made, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PICTURE, draw())

@@ -10,8 +10,9 @@ Docstrings that speak of it elsewhere do not count. All of it is read from the s
 
 import ast
 import re
-import sys
 from pathlib import Path
+
+from generated import write_or_check
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "equations.md"
@@ -104,12 +105,5 @@ def text() -> str:
     return "\n".join(parts)
 
 
-def main() -> None:
-    made = text()
-    if "--check" in sys.argv[1:]:
-        sys.exit(0 if PAGE.exists() and PAGE.read_text(encoding="utf-8") == made else 1)
-    PAGE.write_text(made, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(PAGE, text())

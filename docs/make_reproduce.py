@@ -9,6 +9,8 @@ The estimates are computed here from the presets, so that they cannot drift from
 import sys
 from pathlib import Path
 
+from generated import write_or_check
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
@@ -169,7 +171,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    target = HERE / "reproduce.md"
-    if "--check" in sys.argv:
-        sys.exit(target.read_text(encoding="utf-8") != page())
-    target.write_text(page(), encoding="utf-8")
+    write_or_check(HERE / "reproduce.md", page())

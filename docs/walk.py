@@ -825,6 +825,8 @@ pictures.show(figure, "9-truth", "Pseudo-labels before and after, beside the tru
 #
 # ## What to do with it
 #
+# * Walk yourself: `python docs/walk.py`, or `docs/walk.ipynb` in Jupyter (`pip install jupyter`);
+#   the notebook is empty until it is run.
 # * Change a flag and walk again: `WALK_FLAGS="--refine iou --refine-gate 0"` chooses masks as S4M's
 #   paper does, without a gate; `--tau-min 0.7` filters more, `--prototypes 4` remembers less.
 # * Look at the same on many images: `pseudo_<step>.png` in each run's folder, and `audit` in

@@ -162,8 +162,8 @@ def strong_view(image: Tensor, seed: int) -> Tensor:
     Returns:
         (3, H, W) float in [0, 1], every pixel in its place.
     """
-    # On the image's device: views come from the loader as they are, and are distorted
-    # where the student is, which on a GPU is much faster.
+    # On the image's device: the loader gives weak views, and they are distorted where
+    # the student is.
     with torch.random.fork_rng(devices=[]):
         # Only this one: `torch.manual_seed` would also reseed the GPUs', for good.
         torch.default_generator.manual_seed(seed)

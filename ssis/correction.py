@@ -14,7 +14,7 @@ less, for the teacher learns more than the second classifier does:
 $$w(t) = \frac{1}{4} \left(\cos \pi \frac{t - t_{\mathrm{burn}}}
   {t_{\mathrm{max}} - t_{\mathrm{burn}}} + 1\right)$$ PL-DC Eq. (w)
 
-one half until the end of the burn-in, falling to 0 at the end.
+so it is one half until the end of the burn-in, and falls to 0 at the end.
 
 Why a mixture and not a vote? How sure each side is counts, times its weight. And the
 weight fades on purpose: a second opinion that never changes would in the end hold back

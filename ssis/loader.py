@@ -217,7 +217,7 @@ def end_workers() -> None:
         worker.kill()
         worker.join()
     if child_ended:
-        signal.signal(child_ended, before)
+        signal.signal(child_ended, before or signal.SIG_DFL)
 
 
 def batches(stream: Stream, batch: int, start: int, run):

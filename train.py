@@ -64,7 +64,7 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
         # S4M Eq. (teacher), while pretraining: the teacher-to-be gets SAM's layout.
         loss_sd = sam_distill.loss(features, labeled, run.structure)
         objective = objective + run.config.structure_weight * loss_sd
-        row["labeled/loss_structure"] = torch.stack([loss_sd.detach(), torch.ones_like(loss_sd)])
+        row["labeled/loss_structure"] = torch.stack([loss_sd.detach(), loss_sd.new_ones(())])
     run.scaler.scale(objective).backward()
 
     run.scaler.unscale_(run.optimizer)

@@ -144,13 +144,13 @@ table(
 # %% [markdown]
 # ## 4. A batch, and the image to follow
 #
-# The stream of unlabelled images knows no truth. Its batches from the first one after pretraining
-# on are asked, without training, what would become of them (`train.pseudo_labels`, which the step
-# calls too), until there is an image with all of this: at least two pseudo-labels, a candidate
-# that the filter drops, a class that is corrected, a mask that SAM redraws, one whose redrawing the
-# gate refuses, and a partner for copy-paste. So the image is *chosen*, and does not say how often
-# each of these things happens; the table does. The walk then takes that batch as if it
-# were the first one of the burn-in.
+# The stream gives unlabelled images without their truth. We look through the batches that would
+# come next in training, and compute the pseudo-labels of each (`train.pseudo_labels`, which the
+# step calls too) without training on them. We stop at the first image with all of this: at least
+# two pseudo-labels, a candidate that the filter drops, a class that is corrected, a mask that SAM
+# redraws, one whose redrawing the gate refuses, and a partner for copy-paste. So the image is
+# *chosen*, and does not say how often each of these things happens; the table does. The walk
+# then takes that batch as if it were the first one of the burn-in.
 
 # %%
 BATCHES = 8
@@ -548,8 +548,8 @@ pictures.show(
 )
 
 # %% [markdown]
-# SAM's edge is thinner than the teacher's, so fewer pixels are weighed down: u depends on whose
-# mask is taught.
+# In the two maps black is 0, a pixel that does not count, and white is 1. SAM's edge is thinner
+# than the teacher's, so fewer pixels are weighed down: u depends on whose mask is taught.
 #
 # ## 11. Copy-paste, and the strong view
 #

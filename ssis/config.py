@@ -418,6 +418,13 @@ class Config:
                 f"--pretrained {self.pretrained}: --method supervised is pretraining "
                 "alone, with a schedule of its own; leave the flag out"
             )
+        # A run that is going on has its own checkpoint: the file may be gone by then.
+        begun = any(self.run_folder.glob("checkpoint*.pt"))
+        if self.pretrained and not begun and not Path(self.pretrained).is_file():
+            raise UserError(
+                f"--pretrained {self.pretrained}: no such file; give the pretrained.pt "
+                "in the folder of a run with the same pretraining"
+            )
         if self.backbone_weights != "none" and self.model == "small":
             raise UserError(
                 f"--backbone-weights {self.backbone_weights}: the small model has "

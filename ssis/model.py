@@ -72,9 +72,15 @@ from ssis import UserError, losses
 
 
 class CountingSampler(BalancedPositiveNegativeSampler):
-    """torchvision's sampler of foreground and background, which counts its draw."""
+    """torchvision's sampler of foreground and background, which counts its draw.
+
+    After a call `positives` and `sampled` are what it drew over the whole batch, 0-dim
+    int64 tensors: a loss of this stage was a mean over so many anchors or proposals.
+    """
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        # For each image two masks over its anchors (or proposals): which are trained as
+        # foreground, and which as background. The rest is not trained in this step.
         positive, negative = super().__call__(matched_idxs)
         self.positives = sum(mask.sum() for mask in positive)
         self.sampled = self.positives + sum(mask.sum() for mask in negative)
@@ -88,6 +94,8 @@ class BoxCoder32(BoxCoder):
     lose their width, and their regression target becomes infinite.
     """
 
+    # What the network regresses is relative (shifts in widths, logarithms of scales)
+    # and small, so 16 bits suffice for it. Pixels of an image are not.
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         return super().decode_single(rel_codes.float(), boxes.float())
 
@@ -115,20 +123,25 @@ class WeightedRoIHeads(RoIHeads):
     def forward(self, features, proposals, image_shapes, targets=None):
         if not self.training:
             return super().forward(features, proposals, image_shapes)
-        # As torchvision does it: match proposals with instances, sample some of both
-        # kinds, classify and regress them.
+        # As torchvision does it: match proposals with instances (an IoU of at least
+        # one half, else background), sample some of both kinds, classify and regress
+        # them. `matched` says with which instance, for background too: with instance 0,
+        # which means nothing there.
         proposals, matched, labels, regression = self.select_training_samples(
             proposals, targets
         )
         box_features = self.box_head(
             self.box_roi_pool(features, proposals, image_shapes)
         )
+        # Classes by cross-entropy over all samples; boxes by smooth L1 over the
+        # foreground, but divided by the number of all samples, as Fast R-CNN does.
         logits, deltas = self.box_predictor(box_features)
         loss_classifier, loss_box_reg = fastrcnn_loss(
             logits, deltas, labels, regression
         )
-        # Masks are learned on the foreground proposals alone.
-        # Of the others nobody knows what their mask would be.
+        # Masks are learned on the foreground proposals alone: of the others nobody
+        # knows what their mask would be. A mask for each class comes out, so that
+        # classes do not compete for pixels; the loss looks at the true class's alone.
         foreground = [torch.where(label > 0)[0] for label in labels]
         boxes = [p[keep] for p, keep in zip(proposals, foreground, strict=True)]
         mask_features = self.mask_head(
@@ -144,7 +157,8 @@ class WeightedRoIHeads(RoIHeads):
             # out by the proposal's own box: (P, 28, 28).
             instance = match[keep]
             aligned.append(project_masks_on_boxes(target["masks"], box, instance, side))
-            # The weights go exactly where the mask goes: through the same RoIAlign.
+            # The weights go exactly where the mask goes: through the same RoIAlign. A
+            # target without weights is a labelled one: every pixel of it is known.
             if "mask_weights" in target:
                 weights.append(
                     project_masks_on_boxes(target["mask_weights"], box, instance, side)
@@ -176,11 +190,13 @@ class MaskRCNN(mask_rcnn.MaskRCNN):
     """
 
     def __init__(self, backbone: nn.Module, num_classes: int | None = None, **settings):
-        # `_skip_resize`: torchvision's own switch for images resized beforehand.
+        # `_skip_resize`: torchvision's own switch for images resized beforehand. They
+        # are still normalised, and padded to one size, a multiple of 32.
         super().__init__(backbone, num_classes, _skip_resize=True, **settings)
         # The same object with another `forward`: torchvision offers no way to pass in
         # a second stage of one's own.
         self.roi_heads.__class__ = WeightedRoIHeads
+        # Both stages sample and decode boxes, so both get our two small changes.
         for part in (self.rpn, self.roi_heads):
             old = part.fg_bg_sampler
             part.fg_bg_sampler = CountingSampler(
@@ -194,6 +210,8 @@ class MaskRCNN(mask_rcnn.MaskRCNN):
         if not self.training:
             return super().forward(images, targets)
         # torchvision's own five lines, which keep the features to themselves.
+        # First stage: where might be an object? Second stage: what, and which pixels?
+        # Proposals are numbers to the second stage; no gradient flows through them.
         batch, targets = self.transform(images, targets)
         features = self.backbone(batch.tensors)
         proposals, first = self.rpn(batch, features, targets)
@@ -212,8 +230,10 @@ def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
         min_size: short side that images are resized to in evaluation, pixels.
         max_size: limit of their long side, pixels.
     """
+    # One block a stage where ResNet-18 has two.
     body = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
-    # Strides 4, 8 and 16 only: at stride 32 nothing is left of a 96-pixel image.
+    # Strides 4, 8 and 16 only: at stride 32 nothing is left of a 96-pixel image. D = 64
+    # channels on every level (torchvision: 256).
     backbone = BackboneWithFPN(
         body, {"layer1": "0", "layer2": "1", "layer3": "2"}, [64, 128, 256], 64
     )
@@ -227,17 +247,27 @@ def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
         rpn_anchor_generator=AnchorGenerator(
             ((16,), (32,), (64,), (96,)), ((0.5, 1.0, 2.0),) * 4
         ),
+        # The best anchors: of each level before NMS thins them out, of the image after
+        # it (torchvision: 2000, and 1000 in evaluation). A small image has few objects,
+        # and at 96 x 96 pixels 2,295 anchors in all.
         rpn_pre_nms_top_n_train=400,
         rpn_pre_nms_top_n_test=400,
         rpn_post_nms_top_n_train=200,
         rpn_post_nms_top_n_test=200,
+        # Anchors of an image that the RPN's two losses are a mean over; half of them
+        # foreground, if there are so many (torchvision: 256).
         rpn_batch_size_per_image=128,
-        # Of which 8 foreground, at 1 to 4 instances an image. Twice as many cost 60 %
-        # more time per step (docs/log.md).
+        # Proposals of an image that the second stage is trained on (torchvision: 512);
+        # a quarter of them, 8, foreground, at 1 to 4 instances an image. Twice as many
+        # cost 60 % more time per step (docs/log.md).
         box_batch_size_per_image=32,
+        # 7 x 7 places of 64 channels into two layers of 256 (torchvision: 1024), and
+        # from these the C + 1 scores and a box for each.
         box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=1),
         box_head=TwoMLPHead(64 * 7 * 7, 256),
         box_predictor=FastRCNNPredictor(256, num_classes),
+        # 14 x 14 places through two convolutions of 64 channels (torchvision: four of
+        # 256), doubled by a transposed one: 28 x 28 pixels for each class.
         mask_roi_pool=MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=1),
         mask_head=mask_rcnn.MaskRCNNHeads(64, (64, 64), 1),
         mask_predictor=mask_rcnn.MaskRCNNPredictor(64, 64, num_classes),

@@ -254,10 +254,13 @@ def page(folder: Path) -> str:
     if summary is None:
         parts.append(f"<p>{where}: not finished; its settings and curves so far.</p>")
     else:
+        earlier = summary.get("first_teacher_given")
         parts.append(
             f"<p>{where}: {summary['labeled']} labelled and {summary['unlabeled']} "
             f"unlabelled images, seed {summary['seed']}, {summary['steps']} steps in "
-            f"{summary['seconds'] / 60:.0f} minutes.</p>"
+            f"{summary['seconds'] / 60:.0f} minutes"
+            + (", the first teacher's included" if earlier else "")
+            + ".</p>"
         )
         if "warning" in summary:
             parts.append(f'<p class="warning">{html.escape(summary["warning"])}</p>')

@@ -194,6 +194,8 @@ def summary(
         seed=settings.seed,
         **counts,
         seconds=round(seconds, 1),
+        # With `--pretrained` the first teacher's training is a part of the `seconds`.
+        first_teacher_given=bool(settings.pretrained),
         evaluated_on=test_set.source,
         test_images=len(test_set),
         mask_ap=numbers("mask"),
@@ -237,6 +239,7 @@ def table(summary: dict, folder: Path) -> str:
     lines.append(
         f"on {summary['evaluated_on']} ({summary['test_images']} images), "
         f"{summary['seconds'] / 60:.1f} minutes"
+        + (", the first teacher's included" if summary["first_teacher_given"] else "")
     )
     if summary["audit"]:
         audit = summary["audit"]
@@ -256,7 +259,6 @@ def table(summary: dict, folder: Path) -> str:
                     for key, value in zip(keys, values, strict=True)
                 )
                 lines.append(f"  {when:<14} {stage:<9} {shown}")
-    lines.append(
-        f"files: {folder}/ (summary.json, checkpoint.pt, metrics.jsonl, pictures)"
-    )
+    lines.append(f"to look at: {folder}/report.html")
+    lines.append(f"files: {folder}/ (summary.json, checkpoint.pt, metrics.jsonl, ...)")
     return "\n".join(lines)

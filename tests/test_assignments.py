@@ -158,6 +158,20 @@ def test_the_copy_lacks_the_bodies_and_nothing_else(made):
 
 
 @pytest.mark.fast
+def test_the_copys_pages_have_no_dead_links(made):
+    stubs = {str((made / task.module).resolve()) for task in TASKS}
+    for page in made.rglob("*.md"):
+        for target in re.findall(r"\]\(([^()\s]+)\)", page.read_text("utf-8")):
+            name, _, place = target.partition("#")
+            if name and "://" not in name:
+                path = (page.parent / name).resolve()
+                assert path.exists(), (page, target)
+                # A line of a file with stubs is not the line that is meant.
+                assert not (place and str(path) in stubs), (page, target)
+    assert "a walk (not in this copy)" in (made / "README.md").read_text("utf-8")
+
+
+@pytest.mark.fast
 def test_a_function_that_was_deleted_comes_back_for_the_other_tasks():
     other = "class A:\n    def f(self):\n        return 1\n\n\ndef g():\n    return 2\n"
     text = "class A:\n    x = 1\n\n\nh = lambda: 3\n"
@@ -271,6 +285,7 @@ def test_no_student_stops_the_grader(made, tmp_path):
         )
     points = sum(task.points for task in TASKS if task.id in EXPECTED)
     assert done.stdout.splitlines()[-1].split() == ["sum", f"2/{points}"]
+    assert found["points"] == points
     sent = json.loads((tmp_path / "results.json").read_text())["tests"]
     assert [test["score"] for test in sent] == [2] + [0] * 16
     assert sum(test["max_score"] for test in sent) == points

@@ -18,7 +18,7 @@ from conftest import ROOT, real
 
 import evaluate
 import train
-from ssis import checkpoint, config, correction, model
+from ssis import UserError, checkpoint, config, correction, model
 
 TINY = [
     "--method",
@@ -142,7 +142,8 @@ def test_a_run_leaves_the_files_and_numbers_it_promises(whole):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 5, 10, 10, 12]
     assert lines[2]["pseudo_per_image"] > 0 and lines[2]["unlabeled/loss_mask"] > 0
-    assert "pretrained" in done.stdout and str(folder) in done.stdout
+    assert "pretrained" in done.stdout and f"{folder}/report.html" in done.stdout
+    assert not summary["first_teacher_given"] and "included" not in done.stdout
 
 
 def test_the_teacher_is_what_the_stages_make_of_it(whole):
@@ -182,11 +183,13 @@ def test_a_run_stopped_and_killed_goes_on_and_ends_bit_identical(whole, tmp_path
     assert steps == sorted(steps) and steps.count(12) == 1
 
 
-def test_a_shared_first_teacher_leads_to_the_same_end(whole, tmp_path):
+def test_a_shared_first_teacher_leads_to_the_same_end(whole, tmp_path, capsys):
     folder, arguments, _ = whole
     first = folder / "pretrained.pt"
-    train.main([*arguments, "--pretrained", str(first), "--output", str(tmp_path / "a")])
+    given = [*arguments, "--pretrained", str(first), "--output", str(tmp_path / "a")]
+    assert "minutes, the first teacher's included\n" in inside(capsys, train.main, *given)
     assert_same_end(folder, tmp_path / "a")
+    assert "minutes, the first teacher's included." in (tmp_path / "a" / "report.html").read_text()
     steps = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(steps[0])["step"] > 4
 
@@ -271,11 +274,17 @@ def test_a_first_teacher_of_another_pretraining_is_refused(whole, tmp_path, caps
         ("pretrained.pt", ["--lr", "0.1"], "--lr was 0.001, is 0.1"),
         ("checkpoint.pt", [], "was saved after step 12, not at the end of pretraining"),
         ("pretrained.pt", ["--method", "supervised"], "is pretraining alone"),
+        ("pretraned.pt", [], "pretraned.pt: no such file; give the pretrained.pt"),
     ):
         given = ["--pretrained", str(folder / name), "--output", str(tmp_path / "a"), *more]
         with pytest.raises(SystemExit) as stop:
             train.main([*arguments, *given])
         assert stop.value.code == 2 and says in capsys.readouterr().err
+    # A wrong name is seen before anything is made; a run that has begun needs it no more.
+    with pytest.raises(UserError, match="no such file"):
+        config.parse(["--pretrained", "nothing.pt", "--output", str(tmp_path / "b")])
+    assert not (tmp_path / "b").exists()
+    assert config.parse(["--pretrained", "nothing.pt", "--output", str(folder)])
 
 
 def test_a_first_teacher_without_sam_serves_methods_with_it():

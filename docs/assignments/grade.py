@@ -100,8 +100,12 @@ def table(rows: list[Grade]) -> str:
     for row in rows:
         said = row.result + (f": {row.message}" if row.message else "")
         lines.append(f"{row.task:5} {row.title:36} {row.earned:>3}/{row.points:<3}  {said}")
-    earned, points = sum(row.earned for row in rows), sum(row.points for row in rows)
-    return "\n".join([*lines, f"{'':5} {'sum':36} {earned:>3}/{points:<3}"])
+    return "\n".join([*lines, "{:5} {:36} {earned:>3}/{points:<3}".format("", "sum", **sums(rows))])
+
+
+def sums(rows: list[Grade]) -> dict[str, int]:
+    """The points earned, and how many there were to earn."""
+    return dict(earned=sum(row.earned for row in rows), points=sum(row.points for row in rows))
 
 
 def gradescope(rows: list[Grade]) -> dict:
@@ -141,7 +145,7 @@ def main() -> None:
     ]
     print(table(rows))
     for path, content in (
-        (args.json, dict(earned=sum(r.earned for r in rows), tasks=[asdict(r) for r in rows])),
+        (args.json, sums(rows) | dict(tasks=[asdict(row) for row in rows])),
         (args.gradescope, gradescope(rows)),
     ):
         if path:

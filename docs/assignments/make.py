@@ -3,11 +3,13 @@
     python docs/assignments/make.py OUT [--assignment 1 2 ...]
 
 OUT must not exist, or be empty. Signature, decorators and docstring of each task's function
-stay; its body is one line that raises an error with the task's name. Everything else is the
-same, byte for byte, but for what gives the answers away or is of no use to a student.
+stay; its body is one line that raises an error with the task's name. Left out is what gives the
+answers away or is of no use to a student, and the pages' links to it; all else is the same.
 """
 
 import argparse
+import posixpath
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +80,32 @@ def stubs(tasks: list[Task]) -> dict[str, str]:
     return texts
 
 
+def without_dead_links(pages: list[str], given: list[str], changed: list[str]) -> dict[str, str]:
+    """Pages as they are in the student's copy: name -> text.
+
+    Args:
+        pages: Markdown files; their links are relative.
+        given: files of the copy; of a link to anything else only the words stay.
+        changed: those with stubs, in which line numbers are others: `#L12` goes.
+    """
+    there = {folder.as_posix() for name in given for folder in [Path(name), *Path(name).parents]}
+
+    def link(match: re.Match) -> str:
+        words, (target, _, place) = match["words"], match["target"].partition("#")
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
+        if not target or "://" in target:
+            return match[0]
+        if path not in there:
+            return f"{words} (not in this copy)"
+        return f"[{words}]({target})" if path in changed and place else match[0]
+
+    texts = {}
+    for page in pages:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        texts[page] = re.sub(r"!?\[(?P<words>[^][]*)\]\((?P<target>[^()\s]+)\)", link, text)
+    return texts
+
+
 def copy(out: Path, names: list[str], texts: dict[str, str]) -> None:
     """Copy files of the project; those in `texts` with that text instead of their own."""
     for name in names:
@@ -106,7 +134,9 @@ def main() -> None:
     out, tasks = args.out, chosen(load(), None, args.assignment)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out}: is there and not an empty folder; give another")
-    copy(out, student_files(), stubs(tasks))
+    names, texts = student_files(), stubs(tasks)
+    pages = [name for name in names if name.endswith(".md")]
+    copy(out, names, without_dead_links(pages, names, list(texts)) | texts)
     print(f"{out}: {len(tasks)} functions to write; start with docs/assignments/README.md")
 
 

@@ -121,7 +121,7 @@ def test_handouts_name_their_tasks_with_points_and_commands():
 
 @pytest.mark.fast
 def test_the_copy_lacks_the_bodies_and_nothing_else(made):
-    """Without the tasks' functions both are the same, byte for byte; and docstrings stay."""
+    """Without the tasks' functions, and links, both are the same; and docstrings stay."""
     by_module: dict = {}
     for task in TASKS:
         by_module.setdefault(task.module, []).append(task)
@@ -129,7 +129,12 @@ def test_the_copy_lacks_the_bodies_and_nothing_else(made):
         name = str(path.relative_to(made))
         if path.is_dir() or name in by_module:
             continue
-        assert path.read_bytes() == (ROOT / name).read_bytes(), name
+        texts = [(folder / name).read_bytes() for folder in (ROOT, made)]
+        if path.suffix == ".md":
+            # All words of it; what became of the links is tested below.
+            plain = rb"!?\[([^][]*)\]\([^()\s]+\)| \(not in this copy\)"
+            texts = [re.sub(plain, rb"\1", text) for text in texts]
+        assert texts[0] == texts[1], name
     for module, tasks in by_module.items():
         texts = [(folder / module).read_bytes().decode() for folder in (ROOT, made)]
         for task in tasks:

@@ -67,7 +67,7 @@ LEARNT = """## What was learnt
   was never shown these shapes, but its scenes are of the same make, and these classes *are*
   shapes: expect less where neither holds.
 * **It holds on scenes that nothing was chosen on.** On the second built-in dataset, with the
-  settings of the first one (seeds {signs_seeds}): supervised {signs[supervised]}, Guided
+  settings of the first one (seeds: {signs_seeds}): supervised {signs[supervised]}, Guided
   Distillation {signs[guided-distillation]}, PL-DC {signs[pl-dc]}, S4M {signs[s4m]}, both
   {signs[full]}, all labels {signs[all labels]}: {signs_gap} % of the gap. The classes are easier
   to tell apart there, so correction has less to do, and S4M's masks and copy-paste do more.
@@ -97,7 +97,7 @@ comes from: PL-DC's category correction, and S4M's refinement, which raises the 
 kept pseudo-labels by {refine_burnin} at the end of the burn-in; together more than either, for
 better silhouettes are easier to name. The tiny SAM was never shown these shapes, but its scenes
 are of the same make, and these classes *are* shapes: expect less where neither holds. On a second
-drawn dataset, on which nothing was chosen (seeds {signs_seeds}): supervised {signs[supervised]},
+drawn dataset, on which nothing was chosen (seeds: {signs_seeds}): supervised {signs[supervised]},
 both papers {signs[full]}, all labels {signs[all labels]}. On cell nuclei (real images, 24 labelled,
 one seed) nothing beats supervised training
 ({nuclei[10% supervised]}) so far: Guided Distillation {nuclei[10% guided-distillation]}, PL-DC

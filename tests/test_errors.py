@@ -185,7 +185,7 @@ OPTIONS = {
         ["--correction", "clip", "--clip-model", "magic:weights"],
         "--clip-model magic:weights: cannot be loaded",
     ),
-    "first teacher absent": (["--pretrained", "x.pt"], "x.pt: checkpoint not found"),
+    "first teacher absent": (["--pretrained", "x.pt"], "--pretrained x.pt: no such file"),
     "no step size": (["--lr", 0], "--lr 0.0: must be"),
     "weights of the other model": (["--backbone-weights", "imagenet"], "the small model has none"),
     "infinite share": (["--labeled", "inf%"], "must be a share (5%)"),

@@ -9,7 +9,7 @@ One run has three stages (Guided Distillation, arXiv 2308.02668, section 3):
     guided burn-in     teacher := student, frozen; the student learns from both
     mutual learning    teacher := EMA of the student, in every step
 
-B = images of a batch on this process, N = instances, C = classes; images (3, H, W).
+B = images of this process's batch, N = instances, C = classes. Read next: `ssis/teacher.py`.
 """
 
 import contextlib

@@ -829,6 +829,6 @@ pictures.show(figure, "9-truth", "Pseudo-labels before and after, beside the tru
 #   the notebook is empty until it is run.
 # * Change a flag and walk again: `WALK_FLAGS="--refine iou --refine-gate 0"` chooses masks as S4M's
 #   paper does, without a gate; `--tau-min 0.7` filters more, `--prototypes 4` remembers less.
-# * Look at the same on many images: `pseudo_<step>.png` in each run's folder, and `audit` in
+# * Look at the same on many images: `pseudo_<step>.png` in each run's folder, and `run` in
 #   `ssis/audit.py`, which counts what section 15 shows.
 # * Read `unlabeled_pass` in `train.py` again: every line of it was on this page.

@@ -16,7 +16,8 @@ grayscale 0.2, Gaussian blur of sigma 0.1 to 2.0 with probability 0.5.
 one image are pasted onto another, and the other way round. It makes occlusions, new
 backgrounds and crowds, of which few labelled images have few. With loose masks it
 teaches the student to find pasted halos of background (S4M's ablation: it then
-hurts); with masks redrawn by SAM it helps.
+hurts); with masks redrawn by SAM it helps. On the built-in data it helps either way
+(docs/results.md).
 
     pairs       max(1, B // 4) disjoint pairs of the batch's images, both directions
     what        every instance of at least `arp_min_area` of the image that it is pasted
@@ -39,7 +40,8 @@ left to agree on is shape.
 
 Every view has a seed of its own, so a run does not depend on how the images are spread
 over workers and processes; only ARP's pairs are those of one process. Read next:
-`ssis/teacher.py`, who looks at the weak view.
+`ssis/teacher.py`, who looks at the weak view, or, if you came from there by way of
+`ssis/refine.py`, S4M's third part: `ssis/sam_distill.py`.
 """
 
 from typing import NamedTuple

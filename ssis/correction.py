@@ -51,7 +51,7 @@ from torchvision.ops import roi_align
 from ssis import data, distributed, teacher
 from ssis.teacher import PseudoLabels
 
-# Labelled views that fill the memory at first, and steps between its refreshments: each
+# Labelled views that fill the memory at first, and steps between its refreshes: each
 # is a forward pass of the teacher's backbone over a labelled batch.
 START_VIEWS = 128
 REFRESH_EVERY = 10

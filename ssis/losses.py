@@ -36,7 +36,8 @@ $$\frac{n_{\mathrm{rank}} \cdot \mathrm{world}}{n_{\mathrm{total}}}$$
 This also makes a process without pseudo-labels (n = 0) count for exactly nothing. On
 one process the factor is 1.
 
-Read next: `train.py`, where the two passes are.
+Read next: `train.py` again, where the two passes are; then S4M, from
+`ssis/refine.py` on.
 """
 
 import math

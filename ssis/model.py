@@ -8,10 +8,10 @@ differences are listed in `docs/differences.md`.
 Two sizes:
 
 * `resnet50`: torchvision's ResNet-50-FPN, for real data, from ImageNet or COCO weights;
-* `small`: the same design, a tenth of the size, trained from scratch in minutes on a
-  CPU. It is narrower and shallower, has no stride-32 level and one sample per RoI bin:
-  four samples would take half of the step's time and, where a bin is one feature wide,
-  add nothing (docs/log.md).
+* `small`: the same design, a twentieth of the size (2.4 against 44 million weights),
+  trained from scratch in minutes on a CPU. It is narrower and shallower, its backbone
+  ends at stride 16, and it takes one sample per RoI bin: four take a third more time
+  per step for a little more AP (docs/log.md, docs/performance.md).
 
 What is added to torchvision's model:
 
@@ -232,8 +232,9 @@ def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
     """
     # One block a stage where ResNet-18 has two.
     body = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
-    # Strides 4, 8 and 16 only: at stride 32 nothing is left of a 96-pixel image. D = 64
-    # channels on every level (torchvision: 256).
+    # Strides 4, 8 and 16 only: at stride 32 nothing is left of a 96-pixel image (only
+    # the RPN looks there, by the FPN's max-pool). D = 64 channels on every level
+    # (torchvision: 256).
     backbone = BackboneWithFPN(
         body, {"layer1": "0", "layer2": "1", "layer3": "2"}, [64, 128, 256], 64
     )
@@ -242,8 +243,8 @@ def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
         backbone,
         min_size=min_size,
         max_size=max_size,
-        # One size a level, four times its stride (torchvision: eight times): the
-        # objects of small images are small. The fourth level is the FPN's max-pool.
+        # One size a level, four times its stride (torchvision: eight times), at the
+        # fourth three times: the objects of small images are small.
         rpn_anchor_generator=AnchorGenerator(
             ((16,), (32,), (64,), (96,)), ((0.5, 1.0, 2.0),) * 4
         ),
@@ -259,7 +260,7 @@ def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
         rpn_batch_size_per_image=128,
         # Proposals of an image that the second stage is trained on (torchvision: 512);
         # a quarter of them, 8, foreground, at 1 to 4 instances an image. Twice as many
-        # cost 60 % more time per step (docs/log.md).
+        # cost 40 % more time per step (docs/performance.md).
         box_batch_size_per_image=32,
         # 7 x 7 places of 64 channels into two layers of 256 (torchvision: 1024), and
         # from these the C + 1 scores and a box for each.

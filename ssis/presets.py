@@ -122,7 +122,8 @@ def switches(preset: str, method: str, model: str) -> dict:
     """What a method sets, with this preset and this model; {} for an unknown method."""
     found = {**METHODS.get(method, {}), **OF_BOTH.get((preset, method), {})}
     if (method, model) == ("full", "small"):
-        # Its stride-4 map also feeds the classifier, and SAM's class-free layout costs
-        # the first teacher 3 to 4 AP (docs/log.md). `s4m` has it, as the paper does.
+        # Its stride-4 map also feeds the classifier, and with SAM's class-free layout
+        # the first teacher is no better, or worse (docs/differences.md). `s4m` has it,
+        # as the paper does.
         found["structure_weight"] = 0.0
     return found

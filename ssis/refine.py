@@ -74,7 +74,8 @@ def sample_points(
     if not len(chance):
         return torch.zeros(0, count, 2, device=chance.device)
     # The least of chances for every pixel, so that there are K to draw; one that got in
-    # by it stands for nothing and is replaced by the first.
+    # by it stands for nothing and is replaced by the first draw, or, if that got in so
+    # as well, by the likeliest pixel.
     place = torch.multinomial(chance + 1e-12, count, generator=generator)  # (N, K)
     empty = chance.gather(1, place) == 0
     best = chance.argmax(dim=1, keepdim=True)

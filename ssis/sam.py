@@ -3,8 +3,8 @@ r"""Segment Anything: official checkpoints, the tiny built-in one, the embedding
 SAM (Kirillov et al., arXiv 2304.02643) turns a point into a mask: it knows where things
 end, and not what they are. It comes in two halves of very different cost. The *image
 encoder* sees the image once and takes seconds on a CPU (a tenth of a second on a large
-GPU); the *prompt encoder* and *mask decoder* take milliseconds. Hence the rule of this
-file:
+GPU); the *prompt encoder* and *mask decoder* take a small part of that. Hence the rule
+of this file:
 
 *One encoding per image, ever.* SAM always sees the original image, never a view of it.
 So there is one embedding per image, which `Embeddings` keeps: in memory, then on disk.

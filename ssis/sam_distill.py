@@ -39,7 +39,7 @@ the image and the point alone. So each image gets its query points once, and its
 embeddings; the others are computed again. The released code draws new points in every
 step (docs/differences.md).
 
-Read next: `ssis/refine.py`.
+Read next: back to `train.py`, where it is one term of the loss.
 """
 
 import math
@@ -153,9 +153,9 @@ class Structure:
 
     Args:
         embeddings: of the training images; their memory is shared.
-        config: `structure_queries`, `structure_boundary`, `structure_channels` (the
-            first so many of the student's: which ones it leaves to the layer before,
-            which can put anything into any channel), `seed`.
+        config: `structure_queries`, `structure_boundary`, `structure_channels` (share
+            of the student's channels that is compared, the first ones: which ones does
+            not matter, for the layer before can put anything into any), `seed`.
     """
 
     def __init__(self, embeddings: Embeddings, config):

@@ -27,7 +27,7 @@ def draw_split(
     """Choose the labelled images.
 
     Args:
-        dataset: the training images, all annotated.
+        dataset: the training images; the first `dataset.annotated` have masks.
         labeled: "5%" of the images, "64" images, or the path of a split's JSON.
         seed: of the draw; not used for a given split.
 

@@ -98,7 +98,8 @@ class PseudoLabels:
             SAM's after `refine`.
         masks: (N, H, W) bool, `mask_probs > 0.5`.
         distribution: (N, C) float32, probabilities of the C classes; what is missing to
-            a sum of 1 is the probability of background.
+            a sum of 1 is the probability of background, as long as no second opinion
+            is mixed in (`correction.fuse`), which has no background.
         features: (N, D, 7, 7) float32, the network's feature map in each predicted box.
         feature_boxes: (N, 4) those boxes, whatever becomes of `boxes`.
     """

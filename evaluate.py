@@ -208,8 +208,8 @@ def evaluate(net, dataset, device, rank: int = 0, world: int = 1, progress: bool
     Several processes find, bit for bit on a CPU, what one finds.
 
     Returns:
-        ({"mask": numbers, "box": numbers, "mask_per_class": {name: AP}}, results); the
-        same on every process.
+        ({"mask": numbers, "box": numbers, "mask_per_class": {name: AP}, "box_per_class":
+        the same}, results); equal on every process.
     """
     # Whole batches are shared out, not images: what a model finds at the edge of an image
     # depends a little on the padding, and so on who is in the batch with it.
@@ -220,9 +220,11 @@ def evaluate(net, dataset, device, rank: int = 0, world: int = 1, progress: bool
     results.sort(key=lambda result: result["image_id"])
     truth = dataset.coco(range(len(dataset)))
     mask, mask_classes = average_precision(truth, results, "segm")
-    box, _ = average_precision(truth, results, "bbox")
-    per_class = dict(zip(dataset.names, mask_classes, strict=True))
-    return dict(mask=mask, box=box, mask_per_class=per_class), results
+    box, box_classes = average_precision(truth, results, "bbox")
+    report = dict(mask=mask, box=box)
+    for kind, classes in (("mask", mask_classes), ("box", box_classes)):
+        report[f"{kind}_per_class"] = dict(zip(dataset.names, classes, strict=True))
+    return report, results
 
 
 def save_predictions(path: Path, dataset, results: list[dict]) -> Path:
@@ -327,9 +329,9 @@ def run(argv: list[str] | None) -> None:
             report["boundary"] = boundary_average_precision(truth, results)
         for kind in ("mask", "box", *(["boundary"] if args.boundary else [])):
             print(f"{kind:8}" + "".join(f"{text(report[kind][n]):>7}" for n in NUMBERS))
-        print("mask AP per class")
+        print(f"{'AP per class':<22} {'mask':>6} {'box':>6}")
         for name, value in report["mask_per_class"].items():
-            print(f"  {name:<20} {text(value):>6}")
+            print(f"  {name:<20} {text(value):>6} {text(report['box_per_class'][name]):>6}")
         if args.save_predictions:
             boxes = save_predictions(args.save_predictions, dataset, results)
             print(f"masks in {args.save_predictions}, boxes in {boxes}")

@@ -91,6 +91,7 @@ def unlabeled_pass(run: Run, unlabeled: list[dict]) -> dict:
     # PL-DC Eq. (adapt): the thresholds follow what the teacher predicts.
     run.thresholds.update(stages["predicted"])
     pseudo = stages.pop("final")
+    run.watch.add(pseudo)
     del stages  # soft masks of every stage: at 1024 pixels gigabytes
     # 2. An image without a pseudo-label says nothing. It is left out, never trained as
     #    background: the teacher may just not have been sure.
@@ -186,11 +187,11 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
     latest = distributed.from_main(run_folder.prepare, settings, held)
     train_set, val_set, test_set = loader.open_parts(settings)
     labeled, unlabeled = split.split(train_set, settings, folder / "labeled.json")
-    density = train_set.instances_per_image(labeled)
     streams = loader.streams(train_set, labeled, unlabeled, settings)
 
     # Model: new, or as it was when the run was stopped.
     run = Run(settings, train_set, start)
+    run.watch.expect(train_set.instances_per_image(labeled), train_set.class_shares(labeled))
     pretrain_end, burnin_end, total = settings.stage_ends
     done, results, earlier = 0, {}, 0.0
     if source := latest or settings.pretrained:
@@ -221,13 +222,12 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
                 begin_burnin(run, streams.labeled, train_set.class_shares(labeled))
             if number == burnin_end:
                 # While PL-DC's correction counts most; at the end it counts nothing.
-                results["burnin"] = audit.run(run, pseudo_labels, streams.audit, density)
+                results["burnin"] = audit.run(run, pseudo_labels, streams.audit)
                 # GD: teacher := student. The update below, the first one, is then a copy.
                 teacher.restart(run.teacher)
             semi, mutual = number >= pretrain_end, number >= burnin_end
             stage = "mutual" if mutual else "burn-in" if semi else "pretrain"
             bar.set_description(stage, refresh=False)
-
             lr = run.schedule.get_last_lr()[-1]
             row = step(run, next(labeled_batches), next(unlabeled_batches) if semi else None)
             if mutual:
@@ -247,6 +247,8 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
                 means, table = losses.means(table, done), {}
                 metrics.add(step=done, stage=stage, lr=lr, **means)
                 bar.set_postfix(losses.brief(means), refresh=False)
+            if semi and done % audit.WATCH_EVERY == 0:
+                run.watch.report(bar.write)
             if saving:
                 save("checkpoint.pt")
             if stopping and done < total:
@@ -259,9 +261,7 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
                 if semi:
                     found, _ = evaluate.judge(run, run.teacher.module, val_set)
                     line["val_mask_ap_teacher"] = found["mask"]["AP"]
-                    line |= audit.run(run, pseudo_labels, streams.audit, density)
-                    if main_process:
-                        audit.warn(means, density, settings.filter, bar.write)
+                    line |= audit.run(run, pseudo_labels, streams.audit)
                     visualize.pseudo_labels(run, pseudo_labels, streams, folder, done)
                 metrics.add(step=done, **line)
 
@@ -269,7 +269,7 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
     results["student"], found = evaluate.judge(run, run.net, test_set)
     if run.teacher.n_averaged > 0:
         results["teacher"], found = evaluate.judge(run, run.teacher.module, test_set)
-        results |= audit.run(run, pseudo_labels, streams.audit, density)
+        results |= audit.run(run, pseudo_labels, streams.audit)
     spent = earlier + time.monotonic() - began
     counts = dict(labeled=len(labeled), unlabeled=len(unlabeled), steps=total)
     summary = run_folder.summary(settings, results, counts, test_set, spent)

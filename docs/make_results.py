@@ -90,7 +90,7 @@ mean ± standard deviation of the seeds. Machine: {machine}.
 
 {table}
 
-These runs are a fifth longer than the default one, which goes from {default_first} (its first
+These runs are a third longer than the default one, which goes from {default_first} (its first
 teacher) to {default_last} in about ten minutes (seed 0, [performance](docs/performance.md)).
 
 Both papers together close **{gap} %** of the gap (on the seeds that all three rows have:

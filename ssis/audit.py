@@ -27,12 +27,17 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 from ssis import distributed
 from ssis.teacher import PseudoLabels
 
 MATCH_IOU = 0.5
+# A teacher has collapsed below, and explodes above, this many times the labelled
+# density; of a class that is said where at least so many were expected. Steps between.
+FEW, MANY, ENOUGH = 0.05, 5.0, 20
+WATCH_EVERY = 100
 # Class score from which on a prediction counts as one, before any filter.
 PREDICTED = 0.3
 # The sums that everything follows from; one row for each label, so that the rows of
@@ -150,7 +155,7 @@ def oracle(pseudo: PseudoLabels, target: dict, what: str) -> PseudoLabels:
     return made
 
 
-def run(run, label, stream, labeled_per_image: float) -> dict:
+def run(run, label, stream) -> dict:
     """Audit a run's pseudo-labels on some unlabelled images, over all processes.
 
     The images are weak views, as the student's are.
@@ -159,7 +164,6 @@ def run(run, label, stream, labeled_per_image: float) -> dict:
         run: `run.Run`.
         label: `train.pseudo_labels`.
         stream: unlabelled images with their hidden targets; None without truth.
-        labeled_per_image: instances per labelled image.
 
     Returns:
         {"audit": the numbers of what the student is trained on, "audit_per_class":
@@ -182,7 +186,7 @@ def run(run, label, stream, labeled_per_image: float) -> dict:
     together = torch.stack([sums.get(stage, zeros) for stage in stages])
     together = distributed.all_sum(together.float().to(run.device)).double().cpu()
     numbers = {
-        stage: summary(table, count, labeled_per_image)
+        stage: summary(table, count, run.watch.per_image)
         for stage, table in zip(stages, together, strict=True)
     }
     return dict(
@@ -192,31 +196,87 @@ def run(run, label, stream, labeled_per_image: float) -> dict:
     )
 
 
-def warn(means: dict, labeled_per_image: float, rule: str, write) -> None:
-    """Write a line when the teacher keeps next to nothing, or far too much.
+class Watch:
+    """Kept pseudo-labels against the labelled density, in all and class by class.
 
-    The labelled images say how many instances there should be. This needs no truth of
-    the unlabelled ones, so it works on every dataset.
+    The labelled images say how many instances of each class an image should have. This
+    needs no truth of the unlabelled ones, so it works on every dataset.
+
+    Attributes:
+        per_image: instances per labelled image.
 
     Args:
-        means: of `losses.means`; `pseudo_per_image` is used.
-        labeled_per_image: instances per labelled image.
+        names: of the C classes.
         rule: the filter's, for the advice.
-        write: a function that prints a line.
+        rank: of this process; the first one writes.
     """
-    found = means["pseudo_per_image"]
-    flags = dict(
-        dual="--tau-class or --tau-mask", adaptive="--tau-min and --tau-max"
-    ).get(rule, "--tau-class")
-    if found < 0.05 * labeled_per_image:
-        write(
-            f"warning: the teacher has collapsed: {found:.2f} pseudo-labels per image, "
-            f"{labeled_per_image:.2f} instances per labelled image; lower {flags}, or "
-            "pretrain longer"
+
+    def __init__(self, names: list[str], rule: str, rank: int):
+        self.names, self.rank = names, rank
+        self.flags = dict(
+            dual="--tau-class or --tau-mask", adaptive="--tau-min and --tau-max"
+        ).get(rule, "--tau-class")
+        # Since the last report: images, then kept pseudo-labels of each class.
+        self.sums = torch.zeros(len(names) + 1)
+        self.per_image, self.expected = 0.0, torch.zeros(len(names))
+
+    def expect(self, per_image: float, shares: Tensor) -> None:
+        """What the labelled images have: instances on each, and (C,) class shares."""
+        self.per_image, self.expected = per_image, per_image * shares
+
+    def add(self, pseudo: list[PseudoLabels]) -> None:
+        """Count the kept pseudo-labels of B images, on their device."""
+        for found in pseudo:
+            # There is no label 0, so its place counts the images.
+            counts = F.one_hot(found.labels, len(self.sums)).sum(dim=0).float()
+            counts[0] = 1
+            self.sums = self.sums.to(counts.device) + counts
+
+    def report(self, write) -> None:
+        """Write a line when the teacher keeps next to nothing, or far too much.
+
+        Every process must call this; counting then starts anew.
+
+        Args:
+            write: a function that prints a line.
+        """
+        sums = distributed.all_sum(self.sums).cpu()
+        self.sums = torch.zeros_like(self.sums)
+        images, kept = sums[0].item(), sums[1:]
+        if self.rank or not images:
+            return
+        found, usual = kept.sum().item() / images, self.per_image
+        numbers = (
+            f"{found:.2f} pseudo-labels per image, {usual:.2f} instances per labelled "
+            "image"
         )
-    if found > 5 * labeled_per_image:
-        write(
-            f"warning: the teacher explodes: {found:.2f} pseudo-labels per image, "
-            f"{labeled_per_image:.2f} instances per labelled image; raise {flags}, or "
-            "lower --unsup-weight"
-        )
+        if found < FEW * usual:
+            write(
+                f"warning: the teacher has collapsed: {numbers}; lower {self.flags}, "
+                "or pretrain longer"
+            )
+            return
+        if found > MANY * usual:
+            write(
+                f"warning: the teacher explodes: {numbers}; raise {self.flags}, or "
+                "lower --unsup-weight"
+            )
+            return
+        # The same for each class, but only where numbers say something.
+        expected = self.expected * images
+        judged = expected >= ENOUGH
+        for wrong, what, mend in (
+            (kept < FEW * expected, "next to none", "lower"),
+            (kept > MANY * expected, "far too many", "raise"),
+        ):
+            rows = (wrong & judged).nonzero().flatten().tolist()
+            if rows:
+                said = ", ".join(
+                    f"{self.names[k]} ({kept[k]:.0f}, {expected[k]:.0f} expected)"
+                    for k in rows[:5]
+                )
+                more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+                write(
+                    f"warning: {what} of the pseudo-labels are of class {said}{more}; "
+                    f"{mend} {self.flags}, or label more of them"
+                )

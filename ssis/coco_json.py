@@ -270,7 +270,9 @@ def read_mask(record: dict, size: list[int], path: str) -> tuple[list[bytes], bo
             counts = counts.encode()
         elif not isinstance(counts, bytes):
             raise TypeError("RLE")
-        return [counts], False
+        # Nothing but background is no mask.
+        empty = not mask_utils.area(dict(size=size, counts=counts))
+        return [] if empty else [counts], False
     # A polygon needs three corners; pycocotools takes four numbers for a box.
     polygons = [part for part in segmentation or [] if len(part) >= 6]
     parts = []

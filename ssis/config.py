@@ -155,12 +155,12 @@ class Config:
     long_side: int = setting(160, "limit of the long side, which bounds the memory")
 
     # Schedule. Step counts are optimiser steps, all in one run.
-    pretrain_steps: int = setting(800, "labelled images only; makes the first teacher")
+    pretrain_steps: int = setting(700, "labelled images only; makes the first teacher")
     burnin_steps: int = setting(
         100, "teacher frozen, student learns from its pseudo-labels (GD)"
     )
     mutual_steps: int = setting(
-        450, "teacher := EMA of the student, in every step (GD)"
+        400, "teacher := EMA of the student, in every step (GD)"
     )
     burnin_init: str = setting(
         "teacher",
@@ -309,9 +309,9 @@ class Config:
     )
 
     # Bookkeeping.
-    # 450: the second one, and its picture of the pseudo-labels, is at the end of the
+    # 400: the second one, and its picture of the pseudo-labels, is at the end of the
     # default run's burn-in, where PL-DC's correction counts most.
-    eval_every: int = setting(450, "steps between evaluations on the validation images")
+    eval_every: int = setting(400, "steps between evaluations on the validation images")
     audit_images: int = setting(
         96, "unlabelled images on which each evaluation audits the teacher"
     )

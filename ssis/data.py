@@ -188,6 +188,9 @@ class Dataset:
             height, width = self.sizes[index].tolist()
             records.append(dict(id=int(index), height=height, width=width))
             for row, rle in enumerate(self.rles(index), self.first[index]):
+                # A polygon may be so thin that it has no pixel: nobody can find it.
+                if not mask_utils.area(rle):
+                    continue
                 annotations.append(
                     # Ids from 1: pycocotools takes a match with id 0 for none.
                     dict(

@@ -121,8 +121,8 @@ def logged(
 ) -> dict[str, Tensor]:
     """The table's row of one pass on this process: sums, under fixed names.
 
-    A pass that was skipped gives zeros under the same names: every process has the same
-    keys in every step, so tables can be added up.
+    A pass that was skipped gives zeros under the same names: in a step every process
+    has the same keys, which depend on the stage alone, so tables can be added up.
 
     Returns:
         For each loss, a (2,) tensor [loss * n, n]; the sums over processes and steps

@@ -9,7 +9,17 @@ Read next: `train.py`.
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ssis import config, correction, distributed, filters, guard, model, optimizer, sam
+from ssis import (
+    audit,
+    config,
+    correction,
+    distributed,
+    filters,
+    guard,
+    model,
+    optimizer,
+    sam,
+)
 from ssis import sam_distill, teacher
 
 
@@ -25,6 +35,7 @@ class Run:
         optimizer, schedule: AdamW and its learning rate; `schedule.last_epoch` is the
             number of steps done.
         guard: skips a step that is not finite.
+        watch: says when there are next to no pseudo-labels, or far too many.
         autocast, scaler: mixed precision; both do nothing with `--amp off`.
         thresholds: PL-DC's adaptive thresholds.
         second: PL-DC's second classifier, or None.
@@ -72,6 +83,7 @@ class Run:
             settings.amp == "fp16",
             self.rank,
         )
+        self.watch = audit.Watch(names, settings.filter, self.rank)
         dtype = torch.float16 if settings.amp == "fp16" else torch.bfloat16
         self.autocast = torch.autocast(
             self.device.type, dtype, enabled=settings.amp != "off"

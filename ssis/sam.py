@@ -6,8 +6,10 @@ encoder* sees the image once and takes seconds on a CPU (a tenth of a second on 
 GPU); the *prompt encoder* and *mask decoder* take a small part of that. Hence the rule
 of this file:
 
-*One encoding per image, ever.* SAM always sees the original image, never a view of it.
-So there is one embedding per image, which `Embeddings` keeps: in memory, then on disk.
+*One encoding per image.* SAM always sees the original image, never a view of it. So
+there is one embedding per image, which `Embeddings` keeps: in memory, then on disk. On
+disk (`--sam-cache`) it is there for all processes and all runs; in memory each process
+has its own, of the images that came to it.
 It is rounded to 16 bits in either place, and also where there is no room and it is
 computed anew each time, so what is trained does not depend on the cache.
 

@@ -200,7 +200,8 @@ class Structure:
         # The cell that a point falls into; one that is mostly padding stands back.
         y = (points[:, 1] / size[0] * height / cell).long().clamp(max=len(rows) - 1)
         x = (points[:, 0] / size[1] * width / cell).long().clamp(max=len(columns) - 1)
-        # Not to be kept in memory: its rows are, and nothing else asks for it again.
+        # Not to be kept in memory: its rows are, and nothing else asks for it again
+        # (refinement does, once, with `--unlabeled-includes-labeled` and no cache).
         embedding, table = self.embeddings.load(index), []
         # In chunks: 128 prompts at 64 x 64 x 256 together would be 0.5 GB a tensor.
         for some, i, j in zip(

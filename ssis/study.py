@@ -68,7 +68,7 @@ class Study:
 
 
 GD = "--method guided-distillation"
-# A fifth longer than the default run, which is to end within ten minutes on two cores.
+# A third longer than the default run, which is to end within ten minutes on two cores.
 SHAPES = "--pretrain-steps 900 --mutual-steps 600 --eval-every 250"
 # Real microscope images: fewer, larger, crowded with one class.
 NUCLEI = (

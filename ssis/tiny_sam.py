@@ -46,6 +46,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
 from ssis import UserError, distributed
+from ssis.files import whole
 
 SIDE, PATCH = 96, 6
 LR, WARMUP = 1e-3, 200
@@ -392,7 +393,8 @@ def train(
     if rank == 0:
         # 16 bits are enough to use it, and half the file.
         state = {name: value.half() for name, value in sam.state_dict().items()}
-        torch.save(dict(side=side, patch=patch, model=state), out)
+        with whole(out) as temporary:
+            torch.save(dict(side=side, patch=patch, model=state), temporary)
     distributed.stop()
 
 

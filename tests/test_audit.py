@@ -85,15 +85,40 @@ def test_nothing_kept_and_nothing_there_are_no_shares():
     assert spurious["box_precision"] == 0.0 and spurious["recall"] is None
 
 
-@pytest.mark.parametrize("found, word", [(0.01, "collapsed"), (2.0, None), (30.0, "explodes")])
+def watched(rule: str, labels: list[list[int]], shares: list[float], per_image: float) -> list:
+    """What a watch of three classes says of images with such pseudo-labels."""
+    watch, lines = audit.Watch(["ring", "star", "hook"], rule, 0), []
+    watch.expect(per_image, torch.tensor(shares))
+    for k in range(0, len(labels), 4):
+        found = [pseudo([(0, 0, 9)] * len(each), each) for each in labels[k : k + 4]]
+        watch.add(found)
+    watch.report(lines.append)
+    # What was reported is not counted again.
+    watch.report(lines.append)
+    return lines
+
+
+@pytest.mark.parametrize("found, word", [(0, "collapsed"), (2, None), (15, "explodes")])
 def test_a_collapsing_and_an_exploding_teacher_are_told(found, word):
-    lines = []
-    audit.warn(dict(pseudo_per_image=found), 2.5, "score", lines.append)
-    audit.warn(dict(pseudo_per_image=found), 2.5, "adaptive", lines.append)
-    assert len(lines) == 2 * (word is not None)
-    # With the advice that belongs to the filter.
-    assert word is None or (word in lines[0] and "--tau-class" in lines[0])
-    assert word is None or (word in lines[1] and "--tau-min" in lines[1])
+    for rule, flag in (("score", "--tau-class"), ("adaptive", "--tau-min")):
+        lines = watched(rule, 8 * [[1] * found], [1.0, 0.0, 0.0], 2.5)
+        assert len(lines) == (word is not None)
+        # With the advice that belongs to the filter.
+        assert word is None or (word in lines[0] and flag in lines[0])
+
+
+def test_a_class_that_is_lost_or_overrun_is_named():
+    # 40 images with 2 instances each of which half are rings: 40 rings, 36 stars, 4 hooks.
+    shares = [0.5, 0.45, 0.05]
+    assert watched("score", 40 * [[1, 2]], shares, 2.0) == []
+    (line,) = watched("score", 40 * [[1, 1]], shares, 2.0)
+    # Hooks: none as well, but of four nothing can be said.
+    assert "next to none of the pseudo-labels are of class star (0, 36 expected);" in line
+    (line,) = watched("adaptive", 40 * [[1, 1, 2]], [0.5, 0.25, 0.25], 2.0)
+    assert "next to none" in line and "hook (0, 20 expected)" in line
+    (line,) = watched("score", 40 * [[1, 2, *[3] * 6]], [0.4, 0.35, 0.25], 2.0)
+    assert "far too many of the pseudo-labels are of class hook (240, 20 expected)" in line
+    assert "raise --tau-class" in line
 
 
 def test_the_oracle_replaces_what_it_says_and_nothing_else():

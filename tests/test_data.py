@@ -74,6 +74,31 @@ def test_ground_truth_for_evaluation_has_recomputed_areas_and_crowds(coco_folder
     assert min(a["id"] for a in annotations) == 1
 
 
+def test_masks_without_pixels_are_nothing_to_find(tmp_path):
+    def spoil(raw):
+        # Of a class that nothing else has: an RLE of background, two corners, a sliver.
+        for k, segmentation in enumerate(
+            (
+                dict(size=[32, 48], counts=[32 * 48]),
+                [[3, 3, 9, 9]],
+                [[10.1, 10.1, 10.2, 10.1, 10.2, 30.1]],
+            )
+        ):
+            raw["annotations"].append(
+                dict(id=90 + k, image_id=0, category_id=9, iscrowd=0, segmentation=segmentation)
+            )
+
+    write_coco(tmp_path, spoil)
+    dataset = load(tmp_path)
+    assert any("2 annotations without a mask are left out" in line for line in dataset.warnings)
+    assert len(dataset.target(0)["labels"]) == 2
+    # The sliver is a polygon like others until it is drawn; an evaluation does not ask for it.
+    assert dataset.rles(0)[-1]["size"] == [32, 48] and len(dataset.rles(0)) == 3
+    found = dataset.coco(range(4)).dataset["annotations"]
+    assert [a["category_id"] for a in found if a["image_id"] == 0] == [1, 2]
+    assert [a["id"] for a in found] == list(range(1, len(found) + 1))
+
+
 def test_an_image_without_annotations_is_a_legal_negative(coco_folder):
     target = load(coco_folder).target(3)
     assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 32, 48)

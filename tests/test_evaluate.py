@@ -99,6 +99,22 @@ def test_saved_predictions_give_the_same_ap_to_pycocotools(coco_folder, tmp_path
         assert ours["AP"] == pytest.approx(100 * judge.stats[0], abs=2e-3) and ours["AP"] > 5
 
 
+def test_ap_by_size_goes_by_the_mask_not_by_its_box(coco_folder):
+    """A thin diagonal is small, its box is not; given both, pycocotools takes the box."""
+    dataset = load(coco_folder)
+    mask = np.zeros((32, 48), np.uint8, order="F")
+    mask[np.arange(32), np.arange(32) + 8] = 1
+    rle = mask_utils.encode(mask)
+    diagonal = dict(image_id=3, category_id=1, score=1.0, segmentation=rle)
+    results = [*perfect(dataset), dict(diagonal, bbox=[0, 0, 48, 32])]
+    truth = dataset.coco(range(4))
+    masks, classes = evaluate.average_precision(truth, results, "segm")
+    # A false positive among the small ones, before all true ones of its class.
+    assert masks["APs"] < 100 and masks["APs"] == masks["AP"] and classes[0] < 100
+    boxes, _ = evaluate.average_precision(truth, results, "bbox")
+    assert boxes["APs"] == 100 and boxes["AP"] < 100
+
+
 def test_predictions_lie_in_the_original_frame(shapes_folder):
     """The model resizes to 48 pixels, the results speak of 96."""
     dataset = coco_json.load_coco(f"{shapes_folder}/instances_val.json", f"{shapes_folder}/val")

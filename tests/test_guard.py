@@ -12,7 +12,7 @@ from conftest import write_coco
 from test_errors import arguments, error_of
 
 import train
-from ssis import checkpoint, losses
+from ssis import checkpoint, guard, losses
 
 pytestmark = pytest.mark.fast
 SUPERVISED = ["--method", "supervised", "--labeled", "100%", "--labeled-batch", "2"]
@@ -89,3 +89,18 @@ def test_a_run_that_diverges_is_stopped(tmp_path, capsys):
     flags = [*arguments(tmp_path), *SUPERVISED, "--lr", "1e30", "--clip-norm", "1e30"]
     line = error_of(capsys, train.main, [*flags, "--pretrain-steps", "20"])
     assert "third step in a row" in line and "lower --lr" in line
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_with_a_loss_scaler_the_gradient_is_its_business(tmp_path, scaled, capsys):
+    """fp16: an infinite gradient of finite losses is a scale too high, which it lowers."""
+    watch = guard.Guard(torch.nn.Linear(2, 2), ["a.png"], tmp_path, scaled, 0)
+    finite = dict(loss=torch.tensor([1.0, 1.0]))
+    wrong = dict(loss=torch.tensor([float("nan"), 1.0]))
+    infinite, items = torch.tensor(float("inf")), [dict(index=0)]
+    watch.begin()
+    assert watch.allows(infinite, dict(finite), items, 1) == scaled
+    # But a loss that is not finite is no matter of scale.
+    assert not watch.allows(infinite, dict(wrong), items, 2)
+    assert watch.allows(torch.tensor(1.0), dict(finite), items, 3)
+    assert capsys.readouterr().err.count("the step is skipped") == 2 - scaled

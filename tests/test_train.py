@@ -256,6 +256,108 @@ def test_both_papers_resume_bit_identical(whole, few, tmp_path, monkeypatch):
     assert lines[0]["labeled/loss_structure"] > 0 and "labeled/loss_structure" not in lines[2]
 
 
+def spied(monkeypatch, run_folder, arguments) -> list:
+    """Train; what `see(run)` gives before each step, as (steps done, what is seen)."""
+    step, seen = train.step, []
+
+    def look(run, labeled, unlabeled):
+        one, two = (
+            net.state_dict()["backbone.body.conv1.weight"].clone()
+            for net in (run.net, run.teacher.module)
+        )
+        lr = run.schedule.get_last_lr()[-1]
+        shown = [item["index"] for item in unlabeled or ()]
+        seen.append((run.schedule.last_epoch, one, two, len(run.optimizer.state), lr, shown))
+        return step(run, labeled, unlabeled)
+
+    monkeypatch.setattr(train, "step", look)
+    train.main([*arguments, "--output", str(run_folder)])
+    return seen
+
+
+def test_a_fresh_student_is_one(whole, tmp_path, monkeypatch):
+    """GD's way, and the real presets': the teacher stays, the student starts anew."""
+    few = ["--tau-min", "0.02", "--tau-max", "0.1", "--burnin-init", "fresh"]
+    begun, begin = [], correction.begin
+
+    def count(run, stream):
+        begun.append(run.schedule.last_epoch)
+        begin(run, stream)
+
+    monkeypatch.setattr(correction, "begin", count)
+    # The first four steps are the pretraining.
+    seen = spied(monkeypatch, tmp_path, [*whole[1], "--method", "pl-dc", *few])[4:]
+    pretrained = checkpoint.load(tmp_path / "pretrained.pt")["student"]
+    done, student, teacher, moments, lr, _ = seen[0]
+    # Before the first step of the burn-in: the student forgot all, its optimiser too.
+    assert done == 4 and moments == 0
+    assert torch.equal(teacher, pretrained["backbone.body.conv1.weight"])
+    assert not torch.equal(student, teacher) and student.std() > 0
+    # It warms up once more, and the teacher waits for it, frozen.
+    assert lr == pytest.approx(0.5 * seen[1][4]) and torch.equal(seen[2][2], teacher)
+    # PL-DC's memory is filled anew when the teacher becomes another network.
+    assert begun == [4, 8]
+    # ... after the first step of mutual learning, which has copied the student.
+    assert torch.equal(seen[4][2], seen[4][1])
+
+
+def test_labelled_images_can_be_among_the_unlabelled(whole, tmp_path, monkeypatch):
+    folder, arguments, _ = whole
+    # The shapes' files are named by their numbers.
+    labeled = {
+        int(name[:5]) for name in json.loads((folder / "labeled.json").read_text())["labeled"]
+    }
+    few = ["--pretrained", str(folder / "pretrained.pt"), "--mutual-steps", "17"]
+    few += ["--unlabeled-batch", "4", "--eval-every", "99"]
+    for flag, expected in (("--unlabeled-includes-labeled", labeled), (None, set())):
+        with monkeypatch.context() as patch:
+            given = [*arguments, *few, *([flag] if flag else [])]
+            seen = spied(patch, tmp_path / str(flag), given)
+        shown = {index for *_, indices in seen for index in indices}
+        # 20 steps of four: two rounds of the 40 images, or more of the other 32.
+        assert shown & labeled == expected and len(shown) == (40 if flag else 32)
+
+
+def test_the_teacher_is_watched_until_the_end(whole, tmp_path, monkeypatch, capsys):
+    folder, arguments, _ = whole
+    monkeypatch.setattr(train.audit, "WATCH_EVERY", 3)
+    given = [*arguments, "--pretrained", str(folder / "pretrained.pt")]
+    given += ["--eval-every", "99", "--output", str(tmp_path)]
+    for threshold, says, often in (("0.9999", "the teacher has collapsed", 3), ("0.1", "", 0)):
+        capsys.readouterr()
+        train.main([*given, "--tau-class", threshold, "--resume", "never"])
+        said = capsys.readouterr()
+        # Once in the burn-in, after step 6; twice in mutual learning.
+        assert (said.out + said.err).count("warning: the teacher has collapsed") == often
+        assert not says or "0.00 pseudo-labels per image" in said.out + said.err
+
+
+def test_the_teacher_pastes_nothing_that_no_rule_would_keep(whole, tmp_path, monkeypatch):
+    folder, arguments, _ = whole
+    predict, lowest, asked = train.teacher.predict, [], []
+
+    def remember(model, images, min_score):
+        found = predict(model, images, min_score)
+        asked.append(min_score)
+        lowest.extend(each.class_quality.min().item() for each in found if len(each))
+        return found
+
+    monkeypatch.setattr(train.teacher, "predict", remember)
+    short = ["--pretrained", str(folder / "pretrained.pt"), "--mutual-steps", "1"]
+    short += ["--audit-images", "0"]
+    for k, (flags, least) in enumerate(
+        (
+            (["--tau-class", "0.12"], 0.12),
+            (["--tau-class", "0.12", "--filter", "dual"], 0.12),
+            (["--filter", "adaptive", "--tau-min", "0.1", "--tau-max", "0.3"], 0.1),
+        )
+    ):
+        asked.clear()
+        lowest.clear()
+        train.main([*arguments, *short, *flags, "--output", str(tmp_path / str(k))])
+        assert set(asked) == {least} and min(lowest) > least
+
+
 def test_an_oracle_says_that_it_is_one(whole, tmp_path, capsys):
     folder, arguments, _ = whole
     # From the shared first teacher: what comes after pretraining may differ.
@@ -350,6 +452,20 @@ def test_bf16_trains(shapes_folder, few, tmp_path):
     assert 0 < lines[-1]["labeled/loss_mask"] < 2
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
+def test_fp16_trains_and_its_scaler_finds_a_scale(shapes_folder, tmp_path):
+    """The first scale, 65,536, is too high for any gradient: those steps are not taken."""
+    short = ["--burnin-steps", "1", "--mutual-steps", "1", "--amp", "fp16"]
+    train.main([*dataset_of(shapes_folder), *TINY, *short, "--output", str(tmp_path)])
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert 1 < state["scaler"]["scale"] < 65_536 and state["scaler"]["_growth_tracker"] > 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    # The guard does not take them for steps gone wrong.
+    assert 0 < lines[-1]["labeled/loss_mask"] < 2 and lines[-1]["skipped"] == 0
+    before = checkpoint.load(tmp_path / "pretrained.pt")["student"]
+    assert any((state["student"][name] != value).any() for name, value in before.items())
+
+
 @pytest.mark.parametrize("name", ["nuclei", "coco_mini"])
 def test_real_images_train_evaluate_and_resume(name, few, tmp_path, capsys):
     folder = real(name)
@@ -409,4 +525,4 @@ def test_real_images_train_evaluate_and_resume(name, few, tmp_path, capsys):
     train.main(arguments)
     assert os.stat(tmp_path / "checkpoint.pt").st_mtime_ns == before
     out = inside(capsys, evaluate.main, tmp_path / "checkpoint.pt")
-    assert "mask AP per class" in out
+    assert "AP per class             mask    box" in out

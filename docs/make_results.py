@@ -103,8 +103,8 @@ kept pseudo-labels by {refine_burnin} at the end of the burn-in; together more t
 better silhouettes are easier to name. The tiny SAM was never shown these shapes, but its scenes
 are of the same make, and these classes *are* shapes: expect less where neither holds. On a second
 drawn dataset, on which nothing was chosen (seeds: {signs_seeds}): supervised {signs[supervised]},
-both papers {signs[full]}, all labels {signs[all labels]}. On cell nuclei (real images,
-one seed) nothing beats supervised training by more than noise: {nuclei[5% supervised]} with 5 % of the
+both papers {signs[full]}, all labels {signs[all labels]}. On cell nuclei (real images, one seed)
+nothing beats supervised training by more than noise: {nuclei[5% supervised]} with 5 % of the
 labels, both papers {nuclei[5% full]}; {nuclei[10% supervised]} and {nuclei[10% full]} with 10 %."""
 
 # Stages of making pseudo-labels are shown for these rows of the ladder.

@@ -9,18 +9,8 @@ Read next: `train.py`.
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ssis import (
-    audit,
-    config,
-    correction,
-    distributed,
-    filters,
-    guard,
-    model,
-    optimizer,
-    sam,
-)
-from ssis import sam_distill, teacher
+from ssis import audit, config, correction, distributed, filters, guard, model
+from ssis import optimizer, sam, sam_distill, teacher
 
 
 class Run:

@@ -386,7 +386,10 @@ def test_a_first_teacher_of_another_pretraining_is_refused(whole, tmp_path, caps
     with pytest.raises(UserError, match="no such file"):
         config.parse(["--pretrained", "nothing.pt", "--output", str(tmp_path / "b")])
     assert not (tmp_path / "b").exists()
-    assert config.parse(["--pretrained", "nothing.pt", "--output", str(folder)])
+    begun = ["--pretrained", "nothing.pt", "--output", str(folder)]
+    assert config.parse(begun)
+    with pytest.raises(UserError, match="no such file"):
+        config.parse([*begun, "--resume", "never"])
 
 
 def test_a_first_teacher_without_sam_serves_methods_with_it():

@@ -247,7 +247,7 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
                 means, table = losses.means(table, done), {}
                 metrics.add(step=done, stage=stage, lr=lr, **means)
                 bar.set_postfix(losses.brief(means), refresh=False)
-            if semi and done % audit.WATCH_EVERY == 0:
+            if semi and (done % audit.WATCH_EVERY == 0 or done == total):
                 run.watch.report(bar.write)
             if saving:
                 save("checkpoint.pt")

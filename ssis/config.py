@@ -419,7 +419,7 @@ class Config:
                 "alone, with a schedule of its own; leave the flag out"
             )
         # A run that is going on has its own checkpoint: the file may be gone by then.
-        # With `--resume never` it is begun anew, and the old run must not be lost first.
+        # With `--resume never` it is begun anew; the old run must not be lost first.
         saved = any(self.run_folder.glob("checkpoint*.pt"))
         begun = saved and self.resume == "auto"
         if self.pretrained and not begun and not Path(self.pretrained).is_file():

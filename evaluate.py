@@ -18,6 +18,7 @@ Read next: `ssis/audit.py`, the same question about pseudo-labels.
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import importlib.util
 import io
@@ -199,7 +200,20 @@ def judge(run, net, dataset) -> tuple[dict, list[dict]]:
     mode = net.training
     report, results = evaluate(net.eval(), dataset, run.device, run.rank, run.world)
     net.train(mode)
+    give_back_memory()
     return report, results
+
+
+def give_back_memory() -> None:
+    """Give what an evaluation has freed back to the operating system.
+
+    The C library keeps freed blocks for later. An evaluation's are of all sizes, with small
+    ones in use between them, so the next evaluation finds no room in them and takes new
+    memory: without this call a process of 0.6 GB had 1.3 GB after six evaluations, and
+    nothing of it was in use. Only Linux's usual C library, glibc, has the call.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def evaluate(net, dataset, device, rank: int = 0, world: int = 1, progress: bool = False):

@@ -71,8 +71,8 @@ LEARNT = """## What was learnt
   {labels[5% supervised]} to {labels[5% full]}, with 10 % from {labels[10% supervised]} to
   {labels[10% full]}, with 20 % from {labels[20% supervised]} to {labels[20% full]} (two
   seeds; all labels: {ladder[all labels]}). Guided Distillation alone gains two to five AP. The
-  two seeds are two draws of the labelled images, and which images those are matters more than
-  most methods do: with 10 % the two supervised runs are 6 AP apart, those of both papers 8.
+  two seeds are two draws of the labelled images, and which images those are can matter as
+  much as a method: with 10 % the two supervised runs are 6 AP apart, those of both papers 8.
 * **It holds on scenes that nothing was chosen on.** On the second built-in dataset, with the
   settings of the first one (seeds: {signs_seeds}): supervised {signs[supervised]}, Guided
   Distillation {signs[guided-distillation]}, PL-DC {signs[pl-dc]}, S4M {signs[s4m]}, both

@@ -15,6 +15,8 @@ which other work on the machine slows down, and of the CPU. In each tenth there 
 
 A step costs more with more pseudo-labels, and a teacher that learns keeps more and more of them.
 So that the load stays the same for all steps, this one hardly moves (`--ema-decay 0.99999`).
+And SAM's embeddings, which fill 50 MB as image after image gets a pseudo-label, are not kept
+in memory (`--sam-memory-gb 0`): what is looked for is growth that is not meant.
 """
 
 import argparse
@@ -33,7 +35,7 @@ PRETRAIN, BURNIN = 4000, 50
 FLAGS = (
     f"--labeled 20% --labeled-batch 2 --unlabeled-batch 1 --pretrain-steps {PRETRAIN} "
     f"--burnin-steps {BURNIN} --workers 2 --checkpoint-every 500 --audit-images 40 "
-    "--ema-decay 0.99999"
+    "--ema-decay 0.99999 --sam-memory-gb 0"
 )
 PARTS = 10
 

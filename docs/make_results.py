@@ -255,14 +255,21 @@ def closed(name: str, *rows: str) -> tuple[str, str]:
     return f"{100 * (full - least) / (most - least):.0f}", ", ".join(map(str, sorted(seeds)))
 
 
+def means(name: str) -> Known:
+    """The mean AP of each row of a study, over the seeds that all its rows have.
+
+    A sentence compares rows: with a row's further seeds in it, it would compare splits.
+    """
+    rows = grouped(name)
+    shared = [{r["seed"] for r in runs} for runs in rows.values()]
+    seeds = set.intersection(*shared) if shared else set()
+    chosen = {row: [final(r) for r in runs if r["seed"] in seeds] for row, runs in rows.items()}
+    return Known({row: f"{statistics.mean(aps):.1f}" for row, aps in chosen.items() if aps})
+
+
 def facts() -> dict:
     """What the texts may name: the mean AP of each row of each study, and some shares."""
-    known = {
-        name: Known(
-            {row: f"{statistics.mean(map(final, runs)):.1f}" for row, runs in grouped(name).items()}
-        )
-        for name in study.STUDIES
-    }
+    known = {name: means(name) for name in study.STUDIES}
     # What SAM adds to the mask IoU of kept pseudo-labels, in `full`.
     both = grouped("ladder").get("full (both papers)", [])
     stages = [r["summary"]["audit_stages"]["end of burn-in"] for r in both]

@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +162,15 @@ def test_freed_memory_goes_back_to_the_system():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 150
+
+
+def test_an_evaluation_in_a_run_ends_by_giving_memory_back(shapes_folder, monkeypatch):
+    dataset = coco_json.load_coco(f"{shapes_folder}/instances_val.json", f"{shapes_folder}/val")
+    called = []
+    monkeypatch.setattr(evaluate, "give_back_memory", lambda: called.append(True))
+    run = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1)
+    evaluate.judge(run, model.build_small(7, 48, 48), dataset)
+    assert called == [True]
 
 
 def erode(mask: np.ndarray, times: int) -> np.ndarray:

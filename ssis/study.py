@@ -193,6 +193,10 @@ STUDIES = {
                 "s4m": "--method s4m --tau-class 0.5 " + BLOB_SAM,
                 "full": f"--method full {ONE_CLASS} {BLOB_SAM}",
             }.items()
+        }
+        | {
+            "5% oracle: both": f"{GD} --tau-class 0.5 --oracle both --labeled 5%",
+            "all labels": "--method supervised --labeled 100%",
         },
         seeds=(0,),
         common=NUCLEI,

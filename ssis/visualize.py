@@ -50,7 +50,7 @@ def overlay(
         masks: (N, H, W) bool.
         labels: (N,) int64, 1..C.
         names: class names.
-        scores: (N,) in [0, 1], or None.
+        scores: (N,) in [0, 1], or None; the surest lies on top.
         side: long side of the picture, pixels.
     """
     # Enlarged or reduced first, masks by nearest neighbour: what the edge of a mask is
@@ -60,7 +60,10 @@ def overlay(
     pixels = F.interpolate(image.cpu()[None], size)[0]
     pen_size = max(10, side // 60)
     texts = []
-    for k, label in enumerate(labels.tolist()):
+    # Of several classes for one object the surest is drawn last, over the others.
+    order = range(len(labels)) if scores is None else scores.argsort().tolist()
+    for k in order:
+        label = int(labels[k])
         # One at a time: a hundred masks of a large picture would be gigabytes.
         mask = F.interpolate(masks[k].cpu().float()[None, None], size)[0, 0]
         colour = torch.tensor(COLOURS[(label - 1) % len(COLOURS)])[:, None, None] / 255

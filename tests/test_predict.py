@@ -7,6 +7,7 @@ RGB PNG of the image for all its other formats; pycocotools for the files that a
 import contextlib
 import io
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -101,6 +102,23 @@ def test_the_output_is_no_input_and_names_stay_apart(tmp_path):
     assert sorted(everything) == ["one/a.png", "two/A.png", "two/a-2.png"]
     given = [str(tmp_path / "one"), str(tmp_path / "two" / "a.png"), str(tmp_path / "one/a.png")]
     assert list(predict.find_images(given, out)) == ["a.png", "a-2.png"]
+
+
+def test_of_two_instances_in_one_place_the_surer_one_is_on_top():
+    """Two classes for one object: what can be read is the one that would be believed first."""
+    masks = torch.ones(2, 32, 32, dtype=torch.bool)
+    draw = partial(visualize.overlay, torch.full((3, 32, 32), 0.5), masks, side=256)
+    for scores in ([0.9, 0.6], [0.6, 0.9]):
+        # The same two the other way round are the same picture.
+        there = draw(labels=torch.tensor([1, 2]), names=["a", "b"], scores=torch.tensor(scores))
+        turned = torch.tensor(scores[::-1])
+        back = draw(labels=torch.tensor([2, 1]), names=["a", "b"], scores=turned)
+        assert np.array_equal(there, back)
+        # The line at the edge has the colour of the surer one, mostly.
+        surer = int(scores[1] > scores[0])
+        red = np.array(there)[128, 0, 0] / 255
+        colours = [colour[0] / 255 for colour in visualize.COLOURS[:2]]
+        assert abs(red - colours[surer]) < abs(red - colours[1 - surer])
 
 
 def test_the_overlay_shows_the_masks_where_they_are():

@@ -182,7 +182,8 @@ STUDIES = {
         "further training on scenes of blobs, in a larger frame, made by "
         "`torchrun --nproc_per_node 2 -m ssis.sam --out blob_sam.pt --minutes "
         "25 --scenes blobs --side 192 --weights ssis/tiny_sam.pt`: a generic "
-        "prior, which has seen no real cell.",
+        "prior, which has seen no real cell. `all labels`: supervised, with all "
+        "240; `oracle`: the hidden truth for Guided Distillation's pseudo-labels.",
         rows={
             f"{share} {name}": f"{flags} --labeled {share}"
             for share in ("5%", "10%")

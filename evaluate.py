@@ -284,9 +284,8 @@ def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str],
         UserError: not a checkpoint, or one whose run has made no teacher yet.
     """
     state = checkpoint.load(path)
-    # Until the end of pretraining, and in supervised runs, the teacher's weights are what
-    # it was built with: nothing.
-    has_teacher = state["teacher"]["n_averaged"] > 0
+    # Until the end of pretraining, and in supervised runs, there is none.
+    has_teacher = state["teacher"] is not None
     if who == "teacher" and not has_teacher:
         raise UserError(f"{path}: has no teacher (yet); use --who student")
     who = who or ("teacher" if has_teacher else "student")
@@ -295,12 +294,7 @@ def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str],
     config = Config(**saved)
     # The weights are in the checkpoint: none are to be fetched.
     net = model.build(config, len(state["names"]) + 1, fetch=False)
-    if who == "teacher":
-        averaged = teacher.make_teacher(net, config.ema_decay)
-        checkpoint.load_weights(averaged, state["teacher"], path)
-        net = averaged.module
-    else:
-        checkpoint.load_weights(net, state["student"], path)
+    checkpoint.load_weights(net, state[who], path)
     return net.eval(), config, state["names"], who
 
 

@@ -78,7 +78,7 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
     # PL-DC: the second classifier looks at the labelled images with the teacher's eyes.
     done = run.schedule.last_epoch
     if unlabeled is not None and run.second and done % correction.REFRESH_EVERY == 0:
-        run.second.learn(run.teacher.module, labeled)
+        run.second.learn(run.teacher, labeled)
     return row
 
 
@@ -134,7 +134,7 @@ def pseudo_labels(run: Run, weak: list, items: list[dict], lowest: float | None 
     settings = run.config
     least = min(filters.lowest_score(settings), 1 if lowest is None else lowest)
     with run.autocast:
-        predicted = teacher.predict(run.teacher.module, weak, least)
+        predicted = teacher.predict(run.teacher, weak, least)
     # PL-DC, instance level: class and mask quality decide what is kept.
     latest = kept = [filters.keep(found, settings, run.thresholds) for found in predicted]
     stages = dict(predicted=predicted, kept=kept)
@@ -164,8 +164,7 @@ def begin_burnin(run: Run, labeled: loader.Stream, frequency: torch.Tensor) -> N
     PL-DC's second classifier learns from the stream `labeled`; its thresholds start from
     the `frequency` (C,) of the classes.
     """
-    teacher.restart(run.teacher)
-    run.teacher.update_parameters(run.net)
+    run.teacher.load_state_dict(run.net.state_dict())
     run.thresholds.start(frequency)
     correction.begin(run, labeled)
     if run.config.burnin_init == "fresh":
@@ -223,8 +222,10 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
             if number == burnin_end:
                 # While PL-DC's correction counts most; at the end it counts nothing.
                 results["burnin"] = audit.run(run, pseudo_labels, streams.audit)
-                # GD: teacher := student. The update below, the first one, is then a copy.
-                teacher.restart(run.teacher)
+                # GD: teacher := student; from here on it follows, step by step.
+                run.teacher.load_state_dict(run.net.state_dict())
+                if settings.burnin_init == "fresh":
+                    correction.begin(run, streams.labeled)  # it remembers another network
             semi, mutual = number >= pretrain_end, number >= burnin_end
             stage = "mutual" if mutual else "burn-in" if semi else "pretrain"
             bar.set_description(stage, refresh=False)
@@ -232,9 +233,7 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
             row = step(run, next(labeled_batches), next(unlabeled_batches) if semi else None)
             if mutual:
                 # GD Eq. (EMA)
-                run.teacher.update_parameters(run.net)
-            if number == burnin_end and settings.burnin_init == "fresh":
-                correction.begin(run, streams.labeled)  # it remembers another network
+                teacher.ema_update(run.teacher, run.net, settings.ema_decay)
             done = number + 1
             bar.update()
             # The loss table is summed over steps here, over processes when it is written.
@@ -259,7 +258,7 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
                 found, _ = evaluate.judge(run, run.net, val_set)
                 line = {"val_mask_ap_student": found["mask"]["AP"]}
                 if semi:
-                    found, _ = evaluate.judge(run, run.teacher.module, val_set)
+                    found, _ = evaluate.judge(run, run.teacher, val_set)
                     line["val_mask_ap_teacher"] = found["mask"]["AP"]
                     line |= audit.run(run, pseudo_labels, streams.audit)
                     visualize.pseudo_labels(run, pseudo_labels, streams, folder, done)
@@ -267,8 +266,8 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
 
     # The end: the student and, where there is one, the teacher, on the test part.
     results["student"], found = evaluate.judge(run, run.net, test_set)
-    if run.teacher.n_averaged > 0:
-        results["teacher"], found = evaluate.judge(run, run.teacher.module, test_set)
+    if total > pretrain_end:
+        results["teacher"], found = evaluate.judge(run, run.teacher, test_set)
         results |= audit.run(run, pseudo_labels, streams.audit)
     spent = earlier + time.monotonic() - began
     counts = dict(labeled=len(labeled), unlabeled=len(unlabeled), steps=total)

@@ -155,7 +155,7 @@ def measure_levels(pretrained: str, steps: int) -> None:
         torch.manual_seed(k)
         began = time.perf_counter()
         # No mask of what no method would keep.
-        looking = simple.teacher.module
+        looking = simple.teacher
         usual = looking.roi_heads.score_thresh
         looking.roi_heads.score_thresh = filters.lowest_score(simple.config)
         with torch.no_grad():
@@ -198,7 +198,7 @@ def one_variant(variant: str) -> None:
 def one_graph_step(run: train.Run, labeled: list[dict], unlabeled: list[dict]) -> None:
     """The step as it must not be: both losses in one graph, one backward pass."""
     weak = [item["image"] for item in unlabeled]
-    kept = teacher.predict(run.teacher.module, weak, run.config.tau_class)
+    kept = teacher.predict(run.teacher, weak, run.config.tau_class)
     images = [image for image, pseudo in zip(weak, kept, strict=True) if len(pseudo)]
     targets = [pseudo.target() for pseudo in kept if len(pseudo)]
     loss_u, *_ = run.student(images, targets)

@@ -53,7 +53,7 @@ from walk_pictures import table
 
 import train
 from ssis import audit, augment, checkpoint, config, correction, data, filters, loader, losses
-from ssis import refine, split
+from ssis import refine, split, teacher
 from ssis.run import Run
 
 # %% [markdown]
@@ -711,7 +711,7 @@ name, at = "backbone.body.conv1.weight", (0, 0, 3, 3)
 weight = dict(run.net.named_parameters())[name]
 group = next(g for g in run.optimizer.param_groups if any(p is weight for p in g["params"]))
 before, lr, thresholds = weight[at].item(), group["lr"], run.thresholds.values.clone()
-old_teacher = {key: value.clone() for key, value in run.teacher.module.state_dict().items()}
+old_teacher = {key: value.clone() for key, value in run.teacher.state_dict().items()}
 
 row = train.step(run, labeled_batch, batch)
 
@@ -770,8 +770,8 @@ table("class  candidates  T_class, T_mask before  after", rows)
 # over weights and float buffers. Here it is done once, as if the burn-in were over.
 
 # %%
-run.teacher.update_parameters(run.net)
-new_teacher, student = run.teacher.module.state_dict(), run.net.state_dict()
+teacher.ema_update(run.teacher, run.net, settings.ema_decay)
+new_teacher, student = run.teacher.state_dict(), run.net.state_dict()
 alpha = settings.ema_decay
 for key, old in old_teacher.items():
     if old.is_floating_point():

@@ -33,7 +33,7 @@ from torch import nn
 from ssis import UserError, config, distributed
 
 # Raised when the meaning of a field changes.
-FORMAT = 1
+FORMAT = 2
 # What no checkpoint of this project is without.
 KEYS = {"format", "config", "names", "student", "teacher"}
 
@@ -117,11 +117,20 @@ def load(path: Path) -> dict:
         ) from error
     if not isinstance(state, dict) or not KEYS <= state.keys():
         raise UserError(f"{path}: not a checkpoint of this project")
-    if state["format"] != FORMAT:
+    if state["format"] == 1:
+        state["teacher"] = teacher_of_format_1(state["teacher"])
+    elif state["format"] != FORMAT:
         raise UserError(
             f"{path}: format {state['format']}, this version reads {FORMAT}"
         )
     return state
+
+
+def teacher_of_format_1(weights: dict) -> dict | None:
+    """The teacher of an older checkpoint, which held PyTorch's `AveragedModel`."""
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    # How often it was updated; never is no teacher yet.
+    return weights if weights.pop("n_averaged").item() else None
 
 
 def latest(path: Path) -> Path | None:
@@ -186,8 +195,8 @@ def snapshot(run, names: list[str], step: int, results: dict, seconds: float) ->
         results=results,
         seconds=seconds,
         student=run.net.state_dict(),
-        # With the EMA's own counter, which says whether the next update is a copy.
-        teacher=run.teacher.state_dict(),
+        # Before the burn-in there is no teacher: what is there was never trained.
+        teacher=run.teacher.state_dict() if step > run.config.stage_ends[0] else None,
         # PL-DC: what its levels remember.
         thresholds=run.thresholds.state_dict(),
         second=run.second.state_dict() if run.second else {},
@@ -216,6 +225,12 @@ def restore(run, names: list[str], path: Path, first_teacher: bool = False) -> d
         UserError: it is of other settings or other classes.
     """
     state = load(path)
+    if state["format"] == 1 and not first_teacher:
+        raise UserError(
+            f"{path}: is of an older version, whose teacher was averaged otherwise; "
+            "evaluate.py reads it, but the run cannot go on; give another --output, or "
+            "--resume never to replace it"
+        )
     ignored = config.NOT_IN_RESULT
     if first_teacher:
         ignored = config.after_pretraining(run.config)
@@ -242,7 +257,8 @@ def restore(run, names: list[str], path: Path, first_teacher: bool = False) -> d
             )
         )
     load_weights(run.net, state["student"], path)
-    load_weights(run.teacher, state["teacher"], path)
+    if state["teacher"] is not None:
+        load_weights(run.teacher, state["teacher"], path)
     if not first_teacher:
         # Of a first teacher they would be another method's; burn-in starts them.
         run.thresholds.load_state_dict(state["thresholds"])

@@ -160,7 +160,7 @@ def begin(run, labeled) -> None:
     chunk = 8
     for first in range(0, START_VIEWS, chunk * run.world):
         mine = range(first + run.rank * chunk, first + (run.rank + 1) * chunk)
-        run.second.learn(run.teacher.module, [labeled[k] for k in mine])
+        run.second.learn(run.teacher, [labeled[k] for k in mine])
 
 
 class Prototypes(nn.Module):

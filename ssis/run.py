@@ -21,7 +21,7 @@ class Run:
         rank, world, device: this process, the number of them, where its models are.
         net: the student's network.
         student: the same, wrapped by DDP where there are several processes.
-        teacher: the EMA teacher (`torch.optim.swa_utils.AveragedModel`).
+        teacher: the EMA teacher; untrained until the burn-in begins.
         optimizer, schedule: AdamW and its learning rate; `schedule.last_epoch` is the
             number of steps done.
         guard: skips a step that is not finite.
@@ -46,7 +46,7 @@ class Run:
         torch.manual_seed(settings.seed)
         self.net = model.build(settings, len(names) + 1).to(self.device).train()
         self.student = distributed.wrap(self.net, self.device)
-        self.teacher = teacher.make_teacher(self.net, settings.ema_decay)
+        self.teacher = teacher.make_teacher(self.net)
         # PL-DC: what the filter and the second opinion remember; see `begin_burnin`.
         self.thresholds = filters.Thresholds(settings, len(names)).to(self.device)
         self.second = correction.make(settings, names, self.net, self.device)

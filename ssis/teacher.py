@@ -32,6 +32,7 @@ prediction, but which adds up when a student learns from them and teaches the ne
 Read next: `ssis/filters.py`, which decides what of the predictions is kept.
 """
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +41,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
@@ -53,34 +53,40 @@ from ssis.model import MaskRCNN
 CELLS = 7
 
 
-def make_teacher(student: nn.Module, decay: float) -> AveragedModel:
-    """A frozen copy of the student; `update_parameters(student)` is one EMA step.
-
-    The first update copies and later ones average: PyTorch counts in `n_averaged`.
-    So `restart(teacher)` before mutual learning is GD's "teacher := student".
+def make_teacher(student: nn.Module) -> nn.Module:
+    """A frozen copy of the student.
 
     Args:
         student: the network; the copy gets its weights and stays on its device.
-        decay: alpha, from 0 (the teacher is the student) to 1 (it never changes).
-
-    Returns:
-        PyTorch's wrapper; the network itself is its `module`.
     """
-    # `multi_avg_fn` gets all weights at once: on a GPU a few launches, not hundreds.
-    # `use_buffers`: BatchNorm's running statistics are averaged like the weights, for
-    # they describe the activations of just these weights.
-    # GD Eq. (EMA), in every `update_parameters`.
-    teacher = AveragedModel(
-        student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
-    )
     # Evaluation mode for good: the teacher predicts, and collects no statistics. No
     # gradients: it is a judge, and must not be trained to agree with whom it judges.
-    return teacher.eval().requires_grad_(False)
+    return copy.deepcopy(student).eval().requires_grad_(False)
 
 
-def restart(teacher: AveragedModel) -> None:
-    """Make the next update a copy of the student."""
-    teacher.n_averaged.zero_()
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, alpha: float) -> None:
+    """GD Eq. (EMA): one step of the moving average, in place.
+
+    Args:
+        teacher: of the same architecture as the student.
+        student: not changed.
+        alpha: from 0 (the teacher becomes the student) to 1 (it never changes).
+    """
+    # The state dict holds parameters and buffers: BatchNorm's running statistics are
+    # averaged like the weights, for they describe the activations of just these
+    # weights.
+    pairs = zip(
+        teacher.state_dict().values(), student.state_dict().values(), strict=True
+    )
+    for theta_t, theta_s in pairs:
+        if theta_t.is_floating_point():
+            # lerp: theta_t + (1 - alpha) (theta_s - theta_t), the same in other words.
+            theta_t.lerp_(theta_s, 1 - alpha)
+        else:
+            # BatchNorm's count of the batches it saw. It is a number, not an estimate:
+            # an average of two counts would count nothing.
+            theta_t.copy_(theta_s)
 
 
 @dataclass

@@ -69,7 +69,7 @@ def main(out: str, folder: str) -> None:
     model.build = lambda *args: frozen(build(*args))
     dataset = coco_json.load_coco(f"{folder}/instances_train.json", f"{folder}/train")
     run = train.Run(settings, dataset, start)
-    run.teacher = teacher.make_teacher(run.net, 0.9)
+    run.teacher = teacher.make_teacher(run.net)
     run.optimizer = torch.optim.SGD(run.net.parameters(), lr=2e-4)
     run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
 
@@ -79,7 +79,7 @@ def main(out: str, folder: str) -> None:
     # detection, and put the threshold between them.
     items = [unlabeled[k] for k in range(8)]
     best = [
-        teacher.predict(run.teacher.module, [item["image"]], 0.05)[0].class_quality.max().item()
+        teacher.predict(run.teacher, [item["image"]], 0.05)[0].class_quality.max().item()
         for item in items
     ]
     order = sorted(range(8), key=lambda k: -best[k])
@@ -99,7 +99,7 @@ def main(out: str, folder: str) -> None:
     for step in range(3):
         batch = [labeled[4 * step + k] for k in range(4)]
         row = train.step(run, batch[mine], chosen[mine])
-        run.teacher.update_parameters(run.net) if step else None
+        teacher.ema_update(run.teacher, run.net, 0.9) if step else None
         found.append(row["pseudo_per_image"][0].item())
     counts = distributed.gather(found)
     # PL-DC: what its levels remember must come out the same on every process. Each one has
@@ -108,9 +108,9 @@ def main(out: str, folder: str) -> None:
     thresholds = filters.Thresholds(levels, 6)
     thresholds.start(torch.full((6,), 1 / 6))
     views = [item["image"] for item in chosen][mine]
-    thresholds.update(teacher.predict(run.teacher.module, views, 0.05))
+    thresholds.update(teacher.predict(run.teacher, views, 0.05))
     second = correction.make(levels, ["a"] * 6, run.net, "cpu")
-    second.learn(run.teacher.module, [labeled[k] for k in range(4)][mine])
+    second.learn(run.teacher, [labeled[k] for k in range(4)][mine])
     remembered = distributed.gather((thresholds.values, second.bank, second.seen))
     if rank == 0:
         torch.save(

@@ -87,7 +87,7 @@ def exported(tmp_path_factory):
         config={**vars(settings)},
         names=["cat", "dog"],
         student=net.state_dict(),
-        teacher=dict(n_averaged=torch.tensor(0)),
+        teacher=None,
     )
     checkpoint.save(folder / "checkpoint.pt", state)
     export.run([str(folder / "checkpoint.pt"), "--out", str(folder / "out"), "--onnx"])

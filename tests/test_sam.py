@@ -282,7 +282,7 @@ def test_the_whole_of_s4m_with_the_official_vit_b(tmp_path):
     sam_ = run.embeddings.sam
     assert (sam_.side, sam_.cells, settings.structure_weight) == (1024, 64, 1.0)
     # An untrained teacher finds something everywhere.
-    run.teacher.module.roi_heads.detections_per_img = 2
+    run.teacher.roi_heads.detections_per_img = 2
     labeled = loader.Stream(train_set, [0], settings, 0, True)
     unlabeled = loader.Stream(train_set, [0], settings, 1, False)
     row = train.step(run, [labeled[0]], None)

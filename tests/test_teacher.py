@@ -24,26 +24,22 @@ def small(seed: int = 0) -> model.MaskRCNN:
 def test_ema_is_the_formula_over_parameters_and_float_buffers():
     student = small()
     student.train()(*batch())  # gives BatchNorm statistics other than their first values
-    ema = teacher.make_teacher(student, 0.9)
-    teacher.restart(ema)
-    ema.update_parameters(student)
-    # GD: teacher := student
-    for ours, theirs in zip(
-        ema.module.state_dict().values(), student.state_dict().values(), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    ema = teacher.make_teacher(student)
     expected = copy.deepcopy(student.state_dict())
     for seed in range(1, 4):
         student = small(seed)
-        student.train()(*batch())
-        ema.update_parameters(student)
+        for _ in range(seed):
+            student.train()(*batch())
+        teacher.ema_update(ema, student, 0.9)
         for name, value in student.state_dict().items():
             if value.is_floating_point():
                 expected[name] = 0.9 * expected[name] + 0.1 * value
-    names = [name for name, value in expected.items() if value.is_floating_point()]
-    assert any("running_var" in name for name in names)
-    for name in names:
-        torch.testing.assert_close(ema.module.state_dict()[name], expected[name])
+            else:
+                expected[name] = value
+    assert any("running_var" in name for name in expected)
+    assert expected["backbone.body.bn1.num_batches_tracked"] == 3
+    for name, value in expected.items():
+        torch.testing.assert_close(ema.state_dict()[name], value)
 
 
 def test_ema_by_hand_on_one_layer():
@@ -53,24 +49,29 @@ def test_ema_by_hand_on_one_layer():
         net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.BatchNorm1d(1))
         for tensor in (*net.parameters(), net[1].running_mean, net[1].running_var):
             tensor.data.fill_(value)
+        net[1].num_batches_tracked.fill_(int(value))
         return net
 
     first = student(1.0)
-    ema = teacher.make_teacher(first, 0.75)
-    # The first update copies; then 0.75 x 1 + 0.25 x 5 = 2 and 0.75 x 2 + 0.25 x 10 = 4.
-    for value, expected in ((1.0, 1.0), (5.0, 2.0), (10.0, 4.0)):
-        ema.update_parameters(student(value))
-        layer, norm = ema.module
+    ema = teacher.make_teacher(first)
+    # 0.75 x 1 + 0.25 x 5 = 2 and 0.75 x 2 + 0.25 x 10 = 4.
+    for value, expected in ((5.0, 2.0), (10.0, 4.0)):
+        teacher.ema_update(ema, student(value), 0.75)
+        layer, norm = ema
         for tensor in (layer.weight, layer.bias, norm.weight, norm.running_mean, norm.running_var):
             torch.testing.assert_close(tensor.flatten(), torch.tensor([expected]))
+        # Batches are counted, not averaged.
+        assert norm.num_batches_tracked == int(value)
     # The student goes its own way.
     assert first[0].weight.item() == 1.0
 
 
-def test_the_teacher_is_frozen_and_never_in_training_mode():
-    ema = teacher.make_teacher(small().train(), 0.9)
-    assert not ema.module.training
+def test_the_teacher_is_a_frozen_copy_and_never_in_training_mode():
+    student = small().train()
+    ema = teacher.make_teacher(student)
+    assert not ema.training and student.training
     assert not any(p.requires_grad for p in ema.parameters())
+    assert all(map(torch.equal, ema.state_dict().values(), student.state_dict().values()))
 
 
 def batch():

@@ -12,301 +12,26 @@ details keep them right:
 * each image is evaluated exactly once, by whichever process (a sampler that pads to
   equal shares counts some images twice).
 
-Read next: `ssis/audit.py`, the same question about pseudo-labels.
+Read next: `ssis/report/audit.py`, the same question about pseudo-labels.
 """
 
 import argparse
-import contextlib
-import copy
-import ctypes
-import dataclasses
 import importlib.util
-import io
-import json
 from pathlib import Path
 
-import numpy as np
-import torch
-from pycocotools import mask as mask_utils
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from torch import Tensor
-from tqdm import tqdm
-
-from ssis import (
-    UserError,
-    augment,
-    checkpoint,
-    coco_json,
-    distributed,
-    loader,
-    model,
-    teacher,
-)
-from ssis.config import Config
-
-# The order of COCOeval's twelve numbers.
-NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-
-# Images that are evaluated at a time.
-BATCH = 8
-
-
-@torch.no_grad()
-def predictions(
-    net, dataset, indices: list[int], device, batch: int = BATCH, progress: bool = False
-) -> list[dict]:
-    """What a model finds in some images, as COCO results in the original frame.
-
-    Args:
-        net: a `model.MaskRCNN` in evaluation mode.
-        dataset: a `data.Dataset`.
-        indices: the images.
-        device: of the model.
-        batch: images at a time.
-        progress: draw a bar.
-
-    Returns:
-        Dicts with image_id (the index), category_id (the label), score, bbox (xywh) and
-        segmentation (compressed RLE, counts as str).
-    """
-    results = []
-    for start in tqdm(range(0, len(indices), batch), disable=not progress, unit="batch"):
-        part = indices[start : start + batch]
-        found = detect(net, [dataset.image(i) for i in part], device)
-        for index, instances in zip(part, found, strict=True):
-            results += [dict(image_id=int(index), **instance) for instance in instances]
-    return results
-
-
-@torch.no_grad()
-def detect(net, images: list[Tensor], device, min_score: float | None = None) -> list[list[dict]]:
-    """What a model finds in images of any size, in their own frames.
-
-    Args:
-        net: a `model.MaskRCNN` in evaluation mode.
-        images: (3, H, W) uint8 each.
-        device: of the model.
-        min_score: lowest score of interest; None: the model's own, for AP.
-
-    Returns:
-        For each image, best first, dicts with category_id (the label), score, bbox (xywh)
-        and segmentation (compressed RLE, counts as str).
-    """
-    # The sizes that the model was built for; the resizing of training.
-    short, longest = net.transform.min_size[-1], net.transform.max_size
-    views = [augment.resize(x, short, longest).to(device).float() / 255 for x in images]
-    least = net.roi_heads.score_thresh if min_score is None else min_score
-    found = teacher.look(net, views, least)
-    results = []
-    for image, view, output in zip(images, views, found, strict=True):
-        frame = tuple(image.shape[-2:])
-        # From the view back to the original frame.
-        down, across = (a / b for a, b in zip(frame, view.shape[-2:], strict=True))
-        boxes = output.boxes * output.boxes.new_tensor([across, down, across, down])
-        rles = encode(output.masks, boxes, frame, 0.5 * down)
-        boxes[:, 2:] -= boxes[:, :2]
-        columns = (output.labels.tolist(), output.scores.tolist(), boxes.tolist(), rles)
-        names = ("category_id", "score", "bbox", "segmentation")
-        results.append([dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)])
-    return results
-
-
-def encode(masks: Tensor, boxes: Tensor, frame: tuple[int, int], shift: float) -> list[dict]:
-    """Masks of the mask head as RLEs in a frame.
-
-    One at a time: a hundred detections in a photograph of 12 megapixels would be gigabytes
-    of soft masks, and as RLEs they are kilobytes. Args as for `teacher.paste`.
-    """
-    rles = []
-    for rows, columns, soft in teacher.paste_parts(masks, boxes, frame, shift):
-        # Fortran order is what pycocotools reads without copying.
-        whole = np.zeros(frame, np.uint8, order="F")
-        whole[rows, columns] = (soft > 0.5).cpu().numpy()
-        rle = mask_utils.encode(whole)
-        rles.append(dict(rle, counts=rle["counts"].decode()))
-    return rles
-
-
-def average_precision(truth: COCO, results: list[dict], kind: str) -> tuple[dict, list]:
-    """COCO's twelve numbers and the AP of each class, in percent.
-
-    Args:
-        truth: with category ids 1..C.
-        results: of `predictions`.
-        kind: "segm" or "bbox".
-
-    Returns:
-        {"AP": .., .., "ARl": ..} and a list of C numbers; None where there is no truth to
-        judge by.
-    """
-    keys = ("image_id", "category_id", "score", dict(segm="segmentation", bbox="bbox")[kind])
-    # pycocotools prints its progress; the numbers are what we return.
-    with contextlib.redirect_stdout(io.StringIO()):
-        if results:
-            found = truth.loadRes([{key: result[key] for key in keys} for result in results])
-        else:
-            # loadRes([]) is an IndexError; no detection is a legal answer.
-            found = COCO()
-            found.dataset = dict(truth.dataset, annotations=[])
-            found.createIndex()
-        judge = COCOeval(truth, found, kind)
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    # Precision is (IoU, recall, class, area, detections); all areas, 100 detections.
-    precision = judge.eval["precision"][:, :, :, 0, -1]
-    classes = [
-        percent(p[p > -1].mean() if (p > -1).any() else -1) for p in precision.transpose(2, 0, 1)
-    ]
-    numbers = dict(zip(NUMBERS, map(percent, judge.stats), strict=True))
-    return numbers, classes
-
-
-def boundary_average_precision(truth: COCO, results: list[dict]) -> dict:
-    """Boundary AP (Cheng et al., CVPR 2021): how well the outlines fit.
-
-    The same numbers with min(mask IoU, boundary IoU) in the place of the mask IoU, where
-    the boundary of a mask is what lies within 2 % of the image diagonal of its outline.
-    A large object's mask IoU hardly notices a ragged outline; this does.
-
-    Args and result as for `average_precision`, of masks, without the classes. Computed by
-    faster-coco-eval.
-    """
-    # Imported here: an optional package.
-    import faster_coco_eval as fast
-
-    keys = ("image_id", "category_id", "score", "segmentation")
-    lines = [{key: result[key] for key in keys} for result in results]
-    if not lines:
-        # Without detections the measure does not matter.
-        return average_precision(truth, [], "segm")[0]
-    with contextlib.redirect_stdout(io.StringIO()):
-        whole = fast.COCO(copy.deepcopy(truth.dataset))
-        judge = fast.COCOeval_faster(whole, whole.loadRes(lines), "boundary")
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    return dict(zip(NUMBERS, map(percent, judge.stats), strict=False))
-
-
-def percent(value: float) -> float | None:
-    """A share in percent; None for pycocotools' -1, "nothing to judge"."""
-    return None if value < 0 else round(100 * float(value), 3)
+from ssis import UserError, distributed
+from ssis.datasets import coco_json, parts
+from ssis.engine.resume import add_model_flags, load_model
+from ssis.report import ap
 
 
 def judge(run, net, dataset) -> tuple[dict, list[dict]]:
     """`evaluate` within a training run: the model stays in the mode that it was in."""
     mode = net.training
-    report, results = evaluate(net.eval(), dataset, run.device, run.rank, run.world)
+    report, results = ap.evaluate(net.eval(), dataset, run.device, run.rank, run.world)
     net.train(mode)
-    give_back_memory()
+    ap.give_back_memory()
     return report, results
-
-
-def give_back_memory() -> None:
-    """Give what an evaluation has freed back to the operating system.
-
-    The C library keeps freed blocks for later. An evaluation's are of all sizes, with small
-    ones in use between them, so the next evaluation finds no room in them and takes new
-    memory: without this call a run of 14,700 steps grew from 1.2 to 2.0 GB (docs/log.md).
-    Only Linux's usual C library, glibc, has the call.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def evaluate(net, dataset, device, rank: int = 0, world: int = 1, progress: bool = False):
-    """Mask and box AP of a model on a whole dataset, over all processes.
-
-    Several processes find, bit for bit on a CPU, what one finds.
-
-    Returns:
-        ({"mask": numbers, "box": numbers, "mask_per_class": {name: AP}, "box_per_class":
-        the same}, results); equal on every process.
-    """
-    # Whole batches are shared out, not images: what a model finds at the edge of an image
-    # depends a little on the padding, and so on who is in the batch with it.
-    mine = [i for i in range(len(dataset)) if i // BATCH % world == rank]
-    share = predictions(net, dataset, mine, device, progress=progress and rank == 0)
-    results = [result for part in distributed.gather(share) for result in part]
-    # In image order, whatever the number of processes: AP breaks ties by position.
-    results.sort(key=lambda result: result["image_id"])
-    truth = dataset.coco(range(len(dataset)))
-    mask, mask_classes = average_precision(truth, results, "segm")
-    box, box_classes = average_precision(truth, results, "bbox")
-    report = dict(mask=mask, box=box)
-    for kind, classes in (("mask", mask_classes), ("box", box_classes)):
-        report[f"{kind}_per_class"] = dict(zip(dataset.names, classes, strict=True))
-    return report, results
-
-
-def save_predictions(path: Path, dataset, results: list[dict]) -> Path:
-    """Write COCO results files with the dataset's own image and category ids.
-
-    `path` gets the masks, and a second file beside it the boxes: in one file
-    pycocotools would take the masks' areas from the boxes.
-
-    Returns:
-        The path of the second file.
-    """
-    boxes = path.with_name(f"{path.stem}_boxes.json")
-    for target, key in ((path, "segmentation"), (boxes, "bbox")):
-        lines = [
-            {
-                "image_id": dataset.image_ids[r["image_id"]],
-                "category_id": dataset.category_ids[r["category_id"] - 1],
-                "score": r["score"],
-                key: r[key],
-            }
-            for r in results
-            # A class of the training set that this dataset does not have has no id in it.
-            if dataset.category_ids[r["category_id"] - 1] is not None
-        ]
-        try:
-            target.write_text(json.dumps(lines))
-        except OSError as error:
-            raise UserError(f"{target}: cannot be written ({error.strerror})") from error
-    return boxes
-
-
-def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str], str]:
-    """A checkpoint's teacher or student, in evaluation mode.
-
-    Args:
-        path: the checkpoint.
-        who: "teacher", "student", or "" for the teacher where there is one.
-
-    Returns:
-        The model, the run's config, the class names, and who it is.
-
-    Raises:
-        UserError: not a checkpoint, or one whose run has made no teacher yet.
-    """
-    state = checkpoint.load(path)
-    # Until the end of pretraining, and in supervised runs, there is none.
-    has_teacher = state["teacher"] is not None
-    if who == "teacher" and not has_teacher:
-        raise UserError(f"{path}: has no teacher (yet); use --who student")
-    who = who or ("teacher" if has_teacher else "student")
-    known = {field.name for field in dataclasses.fields(Config)}
-    saved = {name: value for name, value in state["config"].items() if name in known}
-    config = Config(**saved)
-    # The weights are in the checkpoint: none are to be fetched.
-    net = model.build(config, len(state["names"]) + 1, fetch=False)
-    checkpoint.load_weights(net, state[who], path)
-    return net.eval(), config, state["names"], who
-
-
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """What says which model."""
-    parser.add_argument("checkpoint", type=Path, help="runs/<name>/checkpoint.pt")
-    parser.add_argument(
-        "--who",
-        choices=("teacher", "student"),
-        default="",
-        help="default: the teacher, or the student of a run without one",
-    )
 
 
 def run(argv: list[str] | None) -> None:
@@ -324,24 +49,24 @@ def run(argv: list[str] | None) -> None:
     if args.boundary and not importlib.util.find_spec("faster_coco_eval"):
         raise UserError("--boundary: needs a further package; pip install faster-coco-eval")
     net, config, names, who = load_model(args.checkpoint, args.who)
-    source, folder = (args.json, args.images) if args.json else loader.part_paths(config, "test")
+    source, folder = (args.json, args.images) if args.json else parts.part_paths(config, "test")
     dataset = coco_json.load_coco(source, folder, names)
     dataset.check_files()
     rank, world, device = distributed.start(args.device)
-    report, results = evaluate(net.to(device), dataset, device, rank, world, progress=True)
+    report, results = ap.evaluate(net.to(device), dataset, device, rank, world, progress=True)
     if rank == 0:
         print(f"{who} of {args.checkpoint} on {source}, {len(dataset)} images")
-        print(f"{'':8}" + "".join(f"{name:>7}" for name in NUMBERS))
+        print(f"{'':8}" + "".join(f"{name:>7}" for name in ap.NUMBERS))
         if args.boundary:
             truth = dataset.coco(range(len(dataset)))
-            report["boundary"] = boundary_average_precision(truth, results)
+            report["boundary"] = ap.boundary_average_precision(truth, results)
         for kind in ("mask", "box", *(["boundary"] if args.boundary else [])):
-            print(f"{kind:8}" + "".join(f"{text(report[kind][n]):>7}" for n in NUMBERS))
+            print(f"{kind:8}" + "".join(f"{text(report[kind][n]):>7}" for n in ap.NUMBERS))
         print(f"{'AP per class':<22} {'mask':>6} {'box':>6}")
         for name, value in report["mask_per_class"].items():
             print(f"  {name:<20} {text(value):>6} {text(report['box_per_class'][name]):>6}")
         if args.save_predictions:
-            boxes = save_predictions(args.save_predictions, dataset, results)
+            boxes = ap.save_predictions(args.save_predictions, dataset, results)
             print(f"masks in {args.save_predictions}, boxes in {boxes}")
     distributed.stop()
 

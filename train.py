@@ -5,7 +5,7 @@ r"""The whole training loop, readable from top to bottom.
 
 One run has three stages (Guided Distillation, arXiv 2308.02668, section 3):
 
-    pretrain           the student learns from the labelled images alone; S4M: and from SAM
+    pretrain           the student learns from the labeled images alone; S4M: and from SAM
     guided burn-in     teacher := student, frozen; the student learns from both
     mutual learning    teacher := EMA of the student, in every step
 
@@ -21,21 +21,30 @@ from torch import nn
 from tqdm import tqdm
 
 import evaluate
-from ssis import UserError, audit, augment, checkpoint, config, correction, distributed
-from ssis import filters, loader, losses, model, refine, report, run_folder, sam_distill, split
-from ssis import teacher, visualize
-from ssis.run import Run
+from ssis import UserError, augment, config, correction, distributed
+from ssis.io import checkpoint
+from ssis.report import audit
+from ssis import filters, losses, model, refine, sam_distill
+from ssis.datasets import split
+from ssis.engine import loader, run_folder
+from ssis.report import page
+from ssis import teacher
+from ssis.report import pictures
+from ssis.engine.run import Run
+from ssis.engine import resume
+from ssis.datasets import parts
+from ssis import data
 
 
 # ---------------------------------------------------------------------------- one step
 
 
 def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
-    """One optimiser step.
+    """One optimizer step.
 
     Args:
-        run: the models and their optimiser.
-        labeled: B items of `loader.Stream`, with targets.
+        run: the models and their optimizer.
+        labeled: B items of `data.Stream`, with targets.
         unlabeled: B items without, or None while pretraining.
 
     Returns:
@@ -43,11 +52,11 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
     """
     run.optimizer.zero_grad(set_to_none=True)
     run.guard.begin()
-    # The unlabelled pass comes first and is freed by its own backward pass before the
-    # labelled one starts: the memory of a step is that of its larger half, not of both.
+    # The unlabeled pass comes first and is freed by its own backward pass before the
+    # labeled one starts: the memory of a step is that of its larger half, not of both.
     row = {} if unlabeled is None else unlabeled_pass(run, unlabeled)
 
-    # The labelled images get the strong view too. Otherwise a gain over supervised training
+    # The labeled images get the strong view too. Otherwise a gain over supervised training
     # would in part be that of the augmentation, which supervised training can have as well.
     images = [item["image"].to(run.device) for item in labeled]
     targets = [{k: v.to(run.device) for k, v in item["target"].items()} for item in labeled]
@@ -56,8 +65,8 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
     images = augment.strong_views(images, labeled)
     with run.autocast:
         loss_s, counts, features = run.student(images, targets)
-    # GD Eq. (total): the labelled part. Its backward pass synchronises the gradients
-    # of both passes over the processes; every process always has labelled images.
+    # GD Eq. (total): the labeled part. Its backward pass synchronizes the gradients
+    # of both passes over the processes; every process always has labeled images.
     objective = losses.total(loss_s, counts, distributed.all_sum(counts), run.world)
     row |= losses.logged(loss_s, counts, "labeled/")
     if unlabeled is None and run.structure:
@@ -75,7 +84,7 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
     run.scaler.update()
     run.schedule.step()
     distributed.average_statistics(run.net)
-    # PL-DC: the second classifier looks at the labelled images with the teacher's eyes.
+    # PL-DC: the second classifier looks at the labeled images with the teacher's eyes.
     done = run.schedule.last_epoch
     if unlabeled is not None and run.second and done % correction.REFRESH_EVERY == 0:
         run.second.learn(run.teacher, labeled)
@@ -83,7 +92,7 @@ def step(run: Run, labeled: list[dict], unlabeled: list[dict] | None) -> dict:
 
 
 def unlabeled_pass(run: Run, unlabeled: list[dict]) -> dict:
-    """Pseudo-labels for B unlabelled images, and the gradient of the loss on them."""
+    """Pseudo-labels for B unlabeled images, and the gradient of the loss on them."""
     settings = run.config
     # 1. The teacher labels the weak view; what it says is filtered and corrected.
     weak = [item["image"].to(run.device) for item in unlabeled]
@@ -113,7 +122,7 @@ def unlabeled_pass(run: Run, unlabeled: list[dict]) -> dict:
     total_counts = distributed.all_sum(counts)
     if chosen:
         objective = losses.total(loss_u, counts, total_counts, run.world)
-        # GD Eq. (total): the unlabelled part, lambda_u L_unlabeled.
+        # GD Eq. (total): the unlabeled part, lambda_u L_unlabeled.
         run.scaler.scale(settings.unsup_weight * objective).backward()
     found = torch.tensor([sum(map(len, pseudo)), len(pseudo)], device=run.device)
     return losses.logged(loss_u, counts, "unlabeled/") | {"pseudo_per_image": found}
@@ -158,7 +167,7 @@ def pseudo_labels(run: Run, weak: list, items: list[dict], lowest: float | None 
 # ------------------------------------------------------------------- between the steps
 
 
-def begin_burnin(run: Run, labeled: loader.Stream, frequency: torch.Tensor) -> None:
+def begin_burnin(run: Run, labeled: data.Stream, frequency: torch.Tensor) -> None:
     """GD: teacher := student, frozen; the student goes on, or starts afresh.
 
     PL-DC's second classifier learns from the stream `labeled`; its thresholds start from
@@ -181,12 +190,12 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
     torch.use_deterministic_algorithms(settings.deterministic)
 
     # Data. Rank 0 draws the shapes, checks the files and decides the split; the others read
-    # what it wrote, so no two processes can disagree on what is labelled.
-    distributed.from_main(loader.prepare, settings)
+    # what it wrote, so no two processes can disagree on what is labeled.
+    distributed.from_main(parts.prepare, settings)
     latest = distributed.from_main(run_folder.prepare, settings, held)
-    train_set, val_set, test_set = loader.open_parts(settings)
+    train_set, val_set, test_set = parts.open_parts(settings)
     labeled, unlabeled = split.split(train_set, settings, folder / "labeled.json")
-    streams = loader.streams(train_set, labeled, unlabeled, settings)
+    streams = data.streams(train_set, labeled, unlabeled, settings)
 
     # Model: new, or as it was when the run was stopped.
     run = Run(settings, train_set, start)
@@ -194,7 +203,7 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
     pretrain_end, burnin_end, total = settings.stage_ends
     done, results, earlier = 0, {}, 0.0
     if source := latest or settings.pretrained:
-        state = checkpoint.restore(run, train_set.names, source, first_teacher=not latest)
+        state = resume.restore(run, train_set.names, source, first_teacher=not latest)
         done, results, earlier = state["step"], state["results"], state["seconds"]
     metrics = run_folder.Metrics(folder / "metrics.jsonl", done, main_process, settings.tensorboard)
     labeled_batches = loader.batches(streams.labeled, settings.labeled_batch, done, run)
@@ -204,7 +213,7 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
 
     def save(name: str) -> None:
         spent = earlier + time.monotonic() - began
-        state = checkpoint.snapshot(run, train_set.names, done, results, spent)
+        state = resume.snapshot(run, train_set.names, done, results, spent)
         distributed.from_main(checkpoint.save, folder / name, state)
 
     pause = 0.5 if sys.stderr.isatty() else 30
@@ -261,7 +270,7 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
                     found, _ = evaluate.judge(run, run.teacher, val_set)
                     line["val_mask_ap_teacher"] = found["mask"]["AP"]
                     line |= audit.run(run, pseudo_labels, streams.audit)
-                    visualize.pseudo_labels(run, pseudo_labels, streams, folder, done)
+                    pictures.pseudo_labels(run, pseudo_labels, streams, folder, done)
                 metrics.add(step=done, **line)
 
     # The end: the student and, where there is one, the teacher, on the test part.
@@ -274,7 +283,7 @@ def train(settings: config.Config, start: tuple, held: contextlib.ExitStack) -> 
     summary = run_folder.summary(settings, results, counts, test_set, spent)
     if main_process:
         run_folder.write_summary(folder, summary)
-        report.finish(folder, test_set, found)
+        page.finish(folder, test_set, found)
         print(run_folder.table(summary, folder))
 
 

@@ -6,7 +6,7 @@ image and must agree. What the two views may do follows from that:
 
 * weak = resize and horizontal flip only. It is geometric, so the pseudo-labels are
   predicted in the very frame in which the student is trained.
-* strong = photometric only: jitter of colour, gray, blur. Pixels keep their place,
+* strong = photometric only: jitter of color, gray, blur. Pixels keep their place,
   hence the pseudo-labels stay valid without being touched.
 
 GD (arXiv 2308.02668), section 4: ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8,
@@ -14,7 +14,7 @@ grayscale 0.2, Gaussian blur of sigma 0.1 to 2.0 with probability 0.5.
 
 *ARP* (S4M, augmentation with refined pseudo-labels). Between the two: the instances of
 one image are pasted onto another, and the other way round. It makes occlusions, new
-backgrounds and crowds, of which few labelled images have few. With loose masks it
+backgrounds and crowds, of which few labeled images have few. With loose masks it
 teaches the student to find pasted halos of background (S4M's ablation: it then
 hurts); with masks redrawn by SAM it helps. On the built-in data it helps either way
 (docs/results.md).
@@ -22,7 +22,7 @@ hurts); with masks redrawn by SAM it helps. On the built-in data it helps either
     pairs       max(1, B // 4) disjoint pairs of the batch's images, both directions
     what        every instance of at least `arp_min_area` of the image that it is pasted
                 onto (S4M: 3000 pixels of a crop of 1024 x 1024)
-    where       at its own coordinates, centres of the images on each other; at a random
+    where       at its own coordinates, centers of the images on each other; at a random
                 scale with `arp_jitter` (S4M on COCO: 0.8 to 1.2)
     how         a pixel is that of the pasted instances' union M, or what was there:
 
@@ -35,7 +35,7 @@ $$x = M \odot x_{\mathrm{above}} + (1 - M) \odot x_{\mathrm{below}}$$ S4M Eq. (A
 
 *Why the student's view must be hard.* If both saw the same, the student would agree
 at once and learn nothing: the loss would only say that it is a copy. Distortion takes
-away what a small network likes to lean on, colour and fine texture, so that what is
+away what a small network likes to lean on, color and fine texture, so that what is
 left to agree on is shape.
 
 Every view has a seed of its own, so a run does not depend on how the images are spread
@@ -83,7 +83,7 @@ class Geometry(NamedTuple):
     def to_original(self, points: Tensor) -> Tensor:
         """Points (.., 2) of the view, x and y, in the original frame.
 
-        Continuous coordinates in both: the centre of the first pixel is 0.5.
+        Continuous coordinates in both: the center of the first pixel is 0.5.
         """
         # Mirrored about the middle of the view: with continuous coordinates x becomes
         # width - x. With pixel numbers it would be width - 1 - x, the usual slip.
@@ -127,7 +127,7 @@ def weak_view(image: Tensor, target: dict | None, config, seed: int):
         image = F.horizontal_flip(image)
         target = target and dict(target, masks=target["masks"].flip(-1))
     geometry = Geometry(original, tuple(image.shape[-2:]), flip)
-    # From 0..255 to 0..1, which is what torchvision's models normalise.
+    # From 0..255 to 0..1, which is what torchvision's models normalize.
     return F.to_dtype(image, torch.float32, scale=True), target, geometry
 
 
@@ -147,7 +147,7 @@ def resize(image: Tensor, short: int, longest: int) -> Tensor:
 def resize_masks(masks: Tensor, image: Tensor) -> Tensor:
     """Masks (N, H, W) to the size of a resized image.
 
-    Nearest neighbour, for a mask must stay 0 or 1; the exact one, since plain NEAREST
+    Nearest neighbor, for a mask must stay 0 or 1; the exact one, since plain NEAREST
     rounds down and so shifts masks against pixels by half a pixel.
     """
     return F.resize(masks, list(image.shape[-2:]), NEAREST_EXACT)

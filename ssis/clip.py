@@ -18,7 +18,7 @@ class. Here the prompts are made of the dataset's class names, or come from a JS
 {"class name": ["a prompt", "another", ...], ...}.
 
 Difference from the released code: that passes images to CLIP without CLIP's own
-normalisation. Here they are normalised with the mean and deviation that belong to the
+normalization. Here they are normalized with the mean and deviation that belong to the
 weights.
 
 Read next: `ssis/correction.py`, where the opinions are mixed.
@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssis import UserError
-from ssis.checkpoint import short
+from ssis.io.checkpoint import short
 from ssis.teacher import PseudoLabels
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "there is a {} in the scene.")
@@ -86,7 +86,7 @@ class Clip:
             is not a ConvNeXt (a transformer has no feature map to pool).
     """
 
-    # It has nothing to learn from the labelled images.
+    # It has nothing to learn from the labeled images.
     learns = False
 
     def __init__(self, source: str, names: list[str], descriptions: str, device):

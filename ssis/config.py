@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssis import UserError, sam
-from ssis.files import write_text
+from ssis.io.files import write_text
 from ssis.presets import METHODS, PRESETS, switches
 
 # Fields that may differ between a run and its resumption: they say where and how fast,
@@ -36,7 +36,7 @@ NOT_IN_RESULT = (
     "checkpoint_every",
     "device",
     "tensorboard",
-    # Its weights count, not where they lie: see `checkpoint.restore`.
+    # Its weights count, not where they lie: see `resume.restore`.
     "sam_checkpoint",
     "sam_cache",
     "sam_cache_gb",
@@ -79,7 +79,7 @@ def setting(default, reason: str, choices: tuple[str, ...] = ()):
 
 @dataclass
 class Config:
-    """All settings, with their reasons. Sizes in pixels, steps in optimiser steps."""
+    """All settings, with their reasons. Sizes in pixels, steps in optimizer steps."""
 
     # fmt: off
     # What is trained, and where it goes.
@@ -125,11 +125,11 @@ class Config:
     )
     labeled: str = setting(
         "5%",
-        "labelled part of train_json: a share (5%%), a number (64), or a split's JSON",
+        "labeled part of train_json: a share (5%%), a number (64), or a split's JSON",
     )
     unlabeled_includes_labeled: bool = setting(
         False,
-        "GD also uses the labelled images as unlabelled ones; leaving them out keeps "
+        "GD also uses the labeled images as unlabeled ones; leaving them out keeps "
         "the audit honest",
     )
     workers: int = setting(
@@ -154,8 +154,8 @@ class Config:
     )
     long_side: int = setting(160, "limit of the long side, which bounds the memory")
 
-    # Schedule. Step counts are optimiser steps, all in one run.
-    pretrain_steps: int = setting(700, "labelled images only; makes the first teacher")
+    # Schedule. Step counts are optimizer steps, all in one run.
+    pretrain_steps: int = setting(700, "labeled images only; makes the first teacher")
     burnin_steps: int = setting(
         100, "teacher frozen, student learns from its pseudo-labels (GD)"
     )
@@ -168,13 +168,13 @@ class Config:
         ("teacher", "fresh"),
     )
     labeled_batch: int = setting(
-        8, "labelled images per step, over all processes together"
+        8, "labeled images per step, over all processes together"
     )
     unlabeled_batch: int = setting(
-        8, "unlabelled images per step, over all processes together"
+        8, "unlabeled images per step, over all processes together"
     )
 
-    # Optimiser.
+    # Optimizer.
     lr: float = setting(
         1e-3, "AdamW step size; from scratch 1e-3, from pretrained weights 1e-4"
     )
@@ -218,10 +218,10 @@ class Config:
     correction: str = setting(
         "none",
         "second opinion on the class of a pseudo-label (PL-DC): prototypes of the "
-        "labelled instances, or CLIP (needs open_clip_torch)",
+        "labeled instances, or CLIP (needs open_clip_torch)",
         ("none", "prototypes", "clip"),
     )
-    prototypes: int = setting(64, "labelled instances remembered of each class")
+    prototypes: int = setting(64, "labeled instances remembered of each class")
     clip_model: str = setting(
         "convnext_large_d_320:laion2b_s29b_b131k_ft_soup",
         "open_clip's architecture:weights; the weights may be a PATH (PL-DC: this one)",
@@ -230,7 +230,7 @@ class Config:
         "", "JSON for clip: class name -> list of prompts; empty: a photo of a <name>"
     )
     uncertainty: bool = setting(
-        False, "weight pseudo-labelled mask pixels by the teacher's certainty (PL-DC)"
+        False, "weight pseudo-labeled mask pixels by the teacher's certainty (PL-DC)"
     )
     oracle: str = setting(
         "none",
@@ -239,14 +239,14 @@ class Config:
         ("none", "class", "mask", "both"),
     )
     unsup_weight: float = setting(
-        1.0, "weight of the pseudo-labelled loss (GD 2, PL-DC 1)"
+        1.0, "weight of the pseudo-labeled loss (GD 2, PL-DC 1)"
     )
 
     # S4M's three parts, and SAM, which two of them ask.
     structure_weight: float = setting(
         0.0, "weight of structural distillation from SAM while pretraining (S4M 1)"
     )
-    structure_queries: int = setting(64, "query points of a labelled image (S4M 128)")
+    structure_queries: int = setting(64, "query points of a labeled image (S4M 128)")
     structure_channels: float = setting(
         1.0, "share of the feature map's channels that is compared (S4M 1)"
     )
@@ -275,7 +275,7 @@ class Config:
     )
     arp: str = setting(
         "none",
-        "paste instances between images (S4M): of pseudo-labelled ones, or of both",
+        "paste instances between images (S4M): of pseudo-labeled ones, or of both",
         ("none", "unlabeled", "both"),
     )
     arp_min_area: float = setting(
@@ -313,7 +313,7 @@ class Config:
     # default run's burn-in, where PL-DC's correction counts most.
     eval_every: int = setting(400, "steps between evaluations on the validation images")
     audit_images: int = setting(
-        96, "unlabelled images on which each evaluation audits the teacher"
+        96, "unlabeled images on which each evaluation audits the teacher"
     )
     checkpoint_every: int = setting(100, "steps lost at most when the machine dies")
     tensorboard: bool = setting(
@@ -486,7 +486,7 @@ def parse(argv: list[str] | None = None) -> Config:
     parser = Parser(
         prog="train.py",
         description="Semi-supervised instance segmentation. Without arguments: S4M and "
-        "PL-DC together on the built-in dataset, 5%% labelled, in about 10 minutes on "
+        "PL-DC together on the built-in dataset, 5%% labeled, in about 10 minutes on "
         "two cores.",
         formatter_class=argparse.RawTextHelpFormatter,
         # A flag that is not given must not hide the preset's value.

@@ -22,7 +22,7 @@ a teacher that has become better than it.
 
 Two second classifiers (`--correction`):
 
-*prototypes.* The labelled instances themselves, as a memory: the teacher's features of
+*prototypes.* The labeled instances themselves, as a memory: the teacher's features of
 up to 64 instances of each class. An instance is compared with all of them; the class
 whose three nearest are nearest on average wins. What is compared is the feature map in
 the box, with everything outside of the mask set to 0, and beside it the silhouette, the
@@ -30,7 +30,7 @@ soft mask itself in a 16 x 16 grid. So it sees what the teacher's own classifier
 cannot see: where the object ends and what is only next to it. Why not the class means,
 pooled features, other views: they were measured and are no better than the teacher
 (docs/log.md). As training goes on the oldest instances are replaced by
-newer looks of the EMA teacher at the labelled images; where the student started afresh
+newer looks of the EMA teacher at the labeled images; where the student started afresh
 (`--burnin-init fresh`) the first teacher's are thrown away with it, since the features
 of two networks have nothing to do with each other.
 
@@ -51,8 +51,8 @@ from torchvision.ops import roi_align
 from ssis import data, distributed, teacher
 from ssis.teacher import PseudoLabels
 
-# Labelled views that fill the memory at first, and steps between its refreshes: each
-# is a forward pass of the teacher's backbone over a labelled batch.
+# Labeled views that fill the memory at first, and steps between its refreshes: each
+# is a forward pass of the teacher's backbone over a labeled batch.
 START_VIEWS = 128
 REFRESH_EVERY = 10
 # Cells of a silhouette, nearest instances asked, sharpness of the softmax.
@@ -149,7 +149,7 @@ def begin(run, labeled) -> None:
 
     Args:
         run: `run.Run`; the present teacher looks.
-        labeled: the labelled `loader.Stream`; each process looks at its share.
+        labeled: the labeled `data.Stream`; each process looks at its share.
     """
     if run.second is None or not run.second.learns:
         return
@@ -164,7 +164,7 @@ def begin(run, labeled) -> None:
 
 
 class Prototypes(nn.Module):
-    """Labelled instances as the teacher sees them; a module for its state dict.
+    """Labeled instances as the teacher sees them; a module for its state dict.
 
     Args:
         classes: C.
@@ -217,11 +217,11 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def learn(self, net: nn.Module, items: list[dict]) -> None:
-        """Put labelled instances into the memory; every process must call this.
+        """Put labeled instances into the memory; every process must call this.
 
         Args:
             net: the teacher's network, in evaluation mode.
-            items: labelled views of this process: `image` and `target`.
+            items: labeled views of this process: `image` and `target`.
         """
         # Under the true box and the true mask: no mistake of the teacher gets in.
         device = self.bank.device
@@ -253,7 +253,7 @@ class Prototypes(nn.Module):
         query = self.describe(pseudo.features, pseudo.mask_probs, pseudo.feature_boxes)
         # Cosine similarity with all that is in the memory, -1 where a place is empty.
         similar = torch.einsum("nf,ckf->nck", query, self.bank)
-        # A place that was never filled must not be anybody's neighbour.
+        # A place that was never filled must not be anybody's neighbor.
         places = torch.arange(self.bank.shape[1], device=query.device)
         similar[:, places >= self.seen[:, None]] = -1
         # The mean of the nearest few of each class: one alone may be a mistake, and the

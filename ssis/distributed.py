@@ -4,10 +4,10 @@ One process per device, started by torchrun; without torchrun there is one proce
 no process group, and every function here is a no-op. On CPUs the backend is gloo.
 
 Why the loop cannot hang: whatever a process finds in its batch, it makes the same
-collective calls in the same order as all others. The unlabelled loss, which a process
+collective calls in the same order as all others. The unlabeled loss, which a process
 without pseudo-labels must skip, is computed on the model itself, not on DDP's wrapper.
-Gradients add up on each process; the labelled loss, which every process always has,
-goes through the wrapper and synchronises the sum. (`no_sync` would not do: even there
+Gradients add up on each process; the labeled loss, which every process always has,
+goes through the wrapper and synchronizes the sum. (`no_sync` would not do: even there
 the wrapper's second forward pass waits for all processes to rebuild its buckets.)
 
 Read next: `train.py`, whose step is built on this.

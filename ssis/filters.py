@@ -32,7 +32,7 @@ $$c \ge \tau_{\mathrm{class}} \;\wedge\; m \ge \tau_{\mathrm{mask}}$$ PL-DC Eq. 
 
 $$c \ge T^{\mathrm{class}}_k \;\wedge\; m \ge T^{\mathrm{mask}}_k$$ PL-DC Eq. (adaptive)
 
-The adaptive thresholds start at the frequency of the class among the labelled
+The adaptive thresholds start at the frequency of the class among the labeled
 instances, rare classes low, and follow the mean quality q of the class:
 
 $$T_k^0 = T_{\mathrm{min}} + (T_{\mathrm{max}} - T_{\mathrm{min}}) \, \frac{n_k}{N}$$
@@ -79,7 +79,7 @@ class Thresholds(nn.Module):
         """Set all to their first values.
 
         Args:
-            frequency: (C,) share n_k / N of each class among the labelled instances.
+            frequency: (C,) share n_k / N of each class among the labeled instances.
         """
         # PL-DC Eq. (init)
         first = self.lowest + (self.highest - self.lowest) * frequency.float()

@@ -14,7 +14,7 @@ with $\lambda_u$ = `unsup_weight`.
 
 *PL-DC's pixel level* (mask uncertainty awareness). A teacher's mask is good inside
 and doubtful along its edge, where its probability p is near one half. Made hard,
-p = 0.51 is taught as firmly as p = 0.99. So each unlabelled pixel is weighted by
+p = 0.51 is taught as firmly as p = 0.99. So each unlabeled pixel is weighted by
 how sure the teacher was of it:
 
 $$u = 1 - 2 |p - 0.5|$$       PL-DC Eq. (uncertainty)
@@ -22,7 +22,7 @@ $$u = 1 - 2 |p - 0.5|$$       PL-DC Eq. (uncertainty)
 $$L_{\mathrm{mask}} = \mathrm{mean}[(1 - u) \cdot \mathrm{BCE}]$$       PL-DC Eq. (PMUA)
 
 1 - u is 1 where p is 0 or 1, and 0 where it is 0.5. Only the cross-entropy of the
-masks is weighted, only on unlabelled images. The mean stays over all pixels, not over
+masks is weighted, only on unlabeled images. The mean stays over all pixels, not over
 the sum of the weights: where the teacher is unsure of all masks of a batch, the mask
 loss of the batch as a whole is small.
 

@@ -38,7 +38,7 @@ What happens to an image in training, and which of the five losses comes of it:
                       each class (loss_mask)
 
 Positive and negative anchors and proposals are sampled at random, since nearly all of
-them are background, which would otherwise be all that is learnt.
+them are background, which would otherwise be all that is learned.
 
 Read next: `ssis/teacher.py`, the second copy of this model.
 """
@@ -158,7 +158,7 @@ class WeightedRoIHeads(RoIHeads):
             instance = match[keep]
             aligned.append(project_masks_on_boxes(target["masks"], box, instance, side))
             # The weights go exactly where the mask goes: through the same RoIAlign. A
-            # target without weights is a labelled one: every pixel of it is known.
+            # target without weights is a labeled one: every pixel of it is known.
             if "mask_weights" in target:
                 weights.append(
                     project_masks_on_boxes(target["mask_weights"], box, instance, side)
@@ -191,7 +191,7 @@ class MaskRCNN(mask_rcnn.MaskRCNN):
 
     def __init__(self, backbone: nn.Module, num_classes: int | None = None, **settings):
         # `_skip_resize`: torchvision's own switch for images resized beforehand. They
-        # are still normalised, and padded to one size, a multiple of 32.
+        # are still normalized, and padded to one size, a multiple of 32.
         super().__init__(backbone, num_classes, _skip_resize=True, **settings)
         # The same object with another `forward`: torchvision offers no way to pass in
         # a second stage of one's own.

@@ -3,7 +3,7 @@ r"""AdamW and its learning rate.
 GD (arXiv 2308.02668), section 4: AdamW of 1e-4 with weight decay 0.05, a tenth of the
 step size for the pretrained backbone.
 
-Read next: `ssis/checkpoint.py`, which saves their state.
+Read next: `ssis/io/checkpoint.py`, which saves their state.
 """
 
 import torch

@@ -22,7 +22,7 @@ METHODS = {
 }
 
 # ResNet-50 on photographs: what all three real presets share. The view sizes are
-# torchvision's (short side 640 to 800), the optimiser GD's.
+# torchvision's (short side 640 to 800), the optimizer GD's.
 REAL = dict(
     model="resnet50",
     backbone_weights="imagenet",

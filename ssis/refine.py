@@ -61,13 +61,13 @@ def sample_points(
         generator: on the device of `mask_probs`.
 
     Returns:
-        (N, K, 2) float32, x and y in the view; the first pixel's centre is 0.5.
+        (N, K, 2) float32, x and y in the view; the first pixel's center is 0.5.
     """
     if rule == "paper":
         # S4M Eq. (PR sampling)
         chance = mask_probs * (mask_probs > 0.5)
     else:
-        # softmax(logit p) = p / (1 - p), normalised
+        # softmax(logit p) = p / (1 - p), normalized
         chance = mask_probs / (1 - mask_probs).clamp(min=1e-6)
     # One distribution over all pixels for each instance; multinomial scales it itself.
     chance = chance.flatten(1)  # (N, H * W)
@@ -80,7 +80,7 @@ def sample_points(
     empty = chance.gather(1, place) == 0
     best = chance.argmax(dim=1, keepdim=True)
     place = torch.where(empty, torch.where(empty[:, :1], best, place[:, :1]), place)
-    # Pixel number to the centre of the pixel, x before y as SAM wants it.
+    # Pixel number to the center of the pixel, x before y as SAM wants it.
     width = mask_probs.shape[2]
     return torch.stack([place % width, place // width], dim=2).float() + 0.5
 
@@ -132,7 +132,7 @@ def refine(
     Args:
         pseudo: of one image, in its weak view.
         embeddings: SAM's, of the dataset that the image is of.
-        item: the image's, of `loader.Stream`: `index`, `geometry`, and the `seed` from
+        item: the image's, of `data.Stream`: `index`, `geometry`, and the `seed` from
             which the points follow.
         config: `refine` ("iou" or "agreement"), `refine_points`, `refine_sampling`,
             `refine_gate`, `refine_calibrate`.

@@ -13,33 +13,40 @@ has its own, of the images that came to it.
 It is rounded to 16 bits in either place, and also where there is no room and it is
 computed anew each time, so what is trained does not depend on the cache.
 
-*Frames.* Prompts are given in the original frame, continuous coordinates: the centre
+*Frames.* Prompts are given in the original frame, continuous coordinates: the center
 of the first pixel is 0.5. SAM's own frame is a square of `side` pixels (1024; the tiny
 one 96) into which the image is resized by its long side, and padded below and to the
 right.
 
 The models (`--sam`): `vit_b`, `vit_l`, `vit_h`, from Meta's files (`CHECKPOINTS`), by
 `segment_anything` itself; and `tiny`, which belongs to the built-in dataset
-(`ssis/tiny_sam.py`) and comes with the project. S4M's released code has SAM 2.
+(`ssis/tools/train_tiny_sam.py`) and comes with the project. S4M's released code has SAM 2.
 
-    python -m ssis.sam --out FILE        trains another tiny one (--help says more)
+    python -m ssis sam --out FILE        trains another tiny one (--help says more)
 
 Read next: `ssis/sam_distill.py` and `ssis/refine.py`, the two uses.
 """
 
 import hashlib
 import io
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from segment_anything import sam_model_registry
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
 from segment_anything.utils.transforms import ResizeLongestSide
-from torch import Tensor
+from torch import Tensor, nn
 
-from ssis import UserError, tiny_sam
-from ssis.files import whole
+from ssis import UserError
+from ssis.io.embedding_file import read_entry, write_entry
 
 # Where the official files are, their sizes in bytes, and their SHA-256.
 SOURCE = "https://dl.fbaipublicfiles.com/segment_anything/"
@@ -68,7 +75,7 @@ CHUNK = 16
 class SegmentAnything:
     """A frozen SAM.
 
-    Not a module: its weights belong neither into a checkpoint nor to an optimiser.
+    Not a module: its weights belong neither into a checkpoint nor to an optimizer.
 
     Args:
         kind: "tiny", "vit_b", "vit_l" or "vit_h".
@@ -88,7 +95,7 @@ class SegmentAnything:
     def __init__(self, kind: str, checkpoint: str, device):
         path, state = weights(kind, checkpoint)
         self.net = (
-            tiny_sam.build(state["side"], state["patch"])
+            build_tiny(state["side"], state["patch"])
             if kind == "tiny"
             else sam_model_registry[kind]()
         )
@@ -139,7 +146,7 @@ class SegmentAnything:
         """
         height, width = self.resized(size)
         scale = torch.tensor([width / size[1], height / size[0]], device=points.device)
-        # The prompt encoder counts from pixel centres and adds the half pixel itself.
+        # The prompt encoder counts from pixel centers and adds the half pixel itself.
         coordinates = (points * scale - 0.5).to(self.device)
         positive = torch.ones(points.shape[:2], dtype=torch.int64, device=self.device)
         return self.net.prompt_encoder((coordinates, positive), None, None)
@@ -297,7 +304,7 @@ class Embeddings:
     def load(self, index: int) -> Tensor:
         """From disk, or else from the encoder."""
         path = self.entry(index)
-        embedding = read_entry(path, self.sam) if path else None
+        embedding = read_entry(path, self.sam.cells) if path else None
         if embedding is None:
             embedding = self.sam.encode(self.dataset.image(index))
             self.encoded += 1
@@ -314,37 +321,43 @@ class Embeddings:
         return self.folder / f"{name.hexdigest()}.sam"
 
 
-def read_entry(path: Path, sam: SegmentAnything) -> Tensor | None:
-    """An embedding from disk; None where there is none, or a damaged one."""
-    if not path.exists():
-        return None
-    try:
-        content = path.read_bytes()
-    except OSError:
-        content = b""
-    checksum, values = content[:16], content[16:]
-    if hashlib.blake2b(values, digest_size=16).digest() != checksum:
-        print(f"{path}: damaged, made again", file=sys.stderr)
-        return None
-    numbers = np.frombuffer(bytearray(values), np.float16)
-    return torch.from_numpy(numbers).reshape(-1, sam.cells, sam.cells)
+def build_tiny(side: int, patch: int) -> Sam:
+    """The untrained tiny SAM, 1.3 M parameters.
 
-
-def write_entry(path: Path, embedding: Tensor, room: float) -> int:
-    """Write an entry, whole or not at all, if there is room; returns its bytes."""
-    values = embedding.numpy().tobytes()
-    if len(values) + 16 > room:
-        return 0
-    checksum = hashlib.blake2b(values, digest_size=16).digest()
-    try:
-        with whole(path) as temporary:
-            temporary.write_bytes(checksum + values)
-    except OSError as error:
-        # A cache that cannot be written costs time, not the run.
-        print(f"{path}: not kept ({error.strerror})", file=sys.stderr)
-        return 0
-    return len(values) + 16
-
-
-if __name__ == "__main__":
-    tiny_sam.main()
+    Args:
+        side: of the square frame that images are resized into, pixels.
+        patch: side of a patch, pixels; masks have side / patch * 4 pixels on a side.
+    """
+    width, cells = 96, side // patch
+    return Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=side,
+            patch_size=patch,
+            embed_dim=128,
+            depth=5,
+            num_heads=2,
+            mlp_ratio=3,
+            out_chans=width,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            # Relative positions take half of the encoder's time on a CPU.
+            use_rel_pos=False,
+            # Edges are local: three of the five blocks look at 8 x 8 patches only.
+            window_size=8,
+            global_attn_indexes=(1, 4),
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=width,
+            image_embedding_size=(cells, cells),
+            input_image_size=(side, side),
+            mask_in_chans=8,
+        ),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(
+                depth=2, embedding_dim=width, mlp_dim=256, num_heads=4
+            ),
+            transformer_dim=width,
+            iou_head_depth=2,
+            iou_head_hidden_dim=96,
+        ),
+    )

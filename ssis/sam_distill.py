@@ -1,6 +1,6 @@
 r"""S4M: structural distillation (SD) from SAM into the teacher.
 
-While the first teacher is trained, on the labelled images, its feature map is made to
+While the first teacher is trained, on the labeled images, its feature map is made to
 have SAM's *layout*: places that are alike to SAM (because they lie on one object) shall
 be alike to the teacher. Of each map F only the self-similarity is compared,
 
@@ -25,8 +25,8 @@ features, not the encoder's (the ablation again). So each row C(i, .) comes from
 of its own.
 
 *The teacher's side.* The FPN's stride-4 level, in the part that Mask2Former's pixel
-decoder plays in the paper; sampled at the centres of SAM's cells, so that flip,
-resizing and padding of the view are undone in one step. Only cells whose centre lies in
+decoder plays in the paper; sampled at the centers of SAM's cells, so that flip,
+resizing and padding of the view are undone in one step. Only cells whose center lies in
 the image count, not SAM's padding.
 
 *Query points.* Half of them in the union of the true masks, half anywhere (released
@@ -67,7 +67,7 @@ def query_points(
         generator: of the draw, on the CPU.
 
     Returns:
-        (Q, 2) float, x and y; the first pixel's centre is 0.5.
+        (Q, 2) float, x and y; the first pixel's center is 0.5.
     """
     # Three places to draw from, as maps of chances: anywhere, on some object, on an
     # edge.
@@ -124,7 +124,7 @@ def similarity(features: Tensor, queries: Tensor) -> Tensor:
     return unit[queries] @ unit.T
 
 
-def centres(sam: SegmentAnything, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def centers(sam: SegmentAnything, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Which of SAM's cells lie in an image, and where.
 
     Args:
@@ -132,7 +132,7 @@ def centres(sam: SegmentAnything, size: tuple[int, int]) -> tuple[Tensor, Tensor
         size: height and width of the original.
 
     Returns:
-        rows and columns: the centres (R,), (K,) of the cells whose centre is in the
+        rows and columns: the centers (R,), (K,) of the cells whose center is in the
         image, as shares of its height and width, in (0, 1). The other cells are
         padding. There is at least one of each.
     """
@@ -140,7 +140,7 @@ def centres(sam: SegmentAnything, size: tuple[int, int]) -> tuple[Tensor, Tensor
     # divide the frame evenly.
     height, width = sam.resized(size)
     shares = (torch.arange(sam.cells) + 0.5) * sam.side / sam.cells
-    # Centres beyond the image are padding: SAM has features there, of nothing.
+    # Centers beyond the image are padding: SAM has features there, of nothing.
     rows, columns = shares[shares < height], shares[shares < width]
     # A strip thinner than half a cell still has its first row.
     rows = rows if len(rows) else torch.tensor([height / 2])
@@ -149,7 +149,7 @@ def centres(sam: SegmentAnything, size: tuple[int, int]) -> tuple[Tensor, Tensor
 
 
 class Structure:
-    """SAM's self-similarity of the labelled images, each row computed once.
+    """SAM's self-similarity of the labeled images, each row computed once.
 
     Args:
         embeddings: of the training images; their memory is shared.
@@ -171,7 +171,7 @@ class Structure:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Query cells (Q,) int64 and their rows (Q, P) float16 of an image, on the CPU.
 
-        Places are numbered row by row over the cells of `centres`.
+        Places are numbered row by row over the cells of `centers`.
         """
         # What finds no room is computed again next time, with the same points.
         if index not in self.memory:
@@ -194,7 +194,7 @@ class Structure:
         points = query_points(
             masks.reshape(-1, *size), self.count, self.boundary, generator
         )
-        rows, columns = centres(sam, size)
+        rows, columns = centers(sam, size)
         height, width = sam.resized(size)
         cell = sam.side / sam.cells
         # The cell that a point falls into; one that is mostly padding stands back.
@@ -239,7 +239,7 @@ def sampled(
     x = 2 * across * width / (4 * features.shape[2]) - 1
     y = 2 * rows * height / (4 * features.shape[1]) - 1
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)  # (R, K, 2)
-    # Bilinear: the centre of a SAM cell seldom falls on a cell of the student's map.
+    # Bilinear: the center of a SAM cell seldom falls on a cell of the student's map.
     found = F.grid_sample(
         features[None],
         grid[None].to(features),
@@ -250,11 +250,11 @@ def sampled(
 
 
 def loss(features: Tensor, items: list[dict], structure: Structure) -> Tensor:
-    """S4M Eq. (SD) over a labelled batch: a scalar.
+    """S4M Eq. (SD) over a labeled batch: a scalar.
 
     Args:
         features: (B, D, H / 4, W / 4), the student's stride-4 level, with gradient.
-        items: B items of `loader.Stream`.
+        items: B items of `data.Stream`.
         structure: SAM's side, without gradient.
     """
     total = features.new_zeros(())
@@ -267,7 +267,7 @@ def loss(features: Tensor, items: list[dict], structure: Structure) -> Tensor:
         queries, wanted = structure[item["index"]]
         # A gradient flows into the features at query and other places alike; SAM's rows
         # are numbers, and cannot be taught.
-        places = sampled(own, geometry, *centres(structure.sam, geometry.original))
+        places = sampled(own, geometry, *centers(structure.sam, geometry.original))
         found = similarity(places, queries.to(own.device))
         # S4M Eq. (SD); smooth L1 with beta 1 is the Huber loss with delta 1.
         total = total + F.smooth_l1_loss(found, wanted.to(found), beta=1.0)

@@ -7,14 +7,14 @@ $$\theta_t \leftarrow \alpha \theta_t + (1 - \alpha) \theta_s$$       GD Eq. (EM
 
 over parameters *and* float buffers (running statistics that lag behind their weights
 would make another network). An average over many steps is smoother and mostly better
-than any single student, which is why it may judge the student's unlabelled images.
+than any single student, which is why it may judge the student's unlabeled images.
 
 Why not let the student label for itself? It would confirm its own mistakes of a moment
 ago, and each step would make it surer of them. The average changes slowly (with
 $\alpha$ = 0.9996 it looks back over some 2,500 steps), so a mistake has to persist
 before it is taught; and the teacher sees the weak view, where fewer are made.
 
-Guided Distillation's order: the teacher is first trained on the labelled images, then
+Guided Distillation's order: the teacher is first trained on the labeled images, then
 *frozen* while the student learns from it (guided burn-in), then set to a copy of the
 student, and averaged from there on.
 
@@ -171,7 +171,7 @@ def paste(
     """Masks of the mask head, put into their boxes in a frame.
 
     torchvision makes the training target of the mask head with an RoIAlign that takes a
-    pixel's value to be at its corner, not its centre (`aligned=False`). So the mask
+    pixel's value to be at its corner, not its center (`aligned=False`). So the mask
     head learns masks that lie half a pixel up and left. `shift` takes that back.
     torchvision's own `paste_masks_in_image` leaves it in, and rounds boxes to whole
     pixels besides. On discs of 12 to 36 pixels, the truth, made a target and pasted
@@ -223,21 +223,21 @@ def paste_parts(
     spans = torch.cat([first, last], dim=1).int().tolist()
     for mask, box, (left, top, right, bottom) in zip(small, boxes, spans, strict=True):
         x1, y1, x2, y2 = box
-        # Pixel centres, and where they lie in the box: -1 is its left end, 1 its right.
+        # Pixel centers, and where they lie in the box: -1 is its left end, 1 its right.
         x = torch.arange(left, right, device=box.device) + 0.5  # (w,)
         y = torch.arange(top, bottom, device=box.device) + 0.5  # (h,)
         across = 2 * (x - shift - x1) / (x2 - x1) - 1
         down = 2 * (y - shift - y1) / (y2 - y1) - 1
         grid = torch.stack(torch.broadcast_tensors(across, down[:, None]), dim=2)
-        # Bilinear between the centres of the 28 x 28 cells; beyond the outermost
-        # centres the outermost value, for a mask does not fade towards the edge of its
+        # Bilinear between the centers of the 28 x 28 cells; beyond the outermost
+        # centers the outermost value, for a mask does not fade towards the edge of its
         # box.
         soft = torch.zeros(grid.shape[:2], dtype=mask.dtype, device=box.device)
         if soft.numel():
             soft = F.grid_sample(
                 mask[None], grid[None], padding_mode="border", align_corners=False
             )[0, 0]
-        # A pixel whose centre is outside of the box has no mask, whatever was sampled.
+        # A pixel whose center is outside of the box has no mask, whatever was sampled.
         inside = ((y >= y1) & (y <= y2))[:, None] & (x >= x1) & (x <= x2)  # (h, w)
         del grid  # of a large box gigabytes, which the next one would come on top of
         yield slice(top, bottom), slice(left, right), soft * inside
@@ -262,7 +262,7 @@ class Detections(NamedTuple):
 @torch.no_grad()
 def look(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Detections]:
     """torchvision's inference without its resizing and pasting; args as `predict`."""
-    # The model's own preparation, less the resizing: normalised, padded to one size.
+    # The model's own preparation, less the resizing: normalized, padded to one size.
     # The sizes before padding go along, since no box may lie in the padding.
     roi = model.roi_heads
     sizes = [tuple(image.shape[-2:]) for image in images]
@@ -320,7 +320,7 @@ def features_in(
         (N, D, 7, 7) for each image.
     """
     # Half of `look`: here the boxes are given, so there is nothing to propose. PL-DC's
-    # memory asks for labelled instances, whose boxes are known.
+    # memory asks for labeled instances, whose boxes are known.
     sizes = [tuple(image.shape[-2:]) for image in images]
     normal = [model.transform.normalize(image) for image in images]
     features = model.backbone(model.transform.batch_images(normal))

@@ -69,7 +69,7 @@ def _seeded():
 @pytest.fixture(scope="session")
 def shapes_folder(tmp_path_factory) -> Path:
     """A small shapes dataset: 40 training, 6 validation and 6 test images."""
-    from ssis import shapes
+    from ssis.datasets import shapes
 
     folder = tmp_path_factory.mktemp("shapes")
     shapes.make(folder, parts=dict(train=40, val=6, test=6))

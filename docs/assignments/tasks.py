@@ -1,7 +1,7 @@
 """The tasks of tasks.toml, and the surgery on source code that the other programs here share.
 
 A task is one function of the reference. Its body is taken out for the student's copy
-(`stub`), put back for the proof that its tests then pass (`swap`), and spoilt for the proof
+(`stub`), put back for the proof that its tests then pass (`swap`), and spoiled for the proof
 that they find mistakes (`spoil`). All of it works on lines, at positions that the `ast`
 module gives, so that every other line of a file stays byte for byte what it was.
 """

@@ -1,0 +1,254 @@
+r"""What a step costs: against plain torchvision, and its peak memory against its halves.
+
+    python docs/bench/bench_step.py time      supervised step / the same step on plain torchvision
+    python docs/bench/bench_step.py memory    semi-supervised step / its larger half
+    python docs/bench/bench_step.py levels --pretrained runs/<name>/pretrained.pt
+                                        the papers' steps / Guided Distillation's, SAM's share,
+                                        and all of them / the floor: torchvision's teacher
+                                        looking, then one training step on the same images
+
+Time: both sides have the same weights, images, targets, optimizer and threads; their
+steps take turns, so that a machine that slows down slows down both. The ratio is that of
+the medians. Memory: each variant in a process of its own, since peak memory never falls.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import nn
+from torchvision.models.detection.mask_rcnn import MaskRCNN as TorchvisionMaskRCNN
+
+import train
+from ssis import augment, config, distributed, filters, model, refine
+from ssis.io import checkpoint
+from ssis import teacher
+from ssis.datasets import split
+from ssis.presets import METHODS
+from ssis.engine import resume
+from ssis.datasets import parts
+from ssis import data
+
+
+def setup(**settings) -> tuple[train.Run, list, list]:
+    """A run of the defaults on the built-in dataset, and batches of it."""
+    made = config.Config(device="cpu", tau_class=0.2, **settings)
+    parts.prepare(made)
+    train_set, _, _ = parts.open_parts(made)
+    streams = data.streams(train_set, list(range(64)), list(range(64, 1280)), made)
+    run = train.Run(made, train_set, distributed.start("cpu"))
+    size = made.labeled_batch
+    batches = [
+        [[stream[size * k + i] for i in range(size)] for k in range(4)]
+        for stream in (streams.labeled, streams.unlabeled)
+    ]
+    return run, *batches
+
+
+def plain_net(run: train.Run) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A copy of the student with torchvision's own samplers (ours count), and AdamW."""
+    net = model.build(run.config, len(run.net.roi_heads.box_predictor.cls_score.bias)).train()
+    net.load_state_dict(run.net.state_dict())
+    for part in (net.rpn, net.roi_heads):
+        ours = part.fg_bg_sampler
+        part.fg_bg_sampler = model.BalancedPositiveNegativeSampler(
+            ours.batch_size_per_image, ours.positive_fraction
+        )
+    return net, torch.optim.AdamW(net.parameters(), lr=run.config.lr)
+
+
+def plain_step(net, optimizer, batch: list[dict], clip_norm: float) -> None:
+    """A training step as torchvision's tutorial writes it, on the same views."""
+    images = [augment.strong_view(item["image"], item["seed"]) for item in batch]
+    targets = [item["target"] for item in batch]
+    losses = TorchvisionMaskRCNN.forward(net, images, targets)
+    total = sum(losses.values())
+    optimizer.zero_grad()
+    total.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
+    optimizer.step()
+
+
+def measure_time(steps: int) -> None:
+    """Alternate the two kinds of step and print the ratio of their medians."""
+    run, labeled, _ = setup()
+    net, optimizer = plain_net(run)
+    times: dict[str, list[float]] = {"ssis": [], "torchvision": []}
+    for k in range(steps + 3):
+        for side in times:
+            torch.manual_seed(k)
+            began = time.perf_counter()
+            if side == "ssis":
+                train.step(run, labeled[k % 4], None)
+            else:
+                plain_step(net, optimizer, labeled[k % 4], run.config.clip_norm)
+            times[side].append(time.perf_counter() - began)
+    # The first three of each warm up.
+    medians = {side: statistics.median(values[3:]) for side, values in times.items()}
+    for side, value in medians.items():
+        print(f"{side:12} {1000 * value:7.1f} ms per supervised step of 8 images")
+    print(
+        f"ratio        {medians['ssis'] / medians['torchvision']:7.3f}  "
+        f"({torch.get_num_threads()} threads, {steps} steps each)"
+    )
+
+
+def measure_levels(pretrained: str, steps: int) -> None:
+    """Alternate the steps of four methods that start from the same first teacher.
+
+    The ratios are those of the sums: every tenth step of PL-DC refreshes its prototypes.
+    SAM's embeddings are there beforehand, as after a run's first pass over the images.
+    """
+    saved = checkpoint.load(pretrained)["config"]
+    runs, times, in_sam = {}, {}, {}
+    for method in ("guided-distillation", "pl-dc", "s4m", "full"):
+        # The first teacher is the same for all: what came before it costs nothing here.
+        parts = {name: getattr(config.Config, name) for name in config.LEVELS} | METHODS[method]
+        parts["structure_weight"] = saved.get("structure_weight", 0.0)
+        made = config.Config(**{**saved, "method": method, **parts})
+        train_set, _, _ = parts.open_parts(made)
+        # The split of the run itself, which lies beside the checkpoint.
+        beside = str(Path(pretrained).parent / "labeled.json")
+        labeled, _ = split.draw_split(train_set, beside, made.seed)
+        rest = sorted(set(range(len(train_set))) - set(labeled))
+        streams = data.streams(train_set, labeled, rest, made)
+        run = train.Run(made, train_set, distributed.start("cpu"))
+        resume.restore(run, train_set.names, pretrained, first_teacher=True)
+        train.begin_burnin(run, streams.labeled, train_set.class_shares(labeled))
+        runs[method], times[method], in_sam[method] = run, [], []
+    # The floor has the images and the kept pseudo-labels of Guided Distillation.
+    simple = runs["guided-distillation"]
+    net, optimizer = plain_net(simple)
+    times["floor"], in_sam["floor"] = [], [0.0] * (steps + 2)
+    redraw = refine.refine
+    spent = [0.0]
+
+    def timed(*arguments):
+        began = time.perf_counter()
+        result = redraw(*arguments)
+        spent[0] += time.perf_counter() - began
+        return result
+
+    refine.refine = timed
+    for k in range(steps + 2):
+        batches = [
+            [stream[8 * k + i] for i in range(8)] for stream in (streams.labeled, streams.unlabeled)
+        ]
+        for method, run in runs.items():
+            if run.embeddings:
+                for item in batches[1]:
+                    run.embeddings[item["index"]]
+            torch.manual_seed(k)
+            spent[0], began = 0.0, time.perf_counter()
+            train.step(run, *batches)
+            times[method].append(time.perf_counter() - began)
+            in_sam[method].append(spent[0])
+        weak = [item["image"] for item in batches[1]]
+        found = train.pseudo_labels(simple, weak, batches[1])["final"]
+        taught = [
+            dict(item, target=pseudo.target())
+            for item, pseudo in zip(batches[1], found, strict=True)
+            if len(pseudo)
+        ]
+        torch.manual_seed(k)
+        began = time.perf_counter()
+        # No mask of what no method would keep.
+        looking = simple.teacher
+        usual = looking.roi_heads.score_thresh
+        looking.roi_heads.score_thresh = filters.lowest_score(simple.config)
+        with torch.no_grad():
+            TorchvisionMaskRCNN.forward(looking, weak)
+        looking.roi_heads.score_thresh = usual
+        plain_step(net, optimizer, batches[0] + taught, simple.config.clip_norm)
+        times["floor"].append(time.perf_counter() - began)
+    means = {method: statistics.mean(values[2:]) for method, values in times.items()}
+    for method, value in means.items():
+        share = statistics.mean(in_sam[method][2:]) / value
+        print(
+            f"{method:20} {1000 * value:7.1f} ms per step of 8 + 8 images, "
+            f"ratio {value / means['guided-distillation']:.3f}, to the floor "
+            f"{value / means['floor']:.3f}, SAM {100 * share:4.1f} %"
+        )
+    print(f"({torch.get_num_threads()} threads, {steps} steps each)")
+
+
+def one_variant(variant: str) -> None:
+    """Run some steps of one variant and print the growth of the peak memory, MiB."""
+    # Images of 320 pixels: activations, not weights, make the peak.
+    run, labeled, unlabeled = setup(short_side_min=320, short_side=320, long_side=320)
+    # An untrained teacher is sure of nothing; this makes it find something everywhere.
+    run.config.tau_class = 0.16
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for k in range(3):
+        if variant == "labeled half":
+            train.step(run, labeled[k], None)
+        elif variant == "unlabeled half":
+            train.unlabeled_pass(run, unlabeled[k])
+            run.optimizer.step()
+        elif variant == "whole step":
+            train.step(run, labeled[k], unlabeled[k])
+        else:
+            one_graph_step(run, labeled[k], unlabeled[k])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print((peak - start) // 1024)
+
+
+def one_graph_step(run: train.Run, labeled: list[dict], unlabeled: list[dict]) -> None:
+    """The step as it must not be: both losses in one graph, one backward pass."""
+    weak = [item["image"] for item in unlabeled]
+    kept = teacher.predict(run.teacher, weak, run.config.tau_class)
+    images = [image for image, pseudo in zip(weak, kept, strict=True) if len(pseudo)]
+    targets = [pseudo.target() for pseudo in kept if len(pseudo)]
+    loss_u, *_ = run.student(images, targets)
+    del kept
+    loss_s, *_ = run.student(
+        [item["image"] for item in labeled], [item["target"] for item in labeled]
+    )
+    (sum(loss_u.values()) + sum(loss_s.values())).backward()
+    run.optimizer.step()
+
+
+def measure_memory() -> None:
+    """Each variant in its own process; print the table and the ratio."""
+    peaks = {}
+    for variant in ("labeled half", "unlabeled half", "whole step", "one graph"):
+        done = subprocess.run(
+            [sys.executable, __file__, variant], capture_output=True, text=True, check=True
+        )
+        peaks[variant] = int(done.stdout.split()[-1])
+        print(f"{variant:16} {peaks[variant]:6} MiB over the start")
+    half = max(peaks["labeled half"], peaks["unlabeled half"])
+    print(
+        f"whole step / larger half {peaks['whole step'] / half:.2f}, "
+        f"one graph / larger half {peaks['one graph'] / half:.2f}"
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", help="time, levels, memory (or one variant of memory)")
+    parser.add_argument("--pretrained", help="first teacher, for levels")
+    parser.add_argument("--steps", type=int, default=40)
+    args = parser.parse_args()
+    if args.what == "time":
+        measure_time(args.steps)
+    elif args.what == "memory":
+        measure_memory()
+    elif args.what == "levels":
+        if not args.pretrained:
+            parser.error("levels needs --pretrained")
+        measure_levels(args.pretrained, args.steps)
+    else:
+        one_variant(args.what)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""How S4M's refinement is best set: candidates, gate, points; and what it does to PL-DC.
+
+    python docs/bench/refine_trial.py runs/<name>/pretrained.pt --images 150 [--sam-checkpoint F]
+
+Of a first teacher's pseudo-labels (class score > 0.7) that lie on an instance: the mean
+mask IoU with the truth, and how often the class is right by PL-DC's second classifier
+alone, and mixed with the teacher at w = 0.5.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from second_opinion import first_teacher
+
+from ssis import config, correction, filters, refine, sam, teacher
+from ssis.report import audit
+from ssis import data
+
+TRIALS = {
+    f"{rule}, gate {gate}, {count} points, {sampling}": config.Config(
+        refine=rule, refine_gate=gate, refine_points=count, refine_sampling=sampling
+    )
+    for rule, gate, count, sampling in (
+        ("iou", 0.0, 3, "paper"),
+        ("iou", 0.5, 3, "paper"),
+        ("agreement", 0.0, 3, "paper"),
+        ("agreement", 0.5, 3, "paper"),
+        ("agreement", 0.7, 3, "paper"),
+        ("agreement", 0.8, 3, "paper"),
+        ("agreement", 0.5, 3, "code"),
+        ("agreement", 0.5, 1, "paper"),
+        ("agreement", 0.5, 6, "paper"),
+    )
+}
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("--images", type=int, default=150)
+    parser.add_argument("--sam-checkpoint", default="", help="of a tiny SAM; empty: its own")
+    args = parser.parse_args()
+    net, dataset, settings, labeled, rest, names = first_teacher(args.checkpoint)
+    known = data.Stream(dataset, labeled, settings, 0, True)
+    asked = data.Stream(dataset, rest, settings, 1, True)
+    second = correction.Prototypes(len(names), net.backbone.out_channels, 64)
+    for k in range(0, correction.START_VIEWS, 8):
+        second.learn(net, [known[i] for i in range(k, k + 8)])
+    tiny = sam.SegmentAnything("tiny", args.sam_checkpoint, "cpu")
+    embeddings = sam.Embeddings(tiny, dataset, settings)
+    rule = config.Config(filter="score", tau_class=0.7)
+
+    sums: Counter = Counter()
+    for k in range(args.images):
+        item = asked[k]
+        found = filters.keep(teacher.predict(net, [item["image"]], 0.7)[0], rule)
+        partner = audit.match(found.boxes, item["target"]["boxes"])
+        found, partner = found[partner >= 0], partner[partner >= 0]
+        masks = item["target"]["masks"][partner].bool()
+        true = item["target"]["labels"][partner] - 1
+        sums["number"] += len(found)
+        sums["class"] += (found.distribution.argmax(1) == true).sum().item() if len(found) else 0
+        for name, trial in {"the teacher's masks": None, **TRIALS}.items():
+            made = refine.refine(found, embeddings, item, trial) if trial else found
+            if not len(found):
+                continue
+            sums[name, "iou"] += refine.overlap(made.masks, masks).sum().item()
+            said = second(item["image"], made)
+            mixed = 0.5 * said + 0.5 * found.distribution
+            sums[name, "second"] += (said.argmax(1) == true).sum().item()
+            sums[name, "mixed"] += (mixed.argmax(1) == true).sum().item()
+    number = sums["number"]
+    print(f"{number} pseudo-labels; the teacher's class is right in {sums['class'] / number:.3f}\n")
+    print(f"{'':42}mask IoU  second  mixed")
+    for name in ["the teacher's masks", *TRIALS]:
+        cells = [sums[name, key] / number for key in ("iou", "second", "mixed")]
+        print(f"{name:42}   {cells[0]:.3f}   {cells[1]:.3f}  {cells[2]:.3f}")
+
+
+if __name__ == "__main__":
+    main()

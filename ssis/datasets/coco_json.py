@@ -1,0 +1,373 @@
+r"""Reading COCO-format JSON: every record is checked, then packed into `data.Dataset`.
+
+The traps that real files hold are met here, once: ids that are given twice, have gaps,
+start at 0 or are text; a category that stands for all the others; names that climb out
+of the image folder; masks as polygons in several parts, as compressed and as
+uncompressed RLE; crowds; annotations of nothing. Whatever cannot be right ends with one
+line that names the file and the record.
+
+Read next: `ssis/data.py`, what it is read into.
+"""
+
+import contextlib
+import gc
+import json
+import os
+from array import array
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from pycocotools import mask as mask_utils
+
+from ssis import UserError
+from ssis.io import images
+from ssis.datasets.dataset import Dataset
+
+
+def safe_name(name, source: str) -> str:
+    """A file name from a JSON, or UserError when it leaves the image folder."""
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{source}: an image has file_name {name!r}; it must be a name")
+    parts = PurePosixPath(name.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
+        raise UserError(
+            f"{source}: file_name {name!r} leaves the image folder; make it relative"
+        )
+    return str(parts)
+
+
+def load_json(path: str, what: str):
+    """Parsed JSON, or UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: {what} not found") from error
+    except OSError as error:
+        raise UserError(f"{path}: {what} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {what} is not JSON ({error})") from error
+
+
+def load_coco(path: str, folder: str, names: list[str] | None = None) -> Dataset:
+    """Read a COCO-format JSON.
+
+    Args:
+        path: the JSON: `images`, `annotations`, `categories`; polygons or RLE.
+        folder: the image folder.
+        names: the class names to use, those of the training set, so that a label means
+            the same class in every part; None takes the JSON's own.
+
+    Raises:
+        UserError: what is wrong in which record, one line.
+    """
+    with no_collection():
+        return read(load_json(path, "COCO JSON"), path, folder, names)
+
+
+@contextlib.contextmanager
+def no_collection():
+    """Without Python's search for reference cycles.
+
+    Millions of new objects set it off again and again, and a JSON has no cycles: a
+    third of the time of reading a large one (docs/performance.md).
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def read(raw, path: str, folder: str, names: list[str] | None) -> Dataset:
+    """The content of a JSON as a `Dataset`; arguments and errors as `load_coco`."""
+    keys = ("images", "annotations", "categories")
+    if not isinstance(raw, dict) or not all(
+        isinstance(raw.get(key), list) for key in keys
+    ):
+        raise UserError(
+            f"{path}: not COCO format: it must have the lists {', '.join(keys)}"
+        )
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: image folder not found")
+    try:
+        used = {as_number(record["category_id"]) for record in raw["annotations"]}
+        categories = without_placeholder(raw["categories"], used, names)
+        dataset, label_of = read_categories(categories, path, folder, names)
+        position = read_images(raw["images"], dataset)
+        read_annotations(raw["annotations"], dataset, label_of, position)
+        return dataset
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{path}: not COCO format: a record has no proper {error}"
+        ) from error
+
+
+def as_number(value) -> int | str:
+    """An id or a size as a number: there are tools that write 7, "7" and 7.0."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isdecimal() and len(value) < 19:
+        # Not "007": as text it is another id than "7".
+        return int(value) if str(int(value)) == value else value
+    return value
+
+
+def without_placeholder(
+    records: list[dict], used: set, names: list[str] | None
+) -> list[dict]:
+    """Categories without the one that Roboflow puts in front for the whole project.
+
+    It is the supercategory of all the others and has none itself, nothing is annotated
+    with it, and as a class it would have no AP.
+    """
+    for record in records:
+        others = [other for other in records if other is not record]
+        name = record["name"]
+        if (
+            others
+            and all(other.get("supercategory") == name for other in others)
+            and record.get("supercategory") in (None, "", "none")
+            and as_number(record["id"]) not in used
+            # A class of the training set stays one, unless it is there once more.
+            and (name not in (names or []) or any(o["name"] == name for o in others))
+        ):
+            return others
+    return records
+
+
+def read_categories(
+    records: list[dict], path: str, folder: str, names: list[str] | None
+) -> tuple[Dataset, dict]:
+    """An empty `Dataset` with its classes, and the label of each category id."""
+    # Sorted by id: the order of a JSON's list is an accident, labels must not be.
+    # Numbers come before text; the two cannot be compared.
+    numbers = [as_number(category["id"]) for category in records]
+    order = sorted(numbers, key=lambda number: (isinstance(number, str), number))
+    records = [records[numbers.index(number)] for number in order]
+    own, ids = [c["name"] for c in records], order
+    if not own or len(set(own)) < len(own) or len(set(ids)) < len(ids):
+        raise UserError(
+            f"{path}: categories must be there, with ids and names given only once"
+        )
+    names = names or own
+    unknown = sorted(set(own) - set(names))
+    if unknown:
+        raise UserError(
+            f"{path}: unknown class {unknown[0]!r}; the model knows "
+            f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+        )
+    # As the file writes them: predictions are saved with them.
+    written = {category["name"]: category["id"] for category in records}
+    dataset = Dataset(path, folder, list(names), [written.get(name) for name in names])
+    labels = [names.index(name) + 1 for name in own]
+    return dataset, dict(zip(ids, labels, strict=True))
+
+
+def read_images(records: list[dict], dataset: Dataset) -> dict:
+    """Fill in names, ids and sizes; returns the position of each image id."""
+    path, position, seen, sizes = dataset.source, {}, set(), []
+    for image in records:
+        number = as_number(image["id"])
+        if number in position:
+            raise UserError(
+                f"{path}: two images have the id {image['id']}; make ids unique"
+            )
+        name = safe_name(image["file_name"], path)
+        if name in seen:
+            raise UserError(
+                f"{path}: two images have the file_name {name!r}; the split could not "
+                "tell them apart"
+            )
+        size = (as_number(image["height"]), as_number(image["width"]))
+        if not all(isinstance(side, int) and 0 < side < 2**31 for side in size):
+            raise UserError(
+                f"{path}: image {name!r} has height {size[0]!r} and width {size[1]!r}; "
+                "both must be whole numbers above 0"
+            )
+        position[number] = len(position)
+        seen.add(name)
+        sizes.append(size)
+        dataset.files.append(name)
+        dataset.image_ids.append(image["id"])
+    if not position:
+        raise UserError(f"{path}: lists no image")
+    dataset.folders = [dataset.folder] * len(position)
+    dataset.sizes = np.array(sizes, np.int64)
+    dataset.annotated = len(position)
+    return position
+
+
+def read_annotations(
+    records: list[dict], dataset: Dataset, label_of: dict, position: dict
+) -> None:
+    """Pack the annotations into the arrays that `Dataset` describes."""
+    # Grouped by image; the order within an image is kept.
+    rows = [[] for _ in position]
+    for record in records:
+        for key, known in (("image_id", position), ("category_id", label_of)):
+            if as_number(record[key]) not in known:
+                raise UserError(
+                    f"{dataset.source}: annotation {record.get('id')} has {key} "
+                    f"{record[key]}, which is not listed"
+                )
+        rows[position[as_number(record["image_id"])]].append(record)
+
+    # Arrays that grow: millions of Python numbers would be gigabytes on their own.
+    labels, crowd, polygonal = array("q"), array("b"), array("b")
+    first, part_first, byte_first = (array("q", [0]) for _ in range(3))
+    pieces, skipped = [], 0
+    for image_records, size in zip(rows, dataset.sizes.tolist(), strict=True):
+        for record in image_records:
+            parts, is_polygon = read_mask(record, size, dataset.source)
+            skipped += not parts
+            if not parts:
+                continue
+            labels.append(label_of[as_number(record["category_id"])])
+            crowd.append(bool(record.get("iscrowd", 0)))
+            polygonal.append(is_polygon)
+            for part in parts:
+                pieces.append(part)
+                byte_first.append(byte_first[-1] + len(part))
+            part_first.append(part_first[-1] + len(parts))
+        first.append(len(labels))
+    if skipped:
+        dataset.warnings.append(
+            f"{dataset.source}: {skipped} annotations without a mask are left out"
+        )
+    dataset.labels = np.array(labels, np.int64)
+    dataset.crowd, dataset.polygonal = np.array(crowd, bool), np.array(polygonal, bool)
+    dataset.first, dataset.part_first = np.array(first), np.array(part_first)
+    dataset.byte_first = np.array(byte_first)
+    dataset.bytes = np.frombuffer(b"".join(pieces), np.uint8)
+
+
+def read_mask(record: dict, size: list[int], path: str) -> tuple[list[bytes], bool]:
+    """The bytes of an annotation's polygons (float64), or of its compressed RLE."""
+    segmentation = record.get("segmentation")
+    if isinstance(segmentation, dict):
+        if list(segmentation["size"]) != size:
+            raise UserError(
+                f"{path}: annotation {record.get('id')} has an RLE of size "
+                f"{segmentation['size']}, its image is {size}"
+            )
+        counts = segmentation["counts"]
+        if isinstance(counts, list):
+            # pycocotools would read beyond the end of runs that are too short.
+            if min(counts, default=-1) < 0 or sum(counts) != size[0] * size[1]:
+                raise UserError(
+                    f"{path}: annotation {record.get('id')} has an RLE whose runs "
+                    "do not add up to its image"
+                )
+            # COCO's crowds: run lengths as numbers. One form of RLE is enough.
+            counts = mask_utils.frPyObjects(segmentation, *size)["counts"]
+        if isinstance(counts, str):
+            if not counts.isascii():
+                raise UserError(
+                    f"{path}: annotation {record.get('id')} has an RLE that is garbled"
+                )
+            counts = counts.encode()
+        elif not isinstance(counts, bytes):
+            raise TypeError("RLE")
+        # Nothing but background is no mask.
+        empty = not mask_utils.area(dict(size=size, counts=counts))
+        return [] if empty else [counts], False
+    # A polygon needs three corners; pycocotools takes four numbers for a box.
+    polygons = [part for part in segmentation or [] if len(part) >= 6]
+    parts = []
+    for polygon in polygons:
+        if len(polygon) % 2:
+            raise UserError(
+                f"{path}: annotation {record.get('id')} has a polygon with an odd "
+                "number of coordinates"
+            )
+        try:
+            parts.append(array("d", polygon).tobytes())
+        except TypeError as error:
+            raise UserError(
+                f"{path}: annotation {record.get('id')} has a polygon that is "
+                f"not a list of numbers"
+            ) from error
+        # pycocotools walks every pixel of an outline: one that leads to infinity, or
+        # over NaN, for ever. (A comparison with NaN is false.)
+        if not sum(map(abs, polygon)) <= 10 * len(polygon) * max(size):
+            raise UserError(
+                f"{path}: annotation {record.get('id')} has a polygon far outside of "
+                "its image, or with a coordinate that is no number"
+            )
+    return parts, True
+
+
+class Known:
+    """Some files, to be found again under other names and as copies.
+
+    Of two files of one size the first and the last 4 kB are compared: enough to tell
+    two photos apart, and little to read where there are hundreds of thousands.
+    """
+
+    def __init__(self, paths):
+        self.paths, self.sizes, self.edges = set(), {}, {}
+        for path in paths:
+            self.paths.add(os.path.realpath(path))
+            with contextlib.suppress(OSError):  # missing: told when files are checked
+                self.sizes.setdefault(os.path.getsize(path), []).append(path)
+
+    def __contains__(self, path: str) -> bool:
+        if os.path.realpath(path) in self.paths:
+            return True
+        try:
+            same = self.sizes.get(os.path.getsize(path), [])
+            return bool(same) and self.edge(path) in map(self.edge, same)
+        except OSError:
+            # A broken link: no copy, and told when the files are checked.
+            return False
+
+    def edge(self, path: str) -> bytes:
+        """The first and the last 4 kB of a file."""
+        if path not in self.edges:
+            with open(path, "rb") as file:
+                start = file.read(4096)
+                file.seek(max(0, os.path.getsize(path) - 4096))
+                self.edges[path] = start + file.read(4096)
+        return self.edges[path]
+
+
+def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
+    """Append the images of a bare folder; returns their indices.
+
+    They have no annotations and never will: sizes are left unknown. Files that the
+    dataset lists already are passed over, since the labeled and the unlabeled images
+    often share a folder; so are those of the datasets in `apart`, on which the model is
+    to be judged and which it must not have seen, even without labels. Copies count too,
+    as an annotation tool's export brings them; pictures that it compressed anew do not.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: folder of unlabeled images not found")
+    root = Path(folder)
+    names = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.suffix.lower() in images.IMAGE_TYPES and not path.is_dir()
+    )
+    known = Known(part.path(i) for part in (dataset, *apart) for i in range(len(part)))
+    names = [name for name in names if str(root / name) not in known]
+    if not names:
+        raise UserError(
+            f"{folder}: no image in it that is not in {dataset.source} already "
+            f"({', '.join(images.IMAGE_TYPES)})"
+        )
+    start = len(dataset)
+    dataset.files += names
+    dataset.folders += [folder] * len(names)
+    # No id in the JSON: the name serves.
+    dataset.image_ids += names
+    dataset.sizes = np.concatenate([dataset.sizes, np.zeros((len(names), 2), np.int64)])
+    dataset.first = np.concatenate(
+        [dataset.first, np.full(len(names), dataset.first[-1])]
+    )
+    return list(range(start, len(dataset)))

@@ -1,0 +1,58 @@
+r"""The training, validation and test part of a run: which files, and reading them.
+
+Read next: `ssis/datasets/coco_json.py`, which reads one.
+"""
+
+import os
+from pathlib import Path
+
+from ssis import UserError
+from ssis.datasets import shapes, signs
+from ssis.datasets.coco_json import add_folder, load_coco
+from ssis.datasets.dataset import Dataset
+
+
+def part_paths(config, part: str) -> tuple[str, str]:
+    """JSON and image folder of "train", "val" or "test".
+
+    A flag says so (`--train-json`), or the preset's folder `data` holds
+    `instances_<part>.json` beside `<part>/`. Without test part it is the validation
+    part.
+    """
+    source, folder = getattr(config, f"{part}_json"), getattr(config, f"{part}_images")
+    if bool(source) != bool(folder):
+        raise UserError(
+            f"--{part}-json and --{part}-images go together: give both, or neither"
+        )
+    if not source and config.data and (part != "test" or not config.val_json):
+        source, folder = f"{config.data}/instances_{part}.json", f"{config.data}/{part}"
+    if part == "test" and not os.path.exists(source):
+        if source and source == config.test_json:
+            raise UserError(f"{source}: COCO JSON not found")
+        return part_paths(config, "val")
+    if not source:
+        raise UserError(
+            f"--{part}-json J --{part}-images D: needed with --preset {config.preset}"
+        )
+    return source, folder
+
+
+def prepare(config) -> None:
+    """Once, before all else: draw a built-in dataset, check every image file."""
+    drawn = {"shapes": shapes.SHAPES, "signs": signs.SIGNS}
+    if config.preset in drawn and not config.train_json:
+        shapes.make(Path(config.data), scenes=drawn[config.preset])
+    for part in open_parts(config):
+        part.check_files()
+
+
+def open_parts(config) -> tuple[Dataset, Dataset, Dataset]:
+    """Training, validation and test datasets, with the training set's classes."""
+    train_set = load_coco(*part_paths(config, "train"))
+    val, test = (
+        load_coco(*part_paths(config, part), train_set.names)
+        for part in ("val", "test")
+    )
+    if config.unlabeled_images:
+        add_folder(train_set, config.unlabeled_images, apart=(val, test))
+    return train_set, val, test

@@ -1,0 +1,208 @@
+r"""The labeled/unlabeled split: drawn once, written down, given back.
+
+Semi-supervised learning is one decision about data: which images keep their masks. It
+is taken once, from the seed, before training starts, and written to `labeled.json`; a
+split drawn again by every process would leak labels from one into another.
+
+Read next: `ssis/engine/loader.py`, which serves both parts.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from ssis import UserError, distributed
+from ssis.datasets.coco_json import load_json
+from ssis.datasets.dataset import Dataset
+from ssis.io.files import writing
+
+
+def draw_split(
+    dataset: Dataset, labeled: str, seed: int
+) -> tuple[list[int], list[str]]:
+    """Choose the labeled images.
+
+    Args:
+        dataset: the training images; the first `dataset.annotated` have masks.
+        labeled: "5%" of the images, "64" images, or the path of a split's JSON.
+        seed: of the draw; not used for a given split.
+
+    Returns:
+        Sorted indices of the labeled images, and warnings.
+
+    Raises:
+        UserError: nothing to choose, too many, or a split that names unknown images.
+    """
+    # Images of a bare folder have no masks to be labeled with.
+    total = dataset.annotated
+    if labeled.endswith(".json"):
+        given = read_split(dataset, labeled)
+        return given, coverage(dataset, given)
+    count = how_many(labeled, total)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(total, generator=generator).tolist()
+    # Cover the classes first, the rarest first, each by the first image of the random
+    # order that has it: a class without one labeled instance can never be learned.
+    holders: dict[int, list[int]] = {}
+    for index in order:
+        for label in dataset.present_labels(index):
+            holders.setdefault(label, []).append(index)
+    chosen: list[int] = []
+    for label in sorted(holders, key=lambda label: (len(holders[label]), label)):
+        if len(chosen) < count and not set(chosen) & set(holders[label]):
+            chosen.append(holders[label][0])
+    # The rest of the budget is uniform.
+    taken = set(chosen)
+    chosen += [index for index in order if index not in taken][: count - len(chosen)]
+    return sorted(chosen), coverage(dataset, chosen)
+
+
+def how_many(labeled: str, total: int) -> int:
+    """The number of images that "5%" or "64" of so many means.
+
+    Raises:
+        UserError: neither a share nor a number, or none, or more than there are.
+    """
+    try:
+        share = float(labeled[:-1]) / 100 if labeled.endswith("%") else None
+        count = round(share * total) if share is not None else int(labeled)
+    except (ValueError, OverflowError) as error:
+        raise UserError(
+            f"--labeled {labeled}: must be a share (5%), a number of images (64) or "
+            "the path of a split's .json"
+        ) from error
+    if not 1 <= count <= total:
+        raise UserError(
+            f"--labeled {labeled}: that is {count} of {total} images; "
+            f"choose from 1 to {total}"
+        )
+    return count
+
+
+def coverage(dataset: Dataset, chosen: list[int]) -> list[str]:
+    """Warnings about classes that a split leaves without a labeled instance.
+
+    Raises:
+        UserError: it leaves all of them so.
+    """
+    covered = set().union(*(dataset.present_labels(index) for index in chosen))
+    if not covered:
+        raise UserError(
+            f"{dataset.source}: the {len(chosen)} labeled images have no instance at "
+            "all; label more images, or annotate some"
+        )
+    missing = [name for k, name in enumerate(dataset.names, 1) if k not in covered]
+    if not missing:
+        return []
+    shown = ", ".join(missing[:8]) + (" …" if len(missing) > 8 else "")
+    return [
+        f"{len(missing)} of {len(dataset.names)} classes have no labeled instance and "
+        f"cannot be learned: {shown}"
+    ]
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A checksum of the names of the annotated images, in their order: what a split is
+    drawn from. Images of a bare folder can come and go."""
+    names = "\n".join(dataset.files[: dataset.annotated]).encode()
+    return hashlib.sha256(names).hexdigest()
+
+
+def write_split(
+    dataset: Dataset, indices: list[int], path: Path, seed: int | None, source: str = ""
+) -> None:
+    """Write `labeled.json`, which `--labeled` takes back.
+
+    Args:
+        dataset: the training images.
+        indices: the labeled ones.
+        path: the file.
+        seed: of the draw; None for a split that was published.
+        source: the file that it was published in.
+    """
+    content = dict(
+        source=os.path.basename(dataset.source),
+        seed=seed,
+        **(dict(published=source) if source else {}),
+        of=dataset.annotated,
+        sha256=fingerprint(dataset),
+        labeled=[dataset.files[index] for index in indices],
+    )
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_split(dataset: Dataset, path: str) -> list[int]:
+    """Indices of the images that a split names; a list, or a dict with `labeled`.
+
+    A split of another list of images is warned of: as long as its names are there it
+    can be used, but it is not the share of the images that it was.
+    """
+    raw = load_json(path, "split")
+    names = raw.get("labeled") if isinstance(raw, dict) else raw
+    if not isinstance(names, list) or not names:
+        raise UserError(
+            f"{path}: not a split: it must be a list of file names, or "
+            '{"labeled": [...]}'
+        )
+    position = {dataset.files[index]: index for index in range(dataset.annotated)}
+    unknown = [
+        name for name in names if not isinstance(name, str) or name not in position
+    ]
+    if unknown:
+        raise UserError(
+            f"{path}: names {len(unknown)} images that {dataset.source} does not "
+            f"list, the first is {unknown[0]!r}"
+        )
+    if isinstance(raw, dict) and raw.get("sha256", fingerprint(dataset)) != fingerprint(
+        dataset
+    ):
+        print(
+            f"warning: {path}: was drawn from other images than {dataset.source} has "
+            f"({raw.get('of')}, not {dataset.annotated}; the checksums differ)",
+            file=sys.stderr,
+        )
+    return sorted({position[name] for name in names})
+
+
+def split(train_set: Dataset, config, path: Path) -> tuple[list[int], list[int]]:
+    """Labeled and unlabeled images of a run: as written in its folder, or drawn now.
+
+    Raises:
+        UserError: no unlabeled image is left for a method that needs some.
+    """
+
+    def draw() -> list[int]:
+        # The split of a run that goes on; the images must be those it was drawn from.
+        if path.exists() and load_json(str(path), "split").get("sha256") != fingerprint(
+            train_set
+        ):
+            raise UserError(
+                f"{path}: the training images in {train_set.source} are others than "
+                "when this run began; give another --output"
+            )
+        if not path.exists():
+            chosen, warnings = draw_split(train_set, config.labeled, config.seed)
+            for line in train_set.warnings + warnings:
+                print(f"warning: {line}", file=sys.stderr)
+            with writing(path):
+                write_split(train_set, chosen, path, config.seed)
+        return read_split(train_set, str(path))
+
+    labeled = distributed.from_main(draw)
+    hidden = set(labeled)
+    unlabeled = [
+        i
+        for i in range(len(train_set))
+        if config.unlabeled_includes_labeled or i not in hidden
+    ]
+    if not unlabeled and config.method != "supervised":
+        raise UserError(
+            f"--labeled {config.labeled}: no unlabeled image is left for --method "
+            f"{config.method}; label fewer, or give --unlabeled-images"
+        )
+    return labeled, unlabeled

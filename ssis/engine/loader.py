@@ -1,0 +1,103 @@
+r"""From images on disk to batches: the parts of a dataset, the streams, the shares.
+
+*The stream of batches is a pure function of the seed and the step.* Item k of a stream
+knows its image and the seed of its augmentation. So resuming needs only the number of
+the step, and neither the number of loader workers nor that of processes changes what
+is trained on.
+
+*Only two of the three streams know any truth.* That of the unlabeled images does not
+read their annotations at all, so nothing can leak.
+
+Read next: `ssis/augment.py`, the views of an image.
+"""
+
+import contextlib
+import signal
+
+import torch
+
+from ssis import UserError
+from ssis.data import Shard, Stream
+
+
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach workers too; only the main process is to react."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def dead_workers():
+    """Within it, a loader worker that dies is one line; after it, no worker is left.
+
+    PyTorch raises its RuntimeError from a signal handler, so in any line of the main
+    process (also in one that makes a UserError of a RuntimeError, as the writing of a
+    checkpoint does), or from the queue, whichever is first. An error *in* a worker is
+    another thing ("Caught ... in DataLoader worker process 0"), and passes.
+
+    Raises:
+        UserError: a worker was killed, or died in some other way.
+    """
+    try:
+        yield
+    except (RuntimeError, UserError) as error:
+        first = error.__cause__ if isinstance(error, UserError) else error
+        said = str(first).strip()
+        if not said.startswith("DataLoader worker (pid"):
+            raise
+        raise UserError(
+            f"a loader worker died ({said.splitlines()[0].strip()}): often for "
+            "want of memory, then give fewer --workers; the last checkpoint is kept, "
+            "the same command goes on from it"
+        ) from error
+    finally:
+        end_workers()
+
+
+def end_workers() -> None:
+    """Kill what loader workers are left.
+
+    When a program ends, Python sends its daemons SIGTERM and waits for them; workers
+    ignore that signal, so after an error it would wait for ever.
+    """
+    # PyTorch's own handler would take their end for an accident. (Windows has none.)
+    child_ended = getattr(signal, "SIGCHLD", None)
+    before = child_ended and signal.signal(child_ended, signal.SIG_DFL)
+    for worker in torch.multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    if child_ended:
+        signal.signal(child_ended, before or signal.SIG_DFL)
+
+
+def batches(stream: Stream, batch: int, start: int, run):
+    """Batches (lists of items) from a step on to the end, for one process.
+
+    Args:
+        stream: what to draw from.
+        batch: size of the global batch.
+        start: the first step.
+        run: `run.Run`.
+
+    Raises:
+        UserError: the batch cannot be shared out equally.
+    """
+    if batch % run.world:
+        raise UserError(
+            f"a batch of {batch} images cannot be shared by {run.world} processes; "
+            "choose --labeled-batch and --unlabeled-batch accordingly"
+        )
+    shard = Shard(batch, start, run.config.stage_ends[-1], run.rank, run.world)
+    return iter(
+        torch.utils.data.DataLoader(
+            stream,
+            batch_sampler=shard,
+            num_workers=run.config.workers,
+            # Images differ in size: a batch is a list.
+            collate_fn=list,
+            # The streams carry their own seeds; the loader must not consume the global
+            # ones, or the number of restarts would change the results.
+            generator=torch.Generator(),
+            worker_init_fn=ignore_signals,
+        )
+    )

@@ -1,0 +1,1 @@
+"""Image files, files written whole, and the bytes of checkpoints."""

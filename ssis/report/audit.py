@@ -1,0 +1,282 @@
+r"""How good are the pseudo-labels, when the truth is known.
+
+The final AP says whether a method worked; the audit says why. On some unlabeled images
+whose annotations were hidden from training, the teacher's kept pseudo-labels are
+compared with the truth:
+
+    pseudo_per_image    kept instances, against labeled_per_image, the density to expect
+    box_precision       share of them that lie on an instance (box IoU >= 0.5)
+    class_accuracy      share of those that have its class
+    mask_iou            mean mask IoU of those with it
+    recall              share of the instances that some pseudo-label lies on
+
+Shares are in [0, 1]; one that is a share of nothing is None.
+
+and this for every stage of their making (`train.pseudo_labels`): all that the teacher
+predicts (from class score 0.3 on, or from the filter's lowest), what the filter keeps,
+that with its masks redrawn by SAM, and that with its classes corrected. So each part
+shows what it does and what it costs.
+
+A pseudo-label and an instance are matched one to one, best class quality first, as
+COCO does, but regardless of the class: the class is what is being audited.
+
+Read next: `ssis/pictures.py`, the same in pictures.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import box_iou
+
+from ssis import distributed
+from ssis.teacher import PseudoLabels
+
+MATCH_IOU = 0.5
+# A teacher has collapsed below, and explodes above, this many times the labeled
+# density; of a class that is said where at least so many were expected. Steps between.
+FEW, MANY, ENOUGH = 0.05, 5.0, 20
+WATCH_EVERY = 100
+# Class score from which on a prediction counts as one, before any filter.
+PREDICTED = 0.3
+# The sums that everything follows from; one row for each label, so that the rows of
+# several processes can be added up.
+KEPT, MATCHED, RIGHT, IOU, TRUE, FOUND = range(6)
+
+
+def match(boxes: Tensor, truth: Tensor) -> Tensor:
+    """One-to-one matching by box IoU, in the order of `boxes`.
+
+    Args:
+        boxes: (N, 4), best first.
+        truth: (M, 4).
+
+    Returns:
+        (N,) int64: index of the matched truth, -1 for none.
+    """
+    result = torch.full((len(boxes),), -1)
+    if len(boxes) == 0 or len(truth) == 0:
+        return result
+    iou = box_iou(boxes.cpu(), truth.cpu())  # (N, M)
+    for i in range(len(boxes)):
+        best = iou[i].argmax()
+        if iou[i, best] >= MATCH_IOU:
+            result[i] = best
+            # Taken: a second box on the same instance is a duplicate, hence wrong.
+            iou[:, best] = -1
+    return result
+
+
+def tally(pseudo: PseudoLabels, target: dict, classes: int) -> Tensor:
+    """The sums of one image.
+
+    Args:
+        pseudo: what was kept, best first.
+        target: the truth in the same frame: boxes, labels, masks.
+        classes: C.
+
+    Returns:
+        (C + 1, 6) float64; columns KEPT .. FOUND. Row = the predicted class for the
+        first four, the true class for TRUE and FOUND.
+    """
+    sums = torch.zeros(classes + 1, 6, dtype=torch.float64)
+    labels, true_labels = pseudo.labels.cpu(), target["labels"].cpu()
+    partner = match(pseudo.boxes, target["boxes"])
+    hit = partner >= 0
+    mask, true_mask = (
+        pseudo.masks[hit].cpu(),
+        target["masks"].cpu().bool()[partner[hit]],
+    )
+    overlap = (mask & true_mask).flatten(1).sum(1) / (mask | true_mask).flatten(1).sum(
+        1
+    )
+    for label in labels:
+        sums[label, KEPT] += 1
+    for label, true, iou in zip(
+        labels[hit], true_labels[partner[hit]], overlap, strict=True
+    ):
+        sums[label, MATCHED] += 1
+        sums[label, RIGHT] += label == true
+        sums[label, IOU] += iou
+        sums[true, FOUND] += 1
+    for label in true_labels:
+        sums[label, TRUE] += 1
+    return sums
+
+
+def summary(sums: Tensor, images: int, labeled_per_image: float) -> dict:
+    """The five numbers of some sums (any number of rows of `tally`)."""
+    kept, matched, right, iou, true, found = sums.reshape(-1, 6).sum(0).tolist()
+
+    def share(part: float, whole: float) -> float | None:
+        return round(part / whole, 4) if whole else None
+
+    return dict(
+        pseudo_per_image=share(kept, images),
+        labeled_per_image=round(labeled_per_image, 4),
+        box_precision=share(matched, kept),
+        class_accuracy=share(right, matched),
+        mask_iou=share(iou, matched),
+        recall=share(found, true),
+    )
+
+
+def per_class(sums: Tensor, images: int, names: list[str]) -> dict:
+    """`summary` for every class; `labeled_per_image` is that of the truth."""
+    return {
+        name: summary(row, images, row[TRUE].item() / max(images, 1))
+        for name, row in zip(names, sums[1:], strict=True)
+    }
+
+
+def oracle(pseudo: PseudoLabels, target: dict, what: str) -> PseudoLabels:
+    """Headroom: pseudo-labels whose classes or masks are replaced by the truth.
+
+    What lies on no instance stays as it is: there is no truth for it.
+
+    Args:
+        pseudo: of one image.
+        target: the truth in the same frame.
+        what: "class", "mask" (with the box) or "both".
+    """
+    partner = match(pseudo.boxes, target["boxes"]).to(pseudo.boxes.device)
+    hit = partner >= 0
+    true = {key: t.to(partner.device)[partner[hit]] for key, t in target.items()}
+    made = dataclasses.replace(pseudo)
+    if what in ("class", "both"):
+        made.labels = pseudo.labels.clone()
+        made.labels[hit] = true["labels"]
+    if what in ("mask", "both"):
+        made.boxes, made.masks = pseudo.boxes.clone(), pseudo.masks.clone()
+        made.mask_probs = pseudo.mask_probs.clone()
+        made.boxes[hit], made.masks[hit] = true["boxes"], true["masks"].bool()
+        made.mask_probs[hit] = true["masks"].float()
+    return made
+
+
+def run(run, label, stream) -> dict:
+    """Audit a run's pseudo-labels on some unlabeled images, over all processes.
+
+    The images are weak views, as the student's are.
+
+    Args:
+        run: `run.Run`.
+        label: `train.pseudo_labels`.
+        stream: unlabeled images with their hidden targets; None without truth.
+
+    Returns:
+        {"audit": the numbers of what the student is trained on, "audit_per_class":
+        {name: numbers}, "audit_stages": {stage: numbers}}; None without truth.
+    """
+    if stream is None or not run.config.audit_images:
+        return dict(audit=None, audit_per_class=None, audit_stages=None)
+    names, config = stream.dataset.names, run.config
+    count = min(config.audit_images, len(stream.indices))
+    sums: dict[str, Tensor] = {}
+    for k in range(run.rank, count, run.world):
+        item = stream[k]
+        weak = [item["image"].to(run.device)]
+        for stage, found in label(run, weak, [item], PREDICTED).items():
+            counted = tally(found[0], item["target"], len(names))
+            sums[stage] = sums.get(stage, 0) + counted
+    # Processes beyond the number of images have counted nothing.
+    stages = distributed.gather(list(sums))[0]
+    zeros = torch.zeros(len(names) + 1, 6, dtype=torch.float64)
+    together = torch.stack([sums.get(stage, zeros) for stage in stages])
+    together = distributed.all_sum(together.float().to(run.device)).double().cpu()
+    numbers = {
+        stage: summary(table, count, run.watch.per_image)
+        for stage, table in zip(stages, together, strict=True)
+    }
+    return dict(
+        audit=numbers["final"],
+        audit_per_class=per_class(together[-1], count, names),
+        audit_stages=numbers,
+    )
+
+
+class Watch:
+    """Kept pseudo-labels against the labeled density, in all and class by class.
+
+    The labeled images say how many instances of each class an image should have. This
+    needs no truth of the unlabeled ones, so it works on every dataset.
+
+    Attributes:
+        per_image: instances per labeled image.
+
+    Args:
+        names: of the C classes.
+        rule: the filter's, for the advice.
+        rank: of this process; the first one writes.
+    """
+
+    def __init__(self, names: list[str], rule: str, rank: int):
+        self.names, self.rank = names, rank
+        self.flags = dict(
+            dual="--tau-class or --tau-mask", adaptive="--tau-min and --tau-max"
+        ).get(rule, "--tau-class")
+        # Since the last report: images, then kept pseudo-labels of each class.
+        self.sums = torch.zeros(len(names) + 1)
+        self.per_image, self.expected = 0.0, torch.zeros(len(names))
+
+    def expect(self, per_image: float, shares: Tensor) -> None:
+        """What the labeled images have: instances on each, and (C,) class shares."""
+        self.per_image, self.expected = per_image, per_image * shares
+
+    def add(self, pseudo: list[PseudoLabels]) -> None:
+        """Count the kept pseudo-labels of B images, on their device."""
+        for found in pseudo:
+            # There is no label 0, so its place counts the images.
+            counts = F.one_hot(found.labels, len(self.sums)).sum(dim=0).float()
+            counts[0] = 1
+            self.sums = self.sums.to(counts.device) + counts
+
+    def report(self, write) -> None:
+        """Write a line when the teacher keeps next to nothing, or far too much.
+
+        Every process must call this; counting then starts anew.
+
+        Args:
+            write: a function that prints a line.
+        """
+        sums = distributed.all_sum(self.sums).cpu()
+        self.sums = torch.zeros_like(self.sums)
+        images, kept = sums[0].item(), sums[1:]
+        if self.rank or not images:
+            return
+        found, usual = kept.sum().item() / images, self.per_image
+        numbers = (
+            f"{found:.2f} pseudo-labels per image, {usual:.2f} instances per labeled "
+            "image"
+        )
+        if found < FEW * usual:
+            write(
+                f"warning: the teacher has collapsed: {numbers}; lower {self.flags}, "
+                "or pretrain longer"
+            )
+            return
+        if found > MANY * usual:
+            write(
+                f"warning: the teacher explodes: {numbers}; raise {self.flags}, or "
+                "lower --unsup-weight"
+            )
+            return
+        # The same for each class, but only where numbers say something.
+        expected = self.expected * images
+        judged = expected >= ENOUGH
+        for wrong, what, mend in (
+            (kept < FEW * expected, "next to none", "lower"),
+            (kept > MANY * expected, "far too many", "raise"),
+        ):
+            rows = (wrong & judged).nonzero().flatten().tolist()
+            if rows:
+                said = ", ".join(
+                    f"{self.names[k]} ({kept[k]:.0f}, {expected[k]:.0f} expected)"
+                    for k in rows[:5]
+                )
+                more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+                write(
+                    f"warning: {what} of the pseudo-labels are of class {said}{more}; "
+                    f"{mend} {self.flags}, or label more of them"
+                )

@@ -1,0 +1,197 @@
+r"""What a trained model finds in images: pictures, COCO results, masks.
+
+    python -m ssis predict runs/<name>/checkpoint.pt photo.jpg folder/ --out found
+
+Reads whatever people have (JPEG, PNG, TIFF, WebP, BMP, the first page of several;
+gray, with alpha, 16 bits, EXIF-rotated), one image after the other, so memory is that
+of one. A file that cannot be read is named and passed over. Written into `--out`:
+
+    overlays/<name>.png   the image with its instances, their classes and scores (not in
+                          crowds); 256 to 2,048 pixels wide or high
+    results.json          COCO results: image_id, category_id, bbox, segmentation, score
+    coco.json             the same as a COCO dataset with images and classes: this
+                          project can train on it, and tools that read masks as RLE
+                          can load it
+    masks/<name>/*.png    with --masks: each instance, 0 and 255, in the image's frame
+
+Masks and boxes are in the frame of the original, upright. Read next: `evaluate.py`,
+which judges such results.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as mask_utils
+from tqdm import tqdm
+
+from ssis import UserError, distributed
+from ssis.io import images
+from ssis.report import pictures
+from ssis.io.files import writing
+from ssis.engine import resume
+from ssis.report import ap
+
+# Long side of an overlay, pixels: what a screen shows.
+LARGEST = 2048
+
+
+def find_images(given: list[str], out: Path) -> dict[str, Path]:
+    """The images that the arguments name.
+
+    Args:
+        given: files, and folders, of which all images are taken, with sub-folders.
+        out: folder of the output, which is no input.
+
+    Returns:
+        Name relative to its folder, with suffix -> file; no file and no name twice.
+
+    Raises:
+        UserError: an argument that is not there, or nothing to read.
+    """
+    found: dict[str, Path] = {}
+    seen, taken, own = set(), set(), out.resolve()
+    for argument in map(Path, given):
+        if argument.is_dir():
+            files = sorted(
+                path
+                for path in argument.rglob("*")
+                if path.suffix.lower() in images.IMAGE_TYPES and path.is_file()
+            )
+            named = [(path.relative_to(argument), path) for path in files]
+        elif argument.exists():
+            named = [(Path(argument.name), argument)]
+        else:
+            raise UserError(f"{argument}: no such file or folder")
+        for name, path in named:
+            real = path.resolve()
+            if real in seen or own in real.parents:
+                continue
+            seen.add(real)
+            # Two photos of one name in two folders; on some disks A is a.
+            unique, number = name, 2
+            while unique.as_posix().casefold() in taken:
+                unique = name.with_stem(f"{name.stem}-{number}")
+                number += 1
+            taken.add(unique.as_posix().casefold())
+            found[unique.as_posix()] = path
+    if not found:
+        types = ", ".join(images.IMAGE_TYPES)
+        raise UserError(f"{', '.join(given)}: no image in it ({types})")
+    return found
+
+
+def save_masks(folder: Path, found: list[dict], names: list[str]) -> None:
+    """One PNG for each instance, best first: `000_star_0.98.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()  # of an earlier call, perhaps with another --score
+    for k, instance in enumerate(found):
+        mask = mask_utils.decode(instance["segmentation"]) * np.uint8(255)
+        # A class may be called anything; a file may not.
+        name = names[instance["category_id"] - 1]
+        safe = "".join(c if c.isalnum() or c in "-_ " else "_" for c in name)[:60]
+        Image.fromarray(mask).save(
+            folder / f"{k:03d}_{safe}_{instance['score']:.2f}.png"
+        )
+
+
+def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> int:
+    """Predict, draw and write, image by image.
+
+    Args:
+        net: a `model.MaskRCNN` in evaluation mode.
+        names: class names.
+        files: of `find_images`.
+        out: folder to write.
+        args: `score`, `masks`.
+
+    Returns:
+        The number of images that were read.
+    """
+    device = next(net.parameters()).device
+    records, results = [], []
+    try:
+        with tqdm(files.items(), unit="image", disable=not sys.stderr.isatty()) as bar:
+            for name, path in bar:
+                try:
+                    image = images.read_image(str(path))
+                    found = ap.detect(net, [image], device, args.score)[0]
+                except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+                    said = f"{path}: too large for the memory"
+                    said = str(error) if isinstance(error, UserError) else said
+                    bar.write(f"skipped: {said}", file=sys.stderr)
+                    continue
+                number = len(records) + 1
+                height, width = image.shape[-2:]
+                records.append(
+                    dict(id=number, file_name=name, height=height, width=width)
+                )
+                results += [dict(image_id=number, **instance) for instance in found]
+                # photo.jpg and photo.png are two.
+                target = out / "overlays" / f"{name}.png"
+                with writing(target, "--out"):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    side = max(256, min(LARGEST, max(image.shape[-2:])))
+                    pictures.detections(image, found, names, side).save(target)
+                    if args.masks:
+                        save_masks(out / "masks" / name, found, names)
+    finally:
+        # Also after Ctrl-C: what was found is found.
+        save(out, names, records, results)
+    return len(records)
+
+
+def save(out: Path, names: list[str], records: list[dict], results: list[dict]) -> None:
+    """Write `results.json` and `coco.json`."""
+    annotations = []
+    for result in results:
+        area = float(mask_utils.area(result["segmentation"]))
+        if area:
+            number = len(annotations) + 1
+            annotations.append(dict(result, id=number, iscrowd=0, area=area))
+    categories = [dict(id=k, name=name) for k, name in enumerate(names, 1)]
+    dataset = dict(
+        info={}, images=records, annotations=annotations, categories=categories
+    )
+    for name, content in (("results.json", results), ("coco.json", dataset)):
+        with writing(out / name, "--out"):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text(json.dumps(content))
+
+
+def run(argv: list[str] | None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ssis predict",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    resume.add_model_flags(parser)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("images", nargs="+", help="image files and folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--score", type=float, default=0.5, help="lowest class score")
+    parser.add_argument("--masks", action="store_true", help="a PNG for each instance")
+    args = parser.parse_args(argv)
+    if not 0 <= args.score <= 1:
+        raise UserError(f"--score {args.score}: must be from 0 to 1")
+    files = find_images(args.images, args.out)
+    # Up to 179 megapixels Pillow only warns; beyond it refuses, and so do we.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    net, _, names, who = resume.load_model(args.checkpoint, args.who)
+    _, _, device = distributed.start(args.device)
+    done = predict(net.to(device), names, files, args.out, args)
+    if not done:
+        raise UserError("none of the images could be read")
+    print(f"{who} of {args.checkpoint}: {done} of {len(files)} images, in {args.out}/")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`run`, with one line and status 2 for what the user did wrong."""
+    distributed.program(run, argv)

@@ -1,0 +1,278 @@
+r"""COCO, Cityscapes, PASCAL VOC and your own data, ready to train on; official splits.
+
+    python -m ssis prepare coco       --root COCO       --out data/coco
+    python -m ssis prepare cityscapes --root CITYSCAPES --out data/cityscapes
+    python -m ssis prepare voc        --root VOCdevkit  --out data/voc
+    python -m ssis prepare own --json J --root IMAGES   --out data/own [--val 20%]
+
+`--root` is the folder as the dataset's site gives it. `--out` becomes what the presets
+of the same name train on: `instances_train.json` and `instances_val.json` beside links
+`train` and `val` to the images, which are not copied, and `splits/`, each file of which
+`--labeled` takes: this project's own, for the papers' shares and three seeds, and those
+that were published (`--lists`, see `ssis/datasets/published.py`).
+
+* **COCO** is in this format already: it is linked, checked and counted.
+* **Cityscapes** and **VOC 2012** are converted (`ssis/datasets/convert.py`); a command that was
+  killed goes on where it was.
+* **Your own**: one COCO JSON, as an annotation tool exports it, is checked and parted
+  into training and validation images.
+
+Read next: `ssis/datasets/split.py`, the labeled part.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ssis import UserError, distributed
+from ssis.datasets import coco_json, convert, published, split
+from ssis.io.files import whole, write_text, writing
+from ssis.datasets.dataset import Dataset
+
+# Images of the training and validation parts, as the sites say.
+OFFICIAL = {
+    "coco": (118_287, 5_000),
+    "cityscapes": (2_975, 500),
+    "voc": (1_464, 1_449),
+}
+# The labeled shares that the papers report, in percent; VOC is in neither.
+SHARES = {"coco": (1, 2, 5, 10), "cityscapes": (5, 10, 20, 30), "voc": (5, 10, 20, 30)}
+SEEDS = (0, 1, 2)
+
+
+def link(path: Path, target: Path) -> None:
+    """Make `path` a link to `target`, in place of an older link."""
+    if not target.exists():
+        raise UserError(f"{target}: not found; is --root the folder that holds it?")
+    if path.exists() and not path.is_symlink():
+        raise UserError(f"{path}: is there and is no link; choose another --out")
+    with writing(path, "--out"), whole_link(path) as temporary:
+        temporary.symlink_to(target.resolve())
+
+
+@contextlib.contextmanager
+def whole_link(path: Path):
+    """As `files.whole`, for a link, which has no content to be forced to disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    yield temporary
+    temporary.replace(path)
+
+
+def check(dataset: str, out: Path, part: str, names=None) -> Dataset:
+    """Read a part as training will, look at every image, and print what there is.
+
+    Args:
+        dataset: its name.
+        out: the folder.
+        part: "train" or "val".
+        names: the classes of the training part, for the other.
+    """
+    source, folder = str(out / f"instances_{part}.json"), str(out / part)
+    found = coco_json.load_coco(source, folder, names)
+    for index in tqdm(range(len(found)), unit="image", desc=f"check {part}"):
+        found.check_file(index)
+    crowds = int(found.crowd.sum())
+    official = OFFICIAL.get(dataset, 2 * [len(found)])[part == "val"]
+    note = "" if len(found) == official else f" (the official part has {official})"
+    print(
+        f"{part}: {len(found)} images{note}, {len(found.labels) - crowds} instances of "
+        f"{len(found.names)} classes, {crowds} crowds"
+    )
+    for line in found.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    return found
+
+
+def write_splits(dataset: str, out: Path, train_set, lists: list[str]) -> None:
+    """The project's own splits, and the published ones in `lists`."""
+    folder, names = out / "splits", []
+
+    def add(name: str, chosen: list[int], seed: int | None, source: str) -> None:
+        # Two lists of one name, in two folders.
+        unique, number = name, 2
+        while unique in names:
+            unique, number = f"{name}-{number}", number + 1
+        name = unique
+        names.append(name)
+        with writing(folder / f"{name}.json", "--out"):
+            folder.mkdir(exist_ok=True)
+            with whole(folder / f"{name}.json") as temporary:
+                split.write_split(train_set, chosen, temporary, seed, source)
+
+    for seed in SEEDS:
+        for share in SHARES[dataset]:
+            # `--labeled 5% --seed 1` draws the same one.
+            with contextlib.suppress(UserError):  # so few images that 1 % is none
+                chosen, _ = split.draw_split(train_set, f"{share}%", seed)
+                add(f"seed{seed}-{share}pct", chosen, seed, "")
+    for path in lists:
+        for name, chosen in published.read(path, train_set).items():
+            add(name, chosen, None, Path(path).name)
+    if names:
+        shown = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
+        print(f"{len(names)} splits in {folder}/, for --labeled: {shown}")
+
+
+def claim(dataset: str, out: Path, source: str) -> None:
+    """Refuse a folder whose files are not this command's own, before it writes any.
+
+    Args:
+        dataset: what is to be put there.
+        out: the folder.
+        source: the JSON of `own`, which must not be written over.
+    """
+    for part in ("train", "val"):
+        folder, target = out / part, out / f"instances_{part}.json"
+        if folder.exists() and not folder.is_symlink():
+            raise UserError(f"{folder}: is there and is no link; choose another --out")
+        if not target.exists() or target.is_symlink():
+            continue
+        said = convert.description(target)
+        if said[:2] != ["ssis.prepare", dataset] or (
+            source and target.samefile(source)
+        ):
+            raise UserError(
+                f"{target}: is there and was not made by prepare {dataset}; choose "
+                "another --out"
+            )
+
+
+def part_own(source: str, folder: Path, out: Path, share: str) -> None:
+    """Part one JSON into `instances_train.json` and `instances_val.json`.
+
+    Images that an earlier call has put into the validation part stay there: a model of
+    before must not be judged by what it was trained on, nor trained on what it was
+    judged by. The last image of a class stays in the training part.
+
+    Args:
+        source: the COCO JSON.
+        folder: its images.
+        out: folder to write.
+        share: of the validation part, as for `--labeled`: 20% or 6.
+    """
+    dataset = coco_json.load_coco(source, str(folder))
+    try:
+        count = split.how_many(share, len(dataset))
+    except UserError as error:
+        raise UserError(str(error).replace("--labeled", "--val")) from error
+    if count == len(dataset):
+        raise UserError(f"--val {share}: leaves no image to train on")
+    earlier = set()
+    if (out / "instances_val.json").exists():
+        before = coco_json.load_json(str(out / "instances_val.json"), "COCO JSON")
+        earlier = {image["file_name"] for image in before["images"]}
+    val = {i for i, name in enumerate(dataset.files) if name in earlier}
+    # How many images of the training part have each class.
+    labels = [dataset.present_labels(i) for i in range(len(dataset))]
+    left = Counter(k for i, found in enumerate(labels) if i not in val for k in found)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    for index in order.tolist():
+        if len(val) >= count:
+            break
+        if index not in val and all(left[label] > 1 for label in labels[index]):
+            val.add(index)
+            left.subtract(labels[index])
+    train = [i for i in range(len(dataset)) if i not in val]
+    for line in (*dataset.warnings, *split.coverage(dataset, train)):
+        print(f"warning: {line}", file=sys.stderr)
+    if not val:
+        raise UserError(
+            f"{source}: each image is the only one of some class, none can be spared "
+            "to judge by; annotate more"
+        )
+    raw = coco_json.load_json(source, "COCO JSON")
+    # Without a tool's placeholder for all the others.
+    categories = [c for c in raw["categories"] if c["name"] in dataset.names]
+    for part in ("train", "val"):
+        # The reader keeps the order of the JSON's images.
+        images = [
+            x for i, x in enumerate(raw["images"]) if (i in val) == (part == "val")
+        ]
+        ids = {coco_json.as_number(image["id"]) for image in images}
+        rows = [
+            a for a in raw["annotations"] if coco_json.as_number(a["image_id"]) in ids
+        ]
+        content = dict(
+            raw,
+            info=dict(description=f"ssis.prepare own {part}"),
+            images=images,
+            annotations=rows,
+            categories=categories,
+        )
+        with writing(out / f"instances_{part}.json", "--out"):
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(out / f"instances_{part}.json", json.dumps(content))
+        link(out / part, folder)
+
+
+def run(argv: list[str] | None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ssis prepare",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("dataset", choices=(*OFFICIAL, "own"))
+    parser.add_argument("--root", type=Path, required=True, help="as its site gives it")
+    parser.add_argument("--out", type=Path, help="default: data/<dataset>")
+    parser.add_argument("--json", help="of own: its COCO JSON")
+    parser.add_argument(
+        "--val", default="20%", help="of own: share or number of images"
+    )
+    parser.add_argument(
+        "--lists", nargs="+", default=[], metavar="FILE", help="published splits"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    args = parser.parse_args(argv)
+    out = args.out or Path("data") / args.dataset
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    if not args.root.is_dir():
+        raise UserError(f"--root {args.root}: folder not found")
+    if (args.dataset == "own") != bool(args.json):
+        raise UserError("--json J: goes with own, and own with it")
+    if args.lists and args.dataset == "own":
+        raise UserError("--lists: published splits are of published datasets, not own")
+    for path in args.lists:
+        if not Path(path).is_file():
+            raise UserError(f"--lists {path}: no such file")
+    claim(args.dataset, out, args.json)
+    if args.dataset == "own":
+        part_own(args.json, args.root, out, args.val)
+        train_set = check(args.dataset, out, "train")
+        check(args.dataset, out, "val", train_set.names)
+        print(f"ready: train.py --preset custom --data {out} --labeled 100% ...")
+        return
+    train_set = None
+    for part in ("train", "val"):
+        if args.dataset == "coco":
+            truth = args.root / "annotations" / f"instances_{part}2017.json"
+            link(out / f"instances_{part}.json", truth)
+            folder = args.root / f"{part}2017"
+        else:
+            folder = convert.convert_part(
+                args.dataset, args.root, out, part, args.workers
+            )
+        link(out / part, folder)
+        names = train_set.names if train_set else None
+        found = check(args.dataset, out, part, names)
+        train_set = train_set or found
+    write_splits(args.dataset, out, train_set, args.lists)
+    print(f"ready: train.py --preset {args.dataset} --data {out}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """`run`, with one line and status 2 for what the user did wrong."""
+    try:
+        distributed.program(run, argv)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)

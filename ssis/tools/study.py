@@ -1,0 +1,526 @@
+r"""Studies: named lists of settings times seeds, run until all results are there.
+
+    python -m ssis study                          what there is, and how much is done
+    python -m ssis study ladder --processes 2     run what is missing, two at a time
+
+A number in a table is a claim, and a claim needs the run behind it. So a study says in
+one place which runs a table is made of (`STUDIES`), runs those whose result is missing,
+and keeps the raw result of each, with all its settings, in `docs/results/<study>.json`;
+`docs/scripts/make_results.py` makes tables and plots of these files, and nothing is typed.
+
+*The file of results is the state.* A finished run is written there at once; the same
+command goes on after a kill, on another machine too, and runs that were under way
+are resumed by `train.py` itself. A result counts as long as the settings that the study
+has now are those it was made with: change a flag or a default, and those runs are
+due again, and the old results stay in the file until the new ones are there. A run
+that another study has already made is taken from there.
+
+*Runs with the same pretraining share it.* All the rows of a table that differ in the
+semi-supervised part alone start from one first teacher (`--pretrained`), on the same
+machine bit for bit the one that each would have made, which saves half of the time.
+
+Read next: `docs/results.md`, which is what came out.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ssis import UserError, config
+from ssis.io.files import write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, RUNS = ROOT / "docs" / "results", Path("runs")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What one table is made of.
+
+    Attributes:
+        title: heading of its section in docs/results.md.
+        text: what the table shows and how it is to be read.
+        rows: name of a row -> its flags of train.py.
+        seeds: each row is run once with each.
+        common: flags of all rows.
+        data: whether the dataset's folder must be given (`--data`).
+    """
+
+    title: str
+    text: str
+    rows: dict[str, str]
+    seeds: tuple[int, ...]
+    common: str = ""
+    data: bool = False
+
+
+GD = "--method guided-distillation"
+# A third longer than the default run, which is to end within ten minutes on two cores.
+SHAPES = "--pretrain-steps 900 --mutual-steps 600 --eval-every 250"
+# Real microscope images: fewer, larger, crowded with one class.
+NUCLEI = (
+    "--preset custom --labeled-batch 4 --unlabeled-batch 4 --eval-every 2000 "
+    "--pretrain-steps 400 --burnin-steps 50 --mutual-steps 350 --unsup-weight 0.3"
+)
+
+ONE_CLASS = "--correction none --tau-min 0.4 --tau-max 0.7"
+BLOB_SAM = "--sam tiny --sam-checkpoint blob_sam.pt --refine-gate 0.8"
+
+STUDIES = {
+    "ladder": Study(
+        title="The ladder: built-in shapes, 5 % labeled (64 of 1,280 images)",
+        text="From supervised training to both papers, each of their parts alone on "
+        "top of Guided Distillation, and the headroom: oracles replace classes, masks "
+        "or both of Guided Distillation's pseudo-labels by the hidden truth, which no "
+        "method may see; `all labels` is supervised training with all 1,280 images. "
+        "All rows take the same number of steps. The settings of PL-DC and S4M were "
+        "chosen with seed 3, which is not in the table, those of the loop with seed 0 "
+        "on the validation part; but for three of them test numbers of seed 0 had been "
+        "seen as well: the strong view for labeled images, the shape of the learning "
+        "rate, and the absence of scale jitter (docs/log.md). `full` is without "
+        "structural distillation, as it is by default with the small model.",
+        rows={
+            "supervised": "--method supervised",
+            "guided-distillation": GD,
+            "+ adaptive filter": f"{GD} --filter adaptive",
+            "+ category correction": f"{GD} --correction prototypes",
+            "+ pixel uncertainty": f"{GD} --uncertainty",
+            "pl-dc (all three)": "--method pl-dc",
+            "+ structural distillation": f"{GD} --structure-weight 1",
+            "+ refinement by SAM": f"{GD} --refine agreement",
+            "+ copy-paste": f"{GD} --arp unlabeled",
+            "s4m (all three)": "--method s4m",
+            "full (both papers)": "--method full",
+            "oracle: classes": f"{GD} --oracle class",
+            "oracle: masks": f"{GD} --oracle mask",
+            "oracle: both": f"{GD} --oracle both",
+            "all labels": "--method supervised --labeled 100% --eval-every 800",
+        },
+        seeds=(0, 1, 2),
+        common=SHAPES,
+    ),
+    "without": Study(
+        title="Each paper without each of its parts",
+        text="What is lost when one part is switched off. One seed: two runs of the "
+        "same settings differ by about 2 AP, so smaller differences say nothing.",
+        rows={
+            "pl-dc": "--method pl-dc",
+            "pl-dc, filter by class score": "--method pl-dc --filter score",
+            "pl-dc, no correction": "--method pl-dc --correction none",
+            "pl-dc, no uncertainty": "--method pl-dc --no-uncertainty",
+            "s4m": "--method s4m",
+            "s4m, no distillation": "--method s4m --structure-weight 0",
+            "s4m, no refinement": "--method s4m --refine none",
+            "s4m, no copy-paste": "--method s4m --arp none",
+            "s4m, no gate": "--method s4m --refine-gate 0",
+        },
+        seeds=(0,),
+        common=SHAPES,
+    ),
+    "labels": Study(
+        title="How many labels: built-in shapes, 2.5 to 20 %",
+        text="The curve that every paper on the subject draws.",
+        rows={
+            f"{share} {name}": f"{flags} --labeled {share}"
+            for share in ("2.5%", "5%", "10%", "20%")
+            for name, flags in {
+                "supervised": "--method supervised",
+                "guided-distillation": GD,
+                "full": "--method full",
+            }.items()
+        },
+        seeds=(0, 1),
+        common=SHAPES,
+    ),
+    "signs": Study(
+        title="Generality: the second built-in dataset, 5 % labeled",
+        text="Other classes, sizes and textures (`ssis/datasets/signs.py`), on which "
+        "nothing was ever chosen: the settings are those of the shapes, and "
+        "so is the tiny SAM.",
+        rows={
+            "supervised": "--method supervised",
+            "guided-distillation": GD,
+            "pl-dc": "--method pl-dc",
+            "s4m": "--method s4m",
+            "full": "--method full",
+            "all labels": "--method supervised --labeled 100%",
+        },
+        seeds=(0, 1),
+        common="--preset signs " + SHAPES,
+    ),
+    "amp": Study(
+        title="Mixed precision: bf16 on a CPU",
+        text="The ladder's `full` once more with `--amp bf16`, to be read with what "
+        "two runs of the same settings differ by: about 2 AP.",
+        rows={
+            "full, float32": "--method full",
+            "full, bf16": "--method full --amp bf16",
+        },
+        seeds=(0, 1),
+        common=SHAPES,
+    ),
+    "nuclei": Study(
+        title="Cell nuclei: real images, 5 and 10 % of 240 images labeled",
+        text="Microscope images of the 2018 Data Science Bowl (CC0) in COCO "
+        "format, at 256 pixels. There is no third part: the validation images "
+        "are the reported ones. Thresholds and the weight were chosen with "
+        "seed 3 at 10 %, which is not in the table (docs/log.md). One class, "
+        "so that PL-DC runs without correction. SAM is the tiny one after "
+        "further training on scenes of blobs, in a larger frame, made by "
+        "`torchrun --nproc_per_node 2 -m ssis sam --out blob_sam.pt --minutes "
+        "25 --scenes blobs --side 192 --weights ssis/tiny_sam.pt`: a generic "
+        "prior, which has seen no real cell. `all labels`: supervised, with all "
+        "240; `oracle`: the hidden truth for Guided Distillation's pseudo-labels.",
+        rows={
+            f"{share} {name}": f"{flags} --labeled {share}"
+            for share in ("5%", "10%")
+            for name, flags in {
+                "supervised": "--method supervised",
+                "guided-distillation": f"{GD} --tau-class 0.5",
+                "pl-dc": "--method pl-dc " + ONE_CLASS,
+                "s4m": "--method s4m --tau-class 0.5 " + BLOB_SAM,
+                "full": f"--method full {ONE_CLASS} {BLOB_SAM}",
+            }.items()
+        }
+        | {
+            "5% oracle: both": f"{GD} --tau-class 0.5 --oracle both --labeled 5%",
+            "all labels": "--method supervised --labeled 100%",
+        },
+        seeds=(0,),
+        common=NUCLEI,
+        data=True,
+    ),
+}
+
+
+class Job(NamedTuple):
+    """One run of a study: what it is called, and what train.py is told."""
+
+    study: str
+    row: str
+    seed: int
+    flags: tuple[str, ...]
+    settings: config.Config
+    folder: Path
+
+
+# ----------------------------------------------------------------------- the results
+
+
+def load(name: str) -> list[dict]:
+    """The raw results of a study, in the order of its rows; none for a new one."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def flags_of(study: Study, row: str) -> str:
+    """What train.py is told for a row, but for the seed."""
+    return f"{study.common} {study.rows[row]}".strip()
+
+
+def current(name: str) -> list[dict]:
+    """The raw results of a study that were made with the flags that it has now."""
+    study = STUDIES[name]
+    return [
+        record
+        for record in load(name)
+        if record["row"] in study.rows
+        and record["seed"] in study.seeds
+        and record["flags"] == flags_of(study, record["row"])
+    ]
+
+
+def keep(name: str, record: dict) -> None:
+    """Write a raw result into its study's file, in place of an older one of its row.
+
+    The file is read again first, and replaced in one go: a kill, or another study
+    running beside this one, loses nothing.
+    """
+    place = (record["row"], record["seed"])
+    records = [r for r in load(name) if (r["row"], r["seed"]) != place] + [record]
+    order = {row: k for k, row in enumerate(STUDIES[name].rows)}
+    records.sort(key=lambda r: (order.get(r["row"], len(order)), r["seed"]))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_text(RESULTS / f"{name}.json", json.dumps(records, indent=1) + "\n")
+
+
+def comparable(settings: dict) -> dict:
+    """Settings without what differs from machine to machine.
+
+    Args:
+        settings: of a run, by field. What is missing came after it was made: there
+            the default, which switches it off.
+
+    Returns:
+        Those that change the result; of the dataset's folder and SAM's weights the
+        names alone.
+    """
+    settings = {**asdict(config.Config()), **settings}
+    kept = {k: v for k, v in settings.items() if k not in config.NOT_IN_RESULT}
+    named = {k: Path(settings[k]).name for k in ("data", "sam_checkpoint")}
+    return kept | named
+
+
+def matches(job: Job, record: dict) -> bool:
+    """Whether a raw result is that of this job: same settings, defaults included."""
+    return comparable(asdict(job.settings)) == comparable(record["settings"])
+
+
+def read(path: Path) -> dict | None:
+    """A JSON of a run's folder; None where there is none, or half of one."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+
+
+def result(job: Job, where: str) -> dict | None:
+    """The raw result that a finished run left in its folder.
+
+    Args:
+        job: the run.
+        where: the kind of machine, see `machine`.
+    """
+    settings = read(job.folder / "config.json")
+    summary = read(job.folder / "summary.json")
+    if not settings or not summary or not matches(job, dict(settings=settings)):
+        return None
+    # The folder's name says which dataset; where it lay is nobody's concern.
+    source = Path(summary["evaluated_on"])
+    summary["evaluated_on"] = f"{source.parent.name}/{source.name}"
+    settings = comparable(settings)
+    return named(job, dict(settings=settings, machine=where, summary=summary))
+
+
+def named(job: Job, record: dict) -> dict:
+    """A raw result under the name that a job has in its study."""
+    flags = flags_of(STUDIES[job.study], job.row)
+    name = dict(row=job.row, seed=job.seed, flags=flags)
+    return name | {k: v for k, v in record.items() if k not in name}
+
+
+def machine(threads: int, processes: int) -> str:
+    """The kind of machine, in words, for the tables."""
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"{kind}, {os.cpu_count()} CPU cores ({platform.machine()}), {threads} "
+        f"thread(s) a run, {processes} run(s) side by side, PyTorch {torch.__version__}"
+    )
+
+
+# -------------------------------------------------------------------------- the jobs
+
+
+def jobs(name: str, data: str = "") -> list[Job]:
+    """All runs of a study; seed by seed, so that a part of it is a study as well.
+
+    Raises:
+        UserError: no folder of a dataset where one is needed, or one too many.
+    """
+    study, found = STUDIES[name], []
+    if study.data != bool(data):
+        raise UserError(
+            f"study {name}: "
+            + (
+                "--data FOLDER of its dataset is needed"
+                if study.data
+                else "draws its own dataset; leave --data out"
+            )
+        )
+    for seed in study.seeds:
+        for row in study.rows:
+            flags = [*flags_of(study, row).split(), "--seed", str(seed)]
+            if data:
+                flags += ["--data", data]
+            settings = config.parse(flags)
+            # "+ copy-paste" -> copy-paste-s0-4f1a2b: other settings, another folder.
+            slug = re.sub(r"[^a-z0-9.]+", "-", row.lower()).strip("-")
+            text = json.dumps(comparable(asdict(settings)), sort_keys=True)
+            mark = hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
+            folder = RUNS / name / f"{slug}-s{seed}-{mark}"
+            found.append(Job(name, row, seed, tuple(flags), settings, folder))
+    return found
+
+
+def same_pretraining(job: Job, settings: dict) -> bool:
+    """Whether a run with these settings makes the first teacher that `job` needs."""
+    # Supervised training is a single stage with a schedule of its own.
+    if "supervised" in (job.settings.method, settings["method"]):
+        return False
+    if job.settings.structure_weight > 0:
+        # It learned from SAM: from the same one, then.
+        paths = (job.settings.sam_checkpoint, settings.get("sam_checkpoint", ""))
+        if len({Path(path).name for path in paths}) > 1:
+            return False
+    ignored = config.after_pretraining(job.settings)
+    return not config.differences(job.settings, settings, ignored)
+
+
+def first_teacher(job: Job) -> Path | None:
+    """A `pretrained.pt` that this run can start from, of any study's run."""
+    for path in sorted(RUNS.glob("*/*/pretrained.pt")):
+        saved = read(path.with_name("config.json"))
+        if saved and same_pretraining(job, saved):
+            return path
+    return None
+
+
+def start(job: Job, threads: int) -> subprocess.Popen:
+    """Run train.py, its output beside its folder."""
+    command = [sys.executable, str(ROOT / "train.py"), *job.flags]
+    command += ["--output", str(job.folder)]
+    if not (job.folder / "checkpoint.pt").exists() and (teacher := first_teacher(job)):
+        command += ["--pretrained", str(teacher)]
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with open(f"{job.folder}.log", "a") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+        )
+
+
+def next_job(waiting: list[Job], running: list[Job]) -> Job | None:
+    """The first job that need not wait for a first teacher which another is making."""
+    for job in waiting:
+        being_made = any(same_pretraining(job, asdict(r.settings)) for r in running)
+        begun = (job.folder / "checkpoint.pt").exists()
+        if begun or not being_made or first_teacher(job):
+            return job
+    return None
+
+
+def run(name: str, processes: int, threads: int, data: str) -> bool:
+    """Run what is missing of a study.
+
+    Args:
+        name: of the study.
+        processes: runs side by side.
+        threads: of each.
+        data: folder of the dataset; empty: the preset's own.
+
+    Returns:
+        Whether all results are there now.
+    """
+    # What other studies have found counts too: the settings are the identity of a run.
+    known = [record for other in (name, *STUDIES) for record in load(other)]
+    waiting, where = [], machine(threads, processes)
+    for job in jobs(name, data):
+        found = next((named(job, r) for r in known if matches(job, r)), None)
+        found = found or result(job, where)
+        if not found:
+            waiting.append(job)
+        elif found not in load(name):
+            keep(name, found)
+
+    total = len(STUDIES[name].rows) * len(STUDIES[name].seeds)
+    print(f"{name}: {total - len(waiting)} of {total} runs are there", flush=True)
+    if waiting:
+        print(
+            f"{name}: {processes} at a time, their output in {RUNS / name}/*.log; stop "
+            "with Ctrl-C, the same command goes on",
+            flush=True,
+        )
+    running, complete = [], True
+    try:
+        while waiting or running:
+            busy = [job for job, _ in running]
+            while len(busy) < processes and (job := next_job(waiting, busy)):
+                waiting.remove(job)
+                busy.append(job)
+                running.append((job, start(job, threads)))
+            ended = [pair for pair in running if pair[1].poll() is not None]
+            for job, process in ended:
+                running.remove((job, process))
+                record = result(job, where) if process.returncode == 0 else None
+                if record:
+                    keep(name, record)
+                complete &= record is not None
+                left, line = len(waiting) + len(running), news(job, process, record)
+                print(f"{name}: {line} ({left} to go)", flush=True)
+            time.sleep(0.5)
+    finally:
+        # Stopped: each run saves its last step, and goes on from there the next time.
+        for _, process in running:
+            process.terminate()
+        for _, process in running:
+            process.wait()
+    return complete
+
+
+def news(job: Job, process: subprocess.Popen, record: dict | None) -> str:
+    """One line on a run that has ended: its AP, or what it said last."""
+    if record:
+        ap = record["summary"]["mask_ap"]
+        who = "student" if ap["teacher"] is None else "teacher"
+        return f"{job.row}, seed {job.seed}: {who}'s mask AP {ap[who]:.1f}"
+    lines = Path(f"{job.folder}.log").read_text().strip().splitlines()
+    said = lines[-1] if lines else "no output"
+    return (
+        f"{job.row}, seed {job.seed}: FAILED with status {process.returncode}: {said} "
+        f"(all of it in {job.folder}.log)"
+    )
+
+
+# -------------------------------------------------------------------- the command line
+
+
+def overview() -> str:
+    """A line for each study: what it is called, and how much of it is there."""
+    lines = []
+    for name, study in STUDIES.items():
+        here = current(name)
+        total = len(study.rows) * len(study.seeds)
+        lines.append(f"{name:<10} {len(here):>3} of {total:>3} runs   {study.title}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the studies that were named, or say which there are."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ssis study",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", help="studies to run; none: list them")
+    parser.add_argument("--processes", type=int, default=1, help="runs side by side")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--data", default="", help="folder of the study's dataset")
+    args = parser.parse_args(argv)
+    # SIGTERM as Ctrl-C: the runs must be told, or they would go on alone.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for name in args.names:
+            if name not in STUDIES:
+                there = ", ".join(STUDIES)
+                raise UserError(f"study {name}: not there; there is {there}")
+        if min(args.processes, args.threads) < 1:
+            raise UserError("--processes, --threads: must be at least 1")
+        complete = [
+            run(name, args.processes, args.threads, args.data) for name in args.names
+        ]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    if not args.names:
+        print(overview())
+        return
+    made = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "scripts" / "make_results.py")]
+    )
+    if not made.returncode:
+        print(f"tables and plots: {ROOT / 'docs' / 'results.md'}")
+    sys.exit(not all(complete) or made.returncode)

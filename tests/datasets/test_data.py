@@ -1,0 +1,280 @@
+"""Datasets, the split and the streams.
+
+Oracles: pycocotools reads the same JSON; permutations and shares are counted by hand;
+images are written in the odd formats that people have.
+"""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import masks_to_boxes
+from conftest import real, write_coco
+from PIL import Image
+from pycocotools.coco import COCO
+
+from ssis import UserError, config, data
+from ssis.datasets import coco_json, split
+from ssis.io import images
+
+pytestmark = pytest.mark.fast
+SETTINGS = config.Config(short_side_min=20, short_side=40, long_side=60)
+
+
+def load(folder) -> data.Dataset:
+    return coco_json.load_coco(str(folder / "coco.json"), str(folder / "images"))
+
+
+def compare_with_pycocotools(dataset: data.Dataset, path) -> int:
+    """Every mask, label and crowd flag against pycocotools; returns how many."""
+    oracle, count = COCO(str(path)), 0
+    for index, image_id in enumerate(dataset.image_ids):
+        theirs = oracle.imgToAnns[image_id]
+        singles = [a for a in theirs if not a.get("iscrowd")]
+        target = dataset.target(index)
+        names = [oracle.cats[a["category_id"]]["name"] for a in singles]
+        assert [dataset.names[label - 1] for label in target["labels"].tolist()] == names
+        for mask, annotation in zip(target["masks"], singles, strict=True):
+            assert (mask.numpy() == oracle.annToMask(annotation)).all()
+            count += 1
+    return count
+
+
+def test_masks_and_labels_are_pycocotools_own(coco_folder):
+    dataset = load(coco_folder)
+    assert dataset.names == ["cat", "dog", "unused"] and dataset.category_ids == [0, 7, 9]
+    assert compare_with_pycocotools(dataset, coco_folder / "coco.json") == 4
+
+
+def test_real_coco_masks_are_pycocotools_own():
+    folder = real("coco_mini")
+    path = folder / "instances_train.json"
+    dataset = coco_json.load_coco(str(path), str(folder / "train"))
+    assert len(dataset.names) == 80
+    assert compare_with_pycocotools(dataset, path) > 500
+
+
+def test_boxes_are_those_of_the_masks_and_never_degenerate():
+    masks = torch.zeros(4, 10, 12, dtype=torch.uint8)
+    masks[0, 2:5, 3:9] = 1
+    masks[1, 7, 4] = 1
+    masks[3, 0, :] = 1
+    target = data.sanitize(dict(masks=masks, labels=torch.arange(4)))
+    assert target["boxes"].tolist() == [[3, 2, 9, 5], [4, 7, 5, 8], [0, 0, 12, 1]]
+    assert target["labels"].tolist() == [0, 1, 3]
+    empty = data.sanitize(dict(masks=masks[2:3], labels=torch.arange(1)))
+    assert empty["boxes"].shape == (0, 4) and empty["boxes"].dtype == torch.float32
+
+
+def test_ground_truth_for_evaluation_has_recomputed_areas_and_crowds(coco_folder):
+    truth = load(coco_folder).coco(range(4))
+    annotations = truth.dataset["annotations"]
+    assert all(a["area"] > 0 and min(a["bbox"][2:]) > 0 for a in annotations)
+    assert sum(a["iscrowd"] for a in annotations) == 1
+    assert min(a["id"] for a in annotations) == 1
+
+
+def test_masks_without_pixels_are_nothing_to_find(tmp_path):
+    def spoil(raw):
+        # Of a class that nothing else has: an RLE of background, two corners, a sliver.
+        for k, segmentation in enumerate(
+            (
+                dict(size=[32, 48], counts=[32 * 48]),
+                [[3, 3, 9, 9]],
+                [[10.1, 10.1, 10.2, 10.1, 10.2, 30.1]],
+            )
+        ):
+            raw["annotations"].append(
+                dict(id=90 + k, image_id=0, category_id=9, iscrowd=0, segmentation=segmentation)
+            )
+
+    write_coco(tmp_path, spoil)
+    dataset = load(tmp_path)
+    assert any("2 annotations without a mask are left out" in line for line in dataset.warnings)
+    assert len(dataset.target(0)["labels"]) == 2
+    # The sliver is a polygon like others until it is drawn; an evaluation does not ask for it.
+    assert dataset.rles(0)[-1]["size"] == [32, 48] and len(dataset.rles(0)) == 3
+    found = dataset.coco(range(4)).dataset["annotations"]
+    assert [a["category_id"] for a in found if a["image_id"] == 0] == [1, 2]
+    assert [a["id"] for a in found] == list(range(1, len(found) + 1))
+
+
+def test_an_image_without_annotations_is_a_legal_negative(coco_folder):
+    target = load(coco_folder).target(3)
+    assert target["boxes"].shape == (0, 4) and target["masks"].shape == (0, 32, 48)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_metadata_is_one_line_or_no_matter(tmp_path):
+    """2,000 photos with wrong bytes in their EXIF; Pillow raises what it likes."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x8769], exif[0x011A] = 6, "maker", {0x9003: "2020"}, 72.0
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (9, 9)).save(path, "JPEG", exif=exif)
+    whole = path.read_bytes()
+    start, rng, refused = whole.find(b"Exif"), np.random.RandomState(0), 0
+    # Two that older versions answered with struct.error and AttributeError.
+    for places in [{41: 25, 97: 39}, {43: 11, 123: 111}] + 2000 * [None]:
+        content = bytearray(whole)
+        end = start + len(exif.tobytes())
+        places = places or {rng.randint(start, end): rng.randint(256) for _ in range(2)}
+        for place, value in places.items():
+            content[place] = value
+        path.write_bytes(content)
+        for look in (images.read_image, lambda p: images.check_header(p, (9, 9))):
+            try:
+                look(str(path))
+            except UserError as error:
+                refused += 1
+                assert str(path) in str(error)
+    assert refused < 400
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "LA", "1", "I;16"])
+def test_images_of_all_modes_become_rgb(tmp_path, mode):
+    gray = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (30, 1))
+    if mode == "I;16":
+        Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "a.tiff")
+        path = tmp_path / "a.tiff"
+    else:
+        kind = "tiff" if mode == "CMYK" else "png"
+        path = tmp_path / f"a.{kind}"
+        Image.fromarray(gray).convert("RGB").convert(mode).save(path)
+    image = images.read_image(str(path), (30, 40))
+    assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
+    # Dark on the left, bright on the right, in each mode; 16 bits must not clip to white.
+    assert image[:, :, :8].float().mean() < 60 and image[:, :, -8:].float().mean() > 190
+
+
+def test_exif_rotation_follows_the_size_that_the_annotations_speak_of(tmp_path):
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[:, :10] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    path = str(tmp_path / "a.jpg")
+    upright = images.read_image(path, (30, 20))
+    assert upright[:, :8].float().mean() > 200 > 50 > upright[:, 12:].float().mean()
+    stored = images.read_image(path, (20, 30))
+    assert stored[:, :, :8].float().mean() > 200 > 50 > stored[:, :, 12:].float().mean()
+    with pytest.raises(UserError, match="is 20 x 30 pixels, the JSON says 33 x 44"):
+        images.read_image(path, (44, 33))
+
+
+def test_the_split_is_seeded_covers_classes_and_can_be_given_back(coco_folder, tmp_path):
+    dataset = load(coco_folder)
+    first, warnings = split.draw_split(dataset, "2", 0)
+    assert split.draw_split(dataset, "50%", 0)[0] == first
+    covered = set().union(*(dataset.present_labels(i) for i in first))
+    assert covered == {1, 2} and "unused" in warnings[0]
+    split.write_split(dataset, first, tmp_path / "split.json", 0)
+    assert split.draw_split(dataset, str(tmp_path / "split.json"), 1)[0] == first
+    (tmp_path / "list.json").write_text(json.dumps(["3.png", "1.png"]))
+    assert split.draw_split(dataset, str(tmp_path / "list.json"), 0)[0] == [1, 3]
+    seeds = {tuple(split.draw_split(dataset, "1", seed)[0]) for seed in range(20)}
+    assert len(seeds) > 1
+
+
+class Labels:
+    """Of a dataset what the split asks of it: 40 annotated images and two bare ones; 6 classes."""
+
+    annotated, names, source = 40, [*"abcdef"], "labels"
+
+    def present_labels(self, index: int) -> set:
+        # Classes 1 to 4 are everywhere, 5 in one of ten, 6 in two images.
+        return {index % 4 + 1} | ({5} if index % 10 == 0 else set()) | ({6} & {6 * (index < 2)})
+
+    def __len__(self) -> int:
+        return 42
+
+
+def test_a_split_is_of_the_asked_size_and_the_rest_of_it_is_uniform():
+    """10 of 40 images, drawn 60 times: the seed's alone, each class in it, none favored."""
+    times = torch.zeros(40)
+    for seed in range(60):
+        torch.manual_seed(seed + 1)
+        chosen, warnings = split.draw_split(Labels(), "10", seed)
+        assert chosen == sorted(set(chosen)) and len(chosen) == 10 and not warnings
+        # The split is the seed's, whatever was drawn before it.
+        torch.manual_seed(0)
+        assert split.draw_split(Labels(), "25%", seed)[0] == chosen
+        covered = set().union(*(Labels().present_labels(index) for index in chosen))
+        assert covered == set(range(1, 7))
+        times[chosen] += 1
+    # One of the two images of the rare class in each; of the others 13 to 16 times each, with
+    # a standard deviation of 3.5.
+    assert times[:2].sum() >= 60 and times[2:].min() >= 3 and times[2:].max() <= 35
+
+
+def test_a_bare_folder_gives_unlabeled_images_that_are_not_listed_yet(coco_folder):
+    dataset = load(coco_folder)
+    (coco_folder / "images" / "sub").mkdir()
+    Image.new("L", (50, 40)).save(coco_folder / "images" / "sub" / "new.png")
+    assert coco_json.add_folder(dataset, str(coco_folder / "images")) == [4]
+    assert dataset.image(4).shape == (3, 40, 50)
+    assert dataset.annotated == 4 and dataset.instances_per_image([0, 3]) == 1.0
+    with pytest.raises(UserError, match="is 5 of 4 images"):
+        split.draw_split(dataset, "5", 0)
+
+
+def test_the_stream_is_a_function_of_seed_and_position(coco_folder):
+    dataset = load(coco_folder)
+    stream = data.Stream(dataset, [0, 1, 2, 3], SETTINGS, 7, True)
+    epochs = [[stream[k]["index"] for k in range(4 * e, 4 * e + 4)] for e in range(6)]
+    assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+    state = torch.get_rng_state()
+    again = data.Stream(dataset, [0, 1, 2, 3], SETTINGS, 7, True)
+    for k in (21, 3, 4):
+        assert torch.equal(stream[k]["image"], again[k]["image"])
+        assert stream[k]["seed"] == again[k]["seed"]
+    # Reading data must not touch the generator that the model draws from.
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_unlabeled_items_carry_no_truth(coco_folder):
+    stream = data.Stream(load(coco_folder), [0, 1], SETTINGS, 7, False)
+    assert set(stream[0]) == {"image", "index", "seed", "geometry"}
+
+
+def test_processes_share_the_same_global_batches():
+    whole = list(data.Shard(8, 3, 6, rank=0, world=1))
+    parts = [list(data.Shard(8, 3, 6, rank=r, world=4)) for r in range(4)]
+    assert [[k for part in parts for k in part[s]] for s in range(3)] == whole
+    assert whole[0] == list(range(24, 32)) and len(data.Shard(8, 3, 6, 0, 1)) == 3
+
+
+def test_annotations_are_packed_into_few_arrays(shapes_folder):
+    dataset = coco_json.load_coco(f"{shapes_folder}/instances_train.json", f"{shapes_folder}/train")
+    for name, value in vars(dataset).items():
+        # Lists of names at most; nothing that holds an object for each annotation.
+        if isinstance(value, list):
+            assert len(value) <= len(dataset), name
+            assert all(isinstance(v, (str, int, type(None))) for v in value), name
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(copy.target(5)["masks"], dataset.target(5)["masks"])
+
+
+def test_classes_are_matched_by_name_not_by_id(coco_folder, tmp_path):
+    def renumber(raw):
+        raw["categories"] = [dict(id=1, name="dog"), dict(id=2, name="cat")]
+        raw["annotations"] = [dict(raw["annotations"][0], category_id=2)]
+
+    write_coco(tmp_path / "other", renumber)
+    other = coco_json.load_coco(
+        str(tmp_path / "other/coco.json"), str(tmp_path / "other/images"), ["cat", "dog", "unused"]
+    )
+    assert other.target(0)["labels"].tolist() == [1]
+    assert other.category_ids == [2, 1, None]
+
+
+def test_boxes_are_torchvisions_and_end_after_the_last_pixel():
+    masks = torch.rand(20, 13, 17) < 0.02
+    masks[torch.arange(20), torch.randint(13, (20,)), torch.randint(17, (20,))] = True
+    expected = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
+    for kind in (torch.bool, torch.uint8, torch.float32):
+        found = data.boxes_of(masks.to(kind))
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert data.boxes_of(masks[:0]).shape == (0, 4)

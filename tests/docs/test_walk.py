@@ -1,0 +1,96 @@
+"""The walk: page and notebook are of their source, and the notebook runs, every step of it.
+
+The run is the real one, small: the notebook in a kernel of its own, with a teacher of 25 steps on
+20 images and thresholds so low that something is kept. Its `assert`s are the hand calculations.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import nbclient
+import nbformat
+import pytest
+from conftest import ROOT
+
+WALK = ROOT / "docs" / "walk.py"
+
+
+@pytest.mark.fast
+def test_page_and_notebook_are_made_of_the_script():
+    done = subprocess.run([sys.executable, "docs/scripts/make_walk.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run python docs/scripts/make_walk.py"
+
+
+@pytest.mark.fast
+def test_equations_are_spelled_as_the_sources_define_them():
+    text = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8")
+    defined = dict(re.findall(r"^## (.+)\n\n\$\$(.+)\$\$$", text, re.MULTILINE))
+    walk = (ROOT / "docs" / "walk.md").read_text(encoding="utf-8")
+    name = r"(?:GD|PL-DC|S4M) Eq\. \([^)]+\)"
+    found = re.findall(rf"\$\$(.+?)\$\$\s+({name})", walk, re.DOTALL)
+    assert len(found) >= 10
+    for formula, its_name in found:
+        assert " ".join(formula.split()) == defined[its_name], its_name
+    assert set(re.findall(name, walk)) <= set(defined)
+
+
+@pytest.mark.fast
+def test_the_pictures_are_small_enough_for_a_page():
+    sizes = [path.stat().st_size for path in (ROOT / "docs" / "walk").glob("*.png")]
+    assert len(sizes) >= 8 and sum(sizes) < 1_500_000
+
+
+@pytest.fixture
+def small(shapes_folder, tmp_path, monkeypatch) -> list[str]:
+    """Settings of a small walk, which writes into the test's folder only."""
+    flags = "--pretrain-steps 25 --warmup-steps 5 --labeled 20 --labeled-batch 4 --eval-every 99"
+    # Views of half the size: points and masks must find their way to the original and back.
+    flags += " --short-side-min 48 --short-side 48 --long-side 48"
+    for part in ("train", "val", "test"):
+        flags += f" --{part}-json {shapes_folder}/instances_{part}.json"
+        flags += f" --{part}-images {shapes_folder}/{part}"
+    places = dict(WALK_OUT="out", JUPYTER_RUNTIME_DIR="jupyter", IPYTHONDIR="ipython")
+    for name, folder in places.items():
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("WALK_PRETRAINED", raising=False)
+    return flags
+
+
+def everything() -> list[str]:
+    """What there is in docs/, compiled files aside."""
+    return sorted(str(p) for p in (ROOT / "docs").rglob("*") if "__pycache__" not in str(p))
+
+
+def test_the_notebook_runs_to_its_end_and_draws_its_pictures(small, tmp_path, monkeypatch):
+    before = everything()
+    monkeypatch.setenv("WALK_FLAGS", f"{small} --tau-min 0.1 --tau-max 0.2")
+    notebook = nbformat.read(ROOT / "docs" / "walk.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    # Opened where it lies, as Jupyter does: it finds the project's folder by itself.
+    where = {"metadata": {"path": str(ROOT / "docs")}}
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where)
+    client.execute()
+    outputs = [part for cell in notebook.cells for part in cell.get("outputs", [])]
+    text = "".join(part.text for part in outputs if part.get("name") == "stdout")
+    assert "IoU mask taught" in text
+    # There was something to follow: pseudo-labels in the batch, and one of them with a mask.
+    assert "pseudo-labels: 0 in" not in text and "pseudo-labels: " in text
+    drawn = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert drawn == sorted(path.name for path in (ROOT / "docs" / "walk").glob("*.png"))
+    shown = [part for part in outputs if "image/png" in part.get("data", {})]
+    assert len(shown) == len(drawn)
+    assert everything() == before
+
+    # The same first teacher with a filter that it cannot pass: one line, no traceback.
+    flags = f"{small} --tau-min 1 --tau-max 1"
+    environment = os.environ | dict(
+        WALK_FLAGS=flags, WALK_PRETRAINED=str(tmp_path / "out" / "first" / "checkpoint.pt")
+    )
+    done = subprocess.run(
+        [sys.executable, str(WALK)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("no pseudo-label in ")

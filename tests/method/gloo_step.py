@@ -1,0 +1,132 @@
+"""A few semi-supervised steps on a fixed global batch; the body of test_distributed.
+
+    python tests/method/gloo_step.py OUT SHAPES             one process
+    torchrun --nproc_per_node 2 tests/method/gloo_step.py OUT SHAPES
+
+Random choices that would differ with the number of processes are taken out, so that the
+rest must agree: norms are frozen, all anchors and proposals are used. The threshold is
+such that the first two unlabeled images have pseudo-labels and the last two have none:
+with two processes, one of them skips the unlabeled pass in every step. SGD stands in for
+AdamW, whose first steps are the sign of the gradient, be it 1 or a rounding error.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+import train
+from ssis import config, correction, distributed, filters, model, teacher
+from ssis.datasets import coco_json
+from ssis import data
+
+
+def freeze_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, FrozenBatchNorm2d(child.num_features))
+        else:
+            freeze_norms(child)
+
+
+def frozen(net: model.MaskRCNN) -> model.MaskRCNN:
+    """The model without anything random in its training step."""
+    freeze_norms(net)
+    net.rpn.fg_bg_sampler.batch_size_per_image = 10**6
+    net.roi_heads.fg_bg_sampler.batch_size_per_image = 10**6
+    return net
+
+
+def main(out: str, folder: str) -> None:
+    settings = config.Config(
+        # No clipping: it would hide a gradient that is too large by a factor.
+        clip_norm=1e9,
+        method="pl-dc",
+        filter="dual",
+        tau_mask=0.0,
+        correction="prototypes",
+        uncertainty=True,
+        # S4M: distilled in the first step, redrawn in the others. Not pasted: pairs are
+        # those of one process.
+        structure_weight=1.0,
+        structure_queries=8,
+        refine="agreement",
+        refine_gate=0.0,
+        short_side_min=64,
+        short_side=64,
+        long_side=64,
+        device="cpu",
+        labeled_batch=4,
+        unlabeled_batch=4,
+    )
+    torch.set_num_threads(1)
+    start = distributed.start("cpu")
+    rank, world, _ = start
+    # Before `Run` wraps the model in DDP: a model cannot be wrapped twice.
+    build = model.build
+    model.build = lambda *args: frozen(build(*args))
+    dataset = coco_json.load_coco(f"{folder}/instances_train.json", f"{folder}/train")
+    run = train.Run(settings, dataset, start)
+    run.teacher = teacher.make_teacher(run.net)
+    run.optimizer = torch.optim.SGD(run.net.parameters(), lr=2e-4)
+    run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
+
+    labeled = data.Stream(dataset, list(range(8)), settings, 0, True)
+    unlabeled = data.Stream(dataset, list(range(8, 40)), settings, 1, False)
+    # Of eight unlabeled images take the two with the best and the two with the worst
+    # detection, and put the threshold between them.
+    items = [unlabeled[k] for k in range(8)]
+    best = [
+        teacher.predict(run.teacher, [item["image"]], 0.05)[0].class_quality.max().item()
+        for item in items
+    ]
+    order = sorted(range(8), key=lambda k: -best[k])
+    run.config.tau_class = (best[order[1]] + best[order[-2]]) / 2
+    chosen = [items[k] for k in (*order[:2], *order[-2:])]
+
+    # PL-DC's second classifier, refreshed in the second of the three steps.
+    correction.REFRESH_EVERY = 2
+    correction.begin(run, labeled)
+
+    share = 4 // world
+    mine = slice(rank * share, (rank + 1) * share)
+    found = []
+    before = {name: value.clone() for name, value in run.net.state_dict().items()}
+    pretraining = train.step(run, [labeled[12 + k] for k in range(4)][mine], None)
+    assert pretraining["labeled/loss_structure"][0] > 0
+    for step in range(3):
+        batch = [labeled[4 * step + k] for k in range(4)]
+        row = train.step(run, batch[mine], chosen[mine])
+        teacher.ema_update(run.teacher, run.net, 0.9) if step else None
+        found.append(row["pseudo_per_image"][0].item())
+    counts = distributed.gather(found)
+    # PL-DC: what its levels remember must come out the same on every process. Each one has
+    # its share of the predictions and of the labeled images.
+    levels = config.Config(filter="adaptive", correction="prototypes", tau_min=0.05)
+    thresholds = filters.Thresholds(levels, 6)
+    thresholds.start(torch.full((6,), 1 / 6))
+    views = [item["image"] for item in chosen][mine]
+    thresholds.update(teacher.predict(run.teacher, views, 0.05))
+    second = correction.make(levels, ["a"] * 6, run.net, "cpu")
+    second.learn(run.teacher, [labeled[k] for k in range(4)][mine])
+    remembered = distributed.gather((thresholds.values, second.bank, second.seen))
+    if rank == 0:
+        torch.save(
+            dict(
+                found=counts,
+                remembered=remembered,
+                student=run.net.state_dict(),
+                teacher=run.teacher.state_dict(),
+                before=before,
+            ),
+            out,
+        )
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,35 @@
+"""The evaluation of an untrained model by several processes; the body of a test_distributed test.
+
+python tests/report/gloo_evaluate.py OUT FOLDER             one process
+torchrun --nproc_per_node 3 tests/report/gloo_evaluate.py OUT FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from ssis import distributed, model
+from ssis.datasets import coco_json
+from ssis.report import ap
+
+
+def main(out: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    rank, world, device = distributed.start("cpu")
+    dataset = coco_json.load_coco(f"{folder}/coco.json", f"{folder}/images")
+    torch.manual_seed(0)
+    net = model.build_small(2, 48, 96).eval()
+    # An untrained model is sure of nothing.
+    net.roi_heads.score_thresh, net.roi_heads.detections_per_img = 0.05, 10
+    report, results = ap.evaluate(net, dataset, device, rank, world)
+    if rank == 0:
+        Path(out).write_text(json.dumps(dict(report=report, results=results)))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

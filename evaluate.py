@@ -25,15 +25,6 @@ from ssis.engine.resume import add_model_flags, load_model
 from ssis.report import ap
 
 
-def judge(run, net, dataset) -> tuple[dict, list[dict]]:
-    """`evaluate` within a training run: the model stays in the mode that it was in."""
-    mode = net.training
-    report, results = ap.evaluate(net.eval(), dataset, run.device, run.rank, run.world)
-    net.train(mode)
-    ap.give_back_memory()
-    return report, results
-
-
 def run(argv: list[str] | None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="COCO mask and box AP of a checkpoint.")
@@ -52,8 +43,8 @@ def run(argv: list[str] | None) -> None:
     source, folder = (args.json, args.images) if args.json else parts.part_paths(config, "test")
     dataset = coco_json.load_coco(source, folder, names)
     dataset.check_files()
-    rank, world, device = distributed.start(args.device)
-    report, results = ap.evaluate(net.to(device), dataset, device, rank, world, progress=True)
+    rank, world_size, device = distributed.start(args.device)
+    report, results = ap.evaluate(net.to(device), dataset, device, rank, world_size, progress=True)
     if rank == 0:
         print(f"{who} of {args.checkpoint} on {source}, {len(dataset)} images")
         print(f"{'':8}" + "".join(f"{name:>7}" for name in ap.NUMBERS))

@@ -39,9 +39,9 @@ away what a small network likes to lean on, color and fine texture, so that what
 left to agree on is shape.
 
 Every view has a seed of its own, so a run does not depend on how the images are spread
-over workers and processes; only ARP's pairs are those of one process. Read next:
-`ssis/teacher.py`, who looks at the weak view, or, if you came from there by way of
-`ssis/refine.py`, S4M's third part: `ssis/sam_distill.py`.
+over workers and processes; only ARP's pairs are those of one process.
+
+Chain: 3 of 16. Read next: `ssis/model.py`, the network that sees the views.
 """
 
 from typing import NamedTuple
@@ -98,13 +98,13 @@ class Geometry(NamedTuple):
         return maps.flip(-1) if self.flip else maps
 
 
-def weak_view(image: Tensor, target: dict | None, config, seed: int):
+def weak_view(image: Tensor, target: dict | None, size: "data.ViewSize", seed: int):
     """Resize to a random short side and flip with probability one half.
 
     Args:
         image: (3, H, W) uint8, original frame.
         target: `labels` (N,) and `masks` (N, H, W) uint8, or None.
-        config: `short_side_min`, `short_side`, `long_side`, pixels.
+        size: the limits of its sides.
         seed: of this view.
 
     Returns:
@@ -116,11 +116,11 @@ def weak_view(image: Tensor, target: dict | None, config, seed: int):
     original = tuple(image.shape[-2:])
     generator = torch.Generator().manual_seed(seed)
     short = torch.randint(
-        config.short_side_min, config.short_side + 1, (), generator=generator
+        size.short_min, size.short_max + 1, (), generator=generator
     ).item()
     flip = torch.rand((), generator=generator).item() < 0.5
     # First the pixels, as uint8 (a quarter of the memory), then masks to their size.
-    image = resize(image, short, config.long_side)
+    image = resize(image, short, size.long_max)
     if target is not None:
         target = dict(target, masks=resize_masks(target["masks"], image))
     if flip:
@@ -183,7 +183,7 @@ VISIBLE = 0.1
 
 
 def arp(
-    images: list[Tensor], targets: list[dict], config, seed: int
+    images: list[Tensor], targets: list[dict], min_area: float, jitter: float, seed: int
 ) -> tuple[list[Tensor], list[dict]]:
     """S4M's copy-paste among the images of a batch.
 
@@ -191,7 +191,8 @@ def arp(
         images: B of (3, H, W) float in [0, 1], of any sizes; not changed.
         targets: B dicts of boxes, labels, masks (N, H, W) uint8, and mask_weights
             (N, H, W) or not; best instance first. Not changed.
-        config: `arp_min_area`, `arp_jitter`.
+        min_area: smallest mask that is pasted, as a fraction of the image.
+        jitter: what is pasted is scaled by 1 - jitter to 1 + jitter.
         seed: of pairs and scales.
 
     Returns:
@@ -210,19 +211,18 @@ def arp(
         # Both directions, each from the images as they were.
         for below, above in ((a, b), (b, a)):
             # A scale between 1 - jitter and 1 + jitter, one for all that is pasted.
-            jitter = config.arp_jitter * (2 * torch.rand((), generator=generator) - 1)
+            draw = 2 * torch.rand((), generator=generator) - 1
+            scale = 1 + (jitter * draw).item()
             made_images[below], made_targets[below] = paste(
                 images[below],
                 targets[below],
-                *placed(
-                    images[above], targets[above], images[below], 1 + jitter.item()
-                ),
-                config.arp_min_area,
+                *place(images[above], targets[above], images[below], scale),
+                min_area,
             )
     return made_images, made_targets
 
 
-def placed(
+def place(
     image: Tensor, target: dict, like: Tensor, scale: float
 ) -> tuple[Tensor, dict]:
     """An image and its target, scaled, in the middle of a frame like another's.
@@ -262,8 +262,8 @@ def paste(
 
     Args:
         image, target: what is pasted onto.
-        above, source: what is pasted, in the same frame (`placed`).
-        min_area: smallest mask that is pasted, as a share of the frame.
+        above, source: what is pasted, in the same frame (`place`).
+        min_area: smallest mask that is pasted, as a fraction of the frame.
 
     Returns:
         The new image and its target: disjoint masks, their boxes, nothing degenerate.

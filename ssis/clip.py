@@ -1,4 +1,4 @@
-r"""PL-DC, category level: CLIP as the second classifier (optional, needs open_clip).
+r"""PL-DC, category level: CLIP as the category classifier (optional, needs open_clip).
 
 CLIP has seen a billion images with captions, so it may name what a teacher trained on
 a few hundred cannot. It was never trained to outline anything; that is the
@@ -9,9 +9,9 @@ teacher's part. For each pseudo-label the two meet:
    tower's own head, as the average over the whole image would:
    $v = \mathrm{head}(\mathrm{mean}_{xy \in M} F_{xy})$;
 3. each class is the mean of the embeddings of its prompts, $e_k$;
-4. the second opinion is their similarity, s being CLIP's own logit scale:
+4. the opinion is their similarity, s being CLIP's own logit scale:
 
-$$p_{\mathrm{second}} = \mathrm{softmax}_k(s \cdot \cos(v, e_k))$$ PL-DC Eq. (CLIP)
+$$p_{\mathrm{category}} = \mathrm{softmax}_k(s \cdot \cos(v, e_k))$$ PL-DC Eq. (CLIP)
 
 The paper has ConvNeXt-L trained on LAION-2B and five prompts with descriptions for each
 class. Here the prompts are made of the dataset's class names, or come from a JSON file:
@@ -21,7 +21,8 @@ Difference from the released code: that passes images to CLIP without CLIP's own
 normalization. Here they are normalized with the mean and deviation that belong to the
 weights.
 
-Read next: `ssis/correction.py`, where the opinions are mixed.
+Chain: 10 of 16. Read next: `ssis/losses.py`, where the student learns from what came
+out.
 """
 
 import json
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 
 from ssis import UserError
 from ssis.io.checkpoint import short
+from ssis.correction import CategoryClassifier
 from ssis.teacher import PseudoLabels
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "there is a {} in the scene.")
@@ -72,7 +74,7 @@ def prompts_of(names: list[str], descriptions: str) -> list[list[str]]:
     return [given[name] for name in names]
 
 
-class Clip:
+class Clip(CategoryClassifier):
     """CLIP's opinion on the class of an instance; frozen, so it is in no checkpoint.
 
     Args:
@@ -85,9 +87,6 @@ class Clip:
         UserError: open_clip is missing, the weights cannot be had, or the image tower
             is not a ConvNeXt (a transformer has no feature map to pool).
     """
-
-    # It has nothing to learn from the labeled images.
-    learns = False
 
     def __init__(self, source: str, names: list[str], descriptions: str, device):
         try:
@@ -128,16 +127,6 @@ class Clip:
         each = F.normalize(self.model.encode_text(tokens), dim=1)
         return F.normalize(each.mean(dim=0), dim=0)
 
-    def learn(self, net, items: list[dict]) -> None:
-        """Nothing; see `correction.Prototypes.learn`."""
-
-    def state_dict(self) -> dict:
-        """Nothing: the weights are open_clip's."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Nothing."""
-
     @torch.no_grad()
     def embed(self, image: Tensor, masks: Tensor) -> Tensor:
         """Mask-pooled embeddings.
@@ -172,7 +161,7 @@ class Clip:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, pseudo: PseudoLabels) -> Tensor:
-        """The second opinion on the instances of one image: (N, C), rows sum to 1."""
+        """Class distributions of the instances of one image: (N, C), rows sum to 1."""
         if not len(pseudo):
             return torch.zeros_like(pseudo.distribution)
         # PL-DC Eq. (CLIP)

@@ -1,16 +1,23 @@
 r"""Every setting once: a dataclass with a reason per field; the command line.
 
 There is one `Config`. Its fields are the command line (`--tau-class 0.7` sets
-`tau_class`), its defaults are the preset `shapes`, and the other presets are the same
-fields with other values. The order of precedence: a flag, then the preset, then the
-default. A method sets the switches of its own parts (`METHODS`), which come between
-preset and flag, so that `--method pl-dc --correction none` is PL-DC without that level.
+`tau_class`), its defaults are the default run, that of a bare `python train.py`. The
+order of precedence: a flag, then what preset and method set (`ssis/presets.py`), then
+the default. So `--method pl-dc --correction none` is PL-DC without that level.
 Nothing else steers a training run.
+
+What is known of a field stands with it: its reason, its choices or range, and
+
+    scope    what depends on it: the whole run; only what comes after pretraining
+             (LATER); pretraining too, but only with S4M's distillation (STRUCTURE);
+             no result at all, for it says where and how fast (PLACE)
+    part     it switches a part of a method, and belongs into the run's name
+    absent   what a record means that was written before the field was there
 
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
 
-Read next: `train.py`, which uses every field.
+Chain: 15 of 16. Read next: `ssis/presets.py`, the settings of papers and datasets.
 """
 
 import argparse
@@ -23,57 +30,55 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssis import UserError, sam
+from ssis.data import ViewSize
 from ssis.io.files import write_text
-from ssis.presets import METHODS, PRESETS, switches
+from ssis.presets import METHODS, OF_BOTH, PRESETS, switches
 
-# Fields that may differ between a run and its resumption: they say where and how fast,
-# never what is computed.
-NOT_IN_RESULT = (
-    "output",
-    "resume",
-    "pretrained",
-    "workers",
-    "checkpoint_every",
-    "device",
-    "tensorboard",
-    # Its weights count, not where they lie: see `resume.restore`.
-    "sam_checkpoint",
-    "sam_cache",
-    "sam_cache_gb",
-    "sam_memory_gb",
-)
-# Fields that pretraining does not depend on. Runs that differ in these alone have the
-# same first teacher, bit for bit, and can share one (`--pretrained`).
-# fmt: off
-AFTER_PRETRAINING = (
-    *NOT_IN_RESULT, "method", "burnin_steps", "mutual_steps", "unlabeled_batch",
-    "ema_decay", "filter", "tau_class", "tau_mask", "tau_min", "tau_max",
-    "threshold_decay", "min_area", "correction", "clip_model", "descriptions",
-    "prototypes", "uncertainty", "refine", "refine_points", "refine_sampling",
-    "refine_gate", "refine_calibrate", "arp", "arp_min_area", "arp_jitter",
-    "oracle", "unsup_weight", "unlabeled_includes_labeled", "eval_every",
-    "audit_images",
-)
-# fmt: on
-# And these, where nothing is distilled from SAM.
-OF_STRUCTURE = (
-    "sam",
-    "structure_queries",
-    "structure_channels",
-    "structure_boundary",
-)
-# Switches of the methods' parts.
-# fmt: off
-LEVELS = (
-    "filter", "correction", "uncertainty", "structure_weight", "refine",
-    "refine_sampling", "refine_gate", "refine_calibrate", "arp", "oracle",
-)
-# fmt: on
+# See the module's text.
+ALWAYS, LATER, STRUCTURE, PLACE = "always", "later", "structure", "place"
+# A range in words -> whether a value is in it.
+VALID = {
+    "at least 1": lambda value: value >= 1,
+    ">= 0": lambda value: value >= 0,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
+    "from 0 to below 1": lambda value: 0 <= value < 1,
+    "> 0 and finite": lambda value: 0 < value < float("inf"),
+}
+# Fields that are gone, with the value that the present code stands for.
+GONE = {"structure_channels": 1.0}
+# `absent` where a field's default is what an older record without it stands for.
+SAME = object()
 
 
-def setting(default, reason: str, choices: tuple[str, ...] = ()):
-    """A dataclass field with the sentence that says why it exists (shown by --help)."""
-    metadata = {"reason": reason, "choices": choices}
+def setting(
+    default,
+    reason: str,
+    choices: tuple[str, ...] = (),
+    group: str = "",
+    valid: str = "",
+    scope: str = ALWAYS,
+    part: bool = False,
+    absent=SAME,
+):
+    """A dataclass field with all that is known of it.
+
+    Args:
+        default: of the default run.
+        reason: the sentence that says why it exists, shown by --help.
+        choices: the values it may have; empty: any.
+        group: title of the section of --help that begins with it.
+        valid: its range, a key of `VALID`.
+        scope, part, absent: see the module's text.
+    """
+    metadata = dict(
+        reason=reason,
+        choices=choices,
+        group=group,
+        valid=valid,
+        scope=scope,
+        part=part,
+        absent=default if absent is SAME else absent,
+    )
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -81,34 +86,39 @@ def setting(default, reason: str, choices: tuple[str, ...] = ()):
 class Config:
     """All settings, with their reasons. Sizes in pixels, steps in optimizer steps."""
 
-    # fmt: off
-    # What is trained, and where it goes.
     preset: str = setting(
         "shapes",
         "a named set of defaults: a built-in dataset, or a paper's schedule",
-        ("shapes", "signs", "custom", "coco", "cityscapes", "voc"),
+        choices=("shapes", "signs", "custom", "coco", "cityscapes", "voc"),
+        group="What is trained, and where it goes",
     )
     method: str = setting(
-        "full", f"what is compared: {', '.join(METHODS)}"
+        "full", "which parts are switched on", choices=tuple(METHODS), scope=LATER
     )
-    seed: int = setting(0, "every random choice follows from it, the split included")
+    seed: int = setting(
+        0, "every random choice follows from it, the split included", valid=">= 0"
+    )
     output: str = setting(
-        "", "the run's folder; empty: runs/<preset>-<method>-<labeled>-s<seed>"
+        "",
+        "the run's folder; empty: runs/<preset>-<method>-<labeled>-s<seed>",
+        scope=PLACE,
     )
     resume: str = setting(
         "auto",
         "auto goes on where the run in the folder stopped; never starts it anew",
-        ("auto", "never"),
+        choices=("auto", "never"),
+        scope=PLACE,
     )
     pretrained: str = setting(
         "",
         "pretrained.pt of a run that differs only in what comes after pretraining: "
         "skips it, with the same result",
+        scope=PLACE,
     )
-
-    # Data.
     data: str = setting(
-        "data/shapes", "folder of the preset's dataset; shapes is drawn there"
+        "data/shapes",
+        "folder of the preset's dataset; shapes is drawn there",
+        group="Data",
     )
     train_json: str = setting("", "COCO-format annotations of the training images")
     train_images: str = setting("", "folder of the training images")
@@ -125,202 +135,335 @@ class Config:
     )
     labeled: str = setting(
         "5%",
-        "labeled part of train_json: a share (5%%), a number (64), or a split's JSON",
+        "labeled part of train_json: a fraction (5%), a number (64), or a split's JSON",
     )
     unlabeled_includes_labeled: bool = setting(
         False,
         "GD also uses the labeled images as unlabeled ones; leaving them out keeps "
         "the audit honest",
+        scope=LATER,
     )
     workers: int = setting(
-        0, "loader processes; 0 is fastest for tiny images, try 4 for real ones"
+        0,
+        "loader processes; 0 is fastest for tiny images, try 4 for real ones",
+        valid=">= 0",
+        scope=PLACE,
     )
-
-    # Model.
     model: str = setting(
         "small",
         "small learns from scratch on a CPU; resnet50 is torchvision's, for real data",
-        ("small", "resnet50"),
+        choices=("small", "resnet50"),
+        group="Model",
     )
     backbone_weights: str = setting(
         "none",
         "where resnet50 starts: none, imagenet, coco, or the PATH of a state dict",
     )
     short_side_min: int = setting(
-        96, "smallest short side that a training image is resized to"
+        96,
+        "smallest short side that a training image is resized to",
+        valid="at least 1",
     )
     short_side: int = setting(
-        96, "largest short side in training, and the one in evaluation"
+        96,
+        "largest short side in training, and the one in evaluation",
+        valid="at least 1",
     )
-    long_side: int = setting(160, "limit of the long side, which bounds the memory")
-
-    # Schedule. Step counts are optimizer steps, all in one run.
-    pretrain_steps: int = setting(700, "labeled images only; makes the first teacher")
+    long_side: int = setting(
+        160, "limit of the long side, which bounds the memory", valid="at least 1"
+    )
+    pretrain_steps: int = setting(
+        700,
+        "labeled images only; makes the first teacher",
+        group="Schedule (optimizer steps, all in one run)",
+        valid=">= 0",
+    )
     burnin_steps: int = setting(
-        100, "teacher frozen, student learns from its pseudo-labels (GD)"
+        100,
+        "teacher frozen, student learns from its pseudo-labels (GD)",
+        valid=">= 0",
+        scope=LATER,
     )
     mutual_steps: int = setting(
-        400, "teacher := EMA of the student, in every step (GD)"
+        400,
+        "teacher := EMA of the student, in every step (GD)",
+        valid=">= 0",
+        scope=LATER,
     )
     burnin_init: str = setting(
         "teacher",
         "the student's first weights: the teacher's (quick), or fresh (as GD)",
-        ("teacher", "fresh"),
+        choices=("teacher", "fresh"),
     )
     labeled_batch: int = setting(
-        8, "labeled images per step, over all processes together"
+        8, "labeled images per step, over all processes together", valid="at least 1"
     )
     unlabeled_batch: int = setting(
-        8, "unlabeled images per step, over all processes together"
+        8,
+        "unlabeled images per step, over all processes together",
+        valid="at least 1",
+        scope=LATER,
     )
-
-    # Optimizer.
     lr: float = setting(
-        1e-3, "AdamW step size; from scratch 1e-3, from pretrained weights 1e-4"
+        0.001,
+        "AdamW step size; from scratch 1e-3, from pretrained weights 1e-4",
+        group="Optimizer",
+        valid="> 0 and finite",
     )
     backbone_lr_factor: float = setting(
         1.0, "pretrained features need smaller steps: GD has 0.1"
     )
-    weight_decay: float = setting(0.05, "AdamW's, as in GD; not on biases and norms")
+    weight_decay: float = setting(
+        0.05, "AdamW's, as in GD; not on biases and norms", valid=">= 0"
+    )
     clip_norm: float = setting(
-        1.0, "limit of the gradient norm; GD has 0.01 (Mask2Former's)"
+        1.0,
+        "limit of the gradient norm; GD has 0.01 (Mask2Former's)",
+        valid="> 0 and finite",
     )
     warmup_steps: int = setting(
-        50, "linear warm-up: AdamW's second moments are noise at first"
+        50, "linear warm-up: AdamW's second moments are noise at first", valid=">= 0"
     )
-
     decay_at: float = setting(
-        0.7, "share of pretraining, and of what follows it, after which lr falls to 0"
+        0.7,
+        "fraction of pretraining, and of what follows it, after which lr falls to 0",
+        valid="from 0 to below 1",
     )
-
-    # Teacher and pseudo-labels.
     ema_decay: float = setting(
-        0.99, "GD 0.9996 for 100k steps and more; short runs need less"
+        0.99,
+        "GD 0.9996 for 100k steps and more; short runs need less",
+        group="Teacher and pseudo-labels",
+        valid="from 0 to 1",
+        scope=LATER,
     )
     filter: str = setting(
-        "score",
+        "adaptive",
         "what keeps a pseudo-label: class score (GD), score times mask quality, both "
         "apart, or both with a threshold for each class (PL-DC)",
-        ("score", "coupled", "dual", "adaptive"),
+        choices=("score", "coupled", "dual", "adaptive"),
+        scope=LATER,
+        part=True,
+        absent="score",
     )
     tau_class: float = setting(
         0.7,
-        "class quality asked for (GD 0.7, PL-DC 0.85); of coupled, the product; "
-        "adaptive has its own",
+        "class quality that is required (GD 0.7, PL-DC 0.85); of coupled, the "
+        "product; adaptive has its own",
+        valid="from 0 to 1",
+        scope=LATER,
     )
-    tau_mask: float = setting(0.8, "mask quality asked for by dual (PL-DC 0.9)")
-    tau_min: float = setting(0.5, "lowest adaptive threshold (PL-DC: not published)")
-    tau_max: float = setting(0.9, "highest adaptive threshold (PL-DC: not published)")
+    tau_mask: float = setting(
+        0.8,
+        "mask quality that dual requires (PL-DC 0.9)",
+        valid="from 0 to 1",
+        scope=LATER,
+    )
+    tau_min: float = setting(
+        0.5,
+        "lowest adaptive threshold (PL-DC: not published)",
+        valid="from 0 to 1",
+        scope=LATER,
+    )
+    tau_max: float = setting(
+        0.9,
+        "highest adaptive threshold (PL-DC: not published)",
+        valid="from 0 to 1",
+        scope=LATER,
+    )
     threshold_decay: float = setting(
-        0.99, "how slowly adaptive thresholds follow (PL-DC 0.9996)"
+        0.99,
+        "how slowly adaptive thresholds follow (PL-DC 0.9996)",
+        valid="from 0 to 1",
+        scope=LATER,
     )
-    min_area: int = setting(5, "a pseudo-label needs more mask pixels than this (GD 5)")
+    min_area: int = setting(
+        5,
+        "a pseudo-label needs more mask pixels than this (GD 5)",
+        valid=">= 0",
+        scope=LATER,
+    )
     correction: str = setting(
-        "none",
-        "second opinion on the class of a pseudo-label (PL-DC): prototypes of the "
-        "labeled instances, or CLIP (needs open_clip_torch)",
-        ("none", "prototypes", "clip"),
+        "prototypes",
+        "category classifier that corrects the class of a pseudo-label (PL-DC): "
+        "prototypes of the labeled instances, or CLIP (needs open_clip_torch)",
+        choices=("none", "prototypes", "clip"),
+        scope=LATER,
+        part=True,
+        absent="none",
     )
-    prototypes: int = setting(64, "labeled instances remembered of each class")
+    prototypes: int = setting(
+        64,
+        "labeled instances remembered of each class",
+        valid="at least 1",
+        scope=LATER,
+    )
     clip_model: str = setting(
         "convnext_large_d_320:laion2b_s29b_b131k_ft_soup",
         "open_clip's architecture:weights; the weights may be a PATH (PL-DC: this one)",
+        scope=LATER,
     )
     descriptions: str = setting(
-        "", "JSON for clip: class name -> list of prompts; empty: a photo of a <name>"
+        "",
+        "JSON for clip: class name -> list of prompts; empty: a photo of a <name>",
+        scope=LATER,
     )
     uncertainty: bool = setting(
-        False, "weight pseudo-labeled mask pixels by the teacher's certainty (PL-DC)"
+        True,
+        "weight pseudo-labeled mask pixels by the teacher's certainty (PL-DC)",
+        scope=LATER,
+        part=True,
+        absent=False,
     )
     oracle: str = setting(
         "none",
-        "headroom, not a method: the truth replaces class, mask or both of the "
+        "headroom, not a method: the ground truth replaces class, mask or both of the "
         "pseudo-labels",
-        ("none", "class", "mask", "both"),
+        choices=("none", "class", "mask", "both"),
+        scope=LATER,
+        part=True,
     )
     unsup_weight: float = setting(
-        1.0, "weight of the pseudo-labeled loss (GD 2, PL-DC 1)"
+        1.0,
+        "weight of the pseudo-labeled loss (GD 2, PL-DC 1)",
+        valid=">= 0",
+        scope=LATER,
     )
-
-    # S4M's three parts, and SAM, which two of them ask.
     structure_weight: float = setting(
-        0.0, "weight of structural distillation from SAM while pretraining (S4M 1)"
+        0.0,
+        "weight of structural distillation from SAM while pretraining (S4M 1)",
+        group="S4M's parts, and SAM, which two of them ask",
+        valid=">= 0",
+        part=True,
     )
-    structure_queries: int = setting(64, "query points of a labeled image (S4M 128)")
-    structure_channels: float = setting(
-        1.0, "share of the feature map's channels that is compared (S4M 1)"
+    structure_queries: int = setting(
+        64,
+        "query points of a labeled image (S4M 128)",
+        valid="at least 1",
+        scope=STRUCTURE,
     )
     structure_boundary: float = setting(
-        0.0, "share of those on the objects that is drawn from the band at their edges"
+        0.0,
+        "fraction of those on the objects that is drawn from the band at their edges",
+        valid="from 0 to 1",
+        scope=STRUCTURE,
     )
     refine: str = setting(
-        "none",
-        "SAM redraws the masks of pseudo-labels (S4M); of its candidates the one of "
-        "which it expects most (paper), or which agrees best with the teacher's mask",
-        ("none", "iou", "agreement"),
+        "agreement",
+        "SAM redraws the masks of pseudo-labels (S4M); of its candidates the one with "
+        "the highest predicted IoU (paper), or which agrees best with the teacher's "
+        "mask",
+        choices=("none", "iou", "agreement"),
+        scope=LATER,
+        part=True,
+        absent="none",
     )
-    refine_points: int = setting(3, "points that each mask is prompted with (S4M 3)")
+    refine_points: int = setting(
+        3,
+        "points that each mask is prompted with (S4M 3)",
+        valid="at least 1",
+        scope=LATER,
+    )
     refine_sampling: str = setting(
         "paper",
-        "chance of a point: the mask's probability inside it, or a softmax over the "
-        "logits of the whole map (S4M's released code)",
-        ("paper", "code"),
+        "probability of a point: the mask's probability inside it, or a softmax over "
+        "the logits of the whole map (S4M's released code)",
+        choices=("paper", "code"),
+        scope=LATER,
+        part=True,
     )
     refine_gate: float = setting(
         0.5,
         "IoU with the teacher's mask under which SAM's is not taken; 0: always (S4M)",
+        valid="from 0 to 1",
+        scope=LATER,
+        part=True,
     )
     refine_calibrate: bool = setting(
-        False, "weight the mask loss by mask quality times agreement of the two masks"
+        False,
+        "weight the mask loss by mask quality times agreement of the two masks",
+        scope=LATER,
+        part=True,
     )
     arp: str = setting(
-        "none",
+        "unlabeled",
         "paste instances between images (S4M): of pseudo-labeled ones, or of both",
-        ("none", "unlabeled", "both"),
+        choices=("none", "unlabeled", "both"),
+        scope=LATER,
+        part=True,
+        absent="none",
     )
     arp_min_area: float = setting(
-        0.00286, "smallest mask pasted, share of the image (S4M: 3000 of 1024 x 1024)"
+        0.00286,
+        "smallest mask pasted, fraction of the image (S4M: 3000 of 1024 x 1024)",
+        valid="from 0 to 1",
+        scope=LATER,
     )
-    arp_jitter: float = setting(0.0, "scale of what is pasted: 1 plus or minus")
+    arp_jitter: float = setting(
+        0.0,
+        "scale of what is pasted: 1 plus or minus",
+        valid="from 0 to below 1",
+        scope=LATER,
+    )
     sam: str = setting(
         "tiny",
         "tiny, for drawn shapes, comes along; the others, for photographs, are Meta's",
-        ("tiny", "vit_b", "vit_l", "vit_h"),
+        choices=("tiny", "vit_b", "vit_l", "vit_h"),
+        scope=STRUCTURE,
     )
-    sam_checkpoint: str = setting("", "PATH of SAM's weights; empty: tiny's own")
-    sam_cache: str = setting("", "folder that keeps SAM's embeddings, for all runs")
-    sam_cache_gb: float = setting(50.0, "limit of that folder; COCO would need 250")
+    sam_checkpoint: str = setting(
+        "", "PATH of SAM's weights; empty: tiny's own", scope=PLACE
+    )
+    sam_cache: str = setting(
+        "", "folder that keeps SAM's embeddings, for all runs", scope=PLACE
+    )
+    sam_cache_gb: float = setting(
+        50.0, "limit of that folder; COCO would need 250", valid=">= 0", scope=PLACE
+    )
     sam_memory_gb: float = setting(
-        2.0, "embeddings kept in memory by all processes; official SAM: 2 MB each"
+        2.0,
+        "embeddings kept in memory by all processes; official SAM: 2 MB each",
+        valid=">= 0",
+        scope=PLACE,
     )
-
-    # Machine.
     device: str = setting(
-        "auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda")
+        "auto",
+        "auto takes a GPU where there is one",
+        choices=("auto", "cpu", "cuda"),
+        group="Machine",
+        scope=PLACE,
     )
     amp: str = setting(
         "off",
         "mixed precision: bf16 where the GPU has it, fp16 (scaled losses) elsewhere",
-        ("off", "bf16", "fp16"),
+        choices=("off", "bf16", "fp16"),
     )
     deterministic: bool = setting(
         False,
         "refuse GPU operations whose result varies from call to call (a CPU has none)",
     )
-
-    # Bookkeeping.
     # 400: the second one, and its picture of the pseudo-labels, is at the end of the
     # default run's burn-in, where PL-DC's correction counts most.
-    eval_every: int = setting(400, "steps between evaluations on the validation images")
+    eval_every: int = setting(
+        400,
+        "steps between evaluations on the validation images",
+        group="Bookkeeping",
+        valid="at least 1",
+        scope=LATER,
+    )
     audit_images: int = setting(
-        96, "unlabeled images on which each evaluation audits the teacher"
+        96,
+        "unlabeled images on which each evaluation audits the teacher",
+        valid=">= 0",
+        scope=LATER,
     )
-    checkpoint_every: int = setting(100, "steps lost at most when the machine dies")
+    checkpoint_every: int = setting(
+        100, "steps lost at most when the machine dies", valid="at least 1", scope=PLACE
+    )
     tensorboard: bool = setting(
-        False, "write event files too (needs tensorboard), into the run's folder"
+        False,
+        "write event files too (needs tensorboard), into the run's folder",
+        scope=PLACE,
     )
-
-    # fmt: on
 
     @property
     def stage_ends(self) -> tuple[int, int, int]:
@@ -345,6 +488,11 @@ class Config:
         return self.structure_weight > 0 or self.refine != "none"
 
     @property
+    def view_size(self) -> ViewSize:
+        """The limits of a training view's sides."""
+        return ViewSize(self.short_side_min, self.short_side, self.long_side)
+
+    @property
     def run_folder(self) -> Path:
         """`output`, or a name that says what the run is."""
         if self.output:
@@ -352,9 +500,11 @@ class Config:
         share = Path(self.labeled).name.replace("%", "pct").replace(".json", "")
         # A level switched otherwise than the method has it is part of the name, and so
         # is an oracle: its result must not be taken for a method's.
-        usual = {name: getattr(Config, name) for name in LEVELS}
+        usual = {
+            f.name: f.default for f in dataclasses.fields(self) if f.metadata["part"]
+        }
         own = switches(self.preset, self.method, self.model)
-        usual |= {name: value for name, value in own.items() if name in LEVELS}
+        usual |= {name: value for name, value in own.items() if name in usual}
         names = [self.preset, self.method]
         for name, value in usual.items():
             now = getattr(self, name)
@@ -374,11 +524,11 @@ class Config:
 
     def check_numbers(self) -> None:
         """Each number on its own."""
-        for names, right, words in RANGES:
-            for name in names.split():
-                value = getattr(self, name)
-                if not right(value):
-                    raise UserError(f"{flag(name)} {value}: must be {words}")
+        for field in dataclasses.fields(self):
+            words, value = field.metadata["valid"], getattr(self, field.name)
+            # A comparison with NaN is false, so that NaN is refused everywhere.
+            if words and not VALID[words](value):
+                raise UserError(f"{flag(field.name)} {value}: must be {words}")
 
     def check_combinations(self) -> None:
         """Settings that contradict each other, or ask for what is not there."""
@@ -434,33 +584,6 @@ class Config:
             )
 
 
-# Fields, what their values must fulfil, and that in words. A comparison with NaN is
-# false, so that NaN is refused everywhere.
-RANGES = (
-    (
-        "labeled_batch unlabeled_batch prototypes structure_queries refine_points "
-        "eval_every checkpoint_every short_side_min short_side long_side",
-        lambda value: value >= 1,
-        "at least 1",
-    ),
-    (
-        "pretrain_steps burnin_steps mutual_steps seed workers min_area warmup_steps "
-        "audit_images weight_decay unsup_weight structure_weight sam_cache_gb "
-        "sam_memory_gb",
-        lambda value: value >= 0,
-        ">= 0",
-    ),
-    (
-        "ema_decay threshold_decay tau_class tau_mask tau_min tau_max "
-        "structure_boundary structure_channels refine_gate arp_min_area",
-        lambda value: 0 <= value <= 1,
-        "from 0 to 1",
-    ),
-    ("decay_at arp_jitter", lambda value: 0 <= value < 1, "from 0 to below 1"),
-    ("lr clip_norm", lambda value: 0 < value < float("inf"), "> 0 and finite"),
-)
-
-
 def flag(name: str) -> str:
     """The flag of a field."""
     return "--" + name.replace("_", "-")
@@ -483,34 +606,11 @@ def parse(argv: list[str] | None = None) -> Config:
     Raises:
         UserError: a value that no run could use.
     """
-    parser = Parser(
-        prog="train.py",
-        description="Semi-supervised instance segmentation. Without arguments: S4M and "
-        "PL-DC together on the built-in dataset, 5%% labeled, in about 10 minutes on "
-        "two cores.",
-        formatter_class=argparse.RawTextHelpFormatter,
-        # A flag that is not given must not hide the preset's value.
-        argument_default=argparse.SUPPRESS,
-        # `--label` for `--labeled` would change its meaning when a field is added.
-        allow_abbrev=False,
+    given = vars(make_parser().parse_args(argv))
+    preset, method = (
+        given.get("preset", Config.preset),
+        given.get("method", Config.method),
     )
-    for field in dataclasses.fields(Config):
-        kind = type(field.default)
-        text = f"{field.metadata['reason']} [{str(field.default).replace('%', '%%')}]"
-        if kind is bool:
-            parser.add_argument(
-                flag(field.name), action=argparse.BooleanOptionalAction, help=text
-            )
-        else:
-            parser.add_argument(
-                flag(field.name),
-                type=kind,
-                help=text,
-                metavar=kind.__name__,
-                choices=field.metadata["choices"] or None,
-            )
-    given = vars(parser.parse_args(argv))
-    preset, method = given.get("preset", "shapes"), given.get("method", Config.method)
     model = given.get("model", PRESETS[preset].get("model", Config.model))
     own = switches(preset, method, model)
     config = Config(**{**PRESETS[preset], **own, **given})
@@ -518,11 +618,65 @@ def parse(argv: list[str] | None = None) -> Config:
     return config
 
 
-def after_pretraining(config: Config) -> tuple[str, ...]:
-    """Fields that the first teacher of a run with these settings does not depend on."""
-    if config.structure_weight > 0:
-        return AFTER_PRETRAINING
-    return AFTER_PRETRAINING + OF_STRUCTURE
+def make_parser() -> Parser:
+    """The parser: a flag for each field, in groups, with its reason and its default."""
+    parser = Parser(
+        prog="train.py",
+        usage="%(prog)s [--flag VALUE ...]",
+        description="Semi-supervised instance segmentation. Without arguments: S4M and "
+        "PL-DC together on the built-in dataset, 5% labeled, in about 10 minutes on "
+        "two cores.\nIn brackets: what a run without arguments uses, and whether "
+        "--method or --preset set it too.",
+        formatter_class=argparse.RawTextHelpFormatter,
+        # A flag that is not given must not hide the preset's value.
+        argument_default=argparse.SUPPRESS,
+        # `--label` for `--labeled` would change its meaning when a field is added.
+        allow_abbrev=False,
+    )
+    sets = {
+        "--method": {
+            name for own in (METHODS, OF_BOTH) for d in own.values() for name in d
+        },
+        "--preset": {
+            name for d in (*PRESETS.values(), *OF_BOTH.values()) for name in d
+        },
+    }
+    group = parser
+    for field in dataclasses.fields(Config):
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        by = [name for name, fields in sets.items() if field.name in fields]
+        value = "none" if field.default == "" else str(field.default)
+        notes = [value, *([f"{' and '.join(by)} set it"] if by else [])]
+        text = f"{field.metadata['reason']} [{'; '.join(notes)}]".replace("%", "%%")
+        kind, choices = type(field.default), field.metadata["choices"]
+        if kind is bool:
+            group.add_argument(
+                flag(field.name), action=argparse.BooleanOptionalAction, help=text
+            )
+        elif choices:
+            group.add_argument(flag(field.name), choices=choices, help=text)
+        else:
+            word = "TEXT" if kind is str else "NUMBER"
+            group.add_argument(flag(field.name), type=kind, help=text, metavar=word)
+    return parser
+
+
+def not_in_result() -> set[str]:
+    """Fields that may differ between a run and its resumption."""
+    return {f.name for f in dataclasses.fields(Config) if f.metadata["scope"] == PLACE}
+
+
+def after_pretraining(config: Config) -> set[str]:
+    """Fields that the first teacher of a run with these settings does not depend on.
+
+    Runs that differ in these alone have the same first teacher, bit for bit, and can
+    share one (`--pretrained`).
+    """
+    scopes = (
+        {PLACE, LATER} if config.structure_weight > 0 else {PLACE, LATER, STRUCTURE}
+    )
+    return {f.name for f in dataclasses.fields(Config) if f.metadata["scope"] in scopes}
 
 
 def save(config: Config, path: Path) -> None:
@@ -530,15 +684,32 @@ def save(config: Config, path: Path) -> None:
     write_text(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
+def completed(saved: dict) -> dict:
+    """A stored record, with the values that it means where it has none."""
+    absent = {f.name: f.metadata["absent"] for f in dataclasses.fields(Config)}
+    return absent | saved
+
+
+def from_saved(saved: dict) -> Config:
+    """The `Config` of a stored record, also of an older one."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    return Config(**{k: v for k, v in completed(saved).items() if k in known})
+
+
 def differences(
-    config: Config, saved: dict, ignored: tuple[str, ...] = NOT_IN_RESULT
+    config: Config, saved: dict, ignored: set[str] | None = None
 ) -> list[str]:
-    """Fields that change the result and differ from a run's saved config, in words."""
-    now = dataclasses.asdict(config)
-    # A field that came after the saved config was written: its default switches it off.
-    saved = {**dataclasses.asdict(Config()), **saved}
+    """Fields in which a run's stored record differs from these settings, in words.
+
+    Args:
+        config: the settings now.
+        saved: the record.
+        ignored: fields that may differ; None: those that change no result.
+    """
+    ignored = not_in_result() if ignored is None else ignored
+    now, before = dataclasses.asdict(config) | GONE, GONE | completed(saved)
     return [
-        f"{flag(name)} was {saved[name]}, is {value}"
+        f"{flag(name)} was {before[name]}, is {value}"
         for name, value in now.items()
-        if name not in ignored and saved[name] != value
+        if name not in ignored and before[name] != value
     ]

@@ -2,14 +2,14 @@ r"""PL-DC, category level: dynamic instance category correction.
 
 A teacher trained on few images finds and outlines objects far better than it names
 them, and it is sure of its wrong names: no threshold on the class score takes them out.
-So a second classifier, which makes other mistakes, looks at each kept instance, and the
-two class distributions are mixed:
+So a second one, the *category classifier*, which makes other mistakes, is asked about
+each kept instance, and the two class distributions are mixed:
 
-$$p = w(t) \, p_{\mathrm{second}} + (1 - w(t)) \, p_{\mathrm{teacher}}$$
+$$p = w(t) \, p_{\mathrm{category}} + (1 - w(t)) \, p_{\mathrm{teacher}}$$
 PL-DC Eq. (DICC)
 
-The label becomes argmax p, the class quality max p. The second opinion counts less and
-less, for the teacher learns more than the second classifier does:
+The label becomes argmax p, the class quality max p. The category classifier counts less
+and less, for the teacher learns more than it does:
 
 $$w(t) = \frac{1}{4} \left(\cos \pi \frac{t - t_{\mathrm{burn}}}
   {t_{\mathrm{max}} - t_{\mathrm{burn}}} + 1\right)$$ PL-DC Eq. (w)
@@ -17,10 +17,10 @@ $$w(t) = \frac{1}{4} \left(\cos \pi \frac{t - t_{\mathrm{burn}}}
 so it is one half until the end of the burn-in, and falls to 0 at the end.
 
 Why a mixture and not a vote? How sure each side is counts, times its weight. And the
-weight fades on purpose: a second opinion that never changes would in the end hold back
-a teacher that has become better than it.
+weight fades on purpose: an opinion that never changes would in the end hold back a
+teacher that has become better than it.
 
-Two second classifiers (`--correction`):
+Two category classifiers (`--correction`):
 
 *prototypes.* The labeled instances themselves, as a memory: the teacher's features of
 up to 64 instances of each class. An instance is compared with all of them; the class
@@ -37,7 +37,7 @@ of two networks have nothing to do with each other.
 *clip* (`ssis/clip.py`). What the paper has: CLIP on mask-pooled features, against the
 embeddings of described class names. For photographs of things that have names.
 
-Read next: `ssis/losses.py`, where the student learns from what came out.
+Chain: 9 of 16. Read next: `ssis/clip.py`, the paper's own category classifier.
 """
 
 import dataclasses
@@ -48,7 +48,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from ssis import data, distributed, teacher
+from ssis import data, distributed
+from ssis import teacher as teacher_module
 from ssis.teacher import PseudoLabels
 
 # Labeled views that fill the memory at first, and steps between its refreshes: each
@@ -58,43 +59,83 @@ REFRESH_EVERY = 10
 # Cells of a silhouette, nearest instances asked, sharpness of the softmax.
 SILHOUETTE = 16
 NEAREST = 3
-# So sharp that a cosine that is higher by 0.02 is nearly all: with w = 0.5 the second
-# opinion mostly decides alone.
+# So sharp that a cosine that is higher by 0.02 is nearly all: with w = 0.5 the category
+# classifier mostly decides alone.
 TEMPERATURE = 0.005
 
 
 def weight(step: int, burn: int, last: int) -> float:
-    """How much the second opinion counts, from 0.5 down to 0.
+    """How much the category classifier counts, from 0.5 down to 0.
 
     Args:
         step: t, steps done.
         burn: t_burn, the step at which the guided burn-in ends.
         last: t_max, the last step.
     """
-    # While the teacher is frozen it learns nothing, so neither does its share grow.
+    # While the teacher is frozen it learns nothing, so its weight does not grow.
     if step <= burn:
         return 0.5
     # PL-DC Eq. (w)
     return 0.25 * (math.cos(math.pi * (step - burn) / (last - burn)) + 1)
 
 
-def fuse(pseudo: PseudoLabels, second: Tensor, w: float) -> PseudoLabels:
-    """Mix in a second opinion; masks, boxes and the order stay.
+class CategoryClassifier:
+    """What both category classifiers offer.
+
+    A classifier with a memory (`Prototypes`) overrides all of it; one that never learns
+    (`clip.Clip`) overrides the call alone: it has nothing to forget, to learn or to
+    save.
+    """
+
+    def forget(self) -> None:
+        """Empty the memory, if there is one."""
+
+    def learn(self, teacher: nn.Module, items: list[dict]) -> None:
+        """Remember labeled instances as the teacher sees them, if there is a memory.
+
+        Every process must call this.
+
+        Args:
+            teacher: the network, in evaluation mode.
+            items: labeled views of this process: `image` and `target`.
+        """
+
+    def state_dict(self) -> dict:
+        """What a checkpoint must keep: nothing without a memory."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The counterpart of `state_dict`."""
+
+    def __call__(self, image: Tensor, pseudo: PseudoLabels) -> Tensor:
+        """Class distributions (N, C) of the instances of one image.
+
+        A row of zeros means that there is no opinion.
+
+        Args:
+            image: a weak view, (3, H, W) float in [0, 1].
+            pseudo: its N instances.
+        """
+        raise NotImplementedError
+
+
+def fuse(pseudo: PseudoLabels, opinion: Tensor, w: float) -> PseudoLabels:
+    """Mix in the category classifier's opinion; masks, boxes and the order stay.
 
     Args:
         pseudo: of one image; none of its tensors is changed.
-        second: (N, C) class distribution of the second classifier; a row of zeros means
-            that it has no opinion.
-        w: weight of the second opinion, in [0, 1]. Where it is 0, or there is no
-            opinion, the instance stays as it is.
+        opinion: (N, C) class distributions of the category classifier; an all-zero row
+            means no opinion.
+        w: weight of the opinion, in [0, 1]. Where it is 0, or there is no opinion, the
+            instance stays as it is.
     """
     # Nothing to mix: not even rounding may change the teacher's own numbers.
     if w == 0:
         return pseudo
-    # A row of zeros is silence, and silence must not lower the teacher's probability.
-    asked = second.sum(dim=1) > 0  # (N,)
+    # An all-zero row means no opinion; keep the teacher's distribution.
+    asked = opinion.sum(dim=1) > 0  # (N,)
     # PL-DC Eq. (DICC)
-    mixed = w * second + (1 - w) * pseudo.distribution  # (N, C)
+    mixed = w * opinion + (1 - w) * pseudo.distribution  # (N, C)
     # The argmax may be another class now; boxes and masks are those of the old one, for
     # there are no others. Column k is class k + 1: column 0, background, is not in it.
     quality, index = mixed.max(dim=1)
@@ -107,63 +148,86 @@ def fuse(pseudo: PseudoLabels, second: Tensor, w: float) -> PseudoLabels:
 
 
 def correct(
-    pseudo: list[PseudoLabels], images: list[Tensor], second: nn.Module, w: float
+    pseudo: list[PseudoLabels],
+    images: list[Tensor],
+    classifier: CategoryClassifier,
+    w: float,
 ) -> list[PseudoLabels]:
-    """The pseudo-labels of B weak views with the second classifier's opinions.
+    """The pseudo-labels of B weak views, corrected by the category classifier.
 
     Args:
         pseudo: of each image.
         images: the weak views, (3, H, W) float in [0, 1] each.
-        second: `Prototypes` or `clip.Clip`: called with an image and its pseudo-labels
-            it gives (N, C) probabilities.
+        classifier: `Prototypes` or `clip.Clip`.
         w: weight of its opinion, of `weight`.
     """
     # Image by image: an opinion depends on nothing but the image and its instances.
     pairs = zip(pseudo, images, strict=True)
-    return [fuse(found, second(image, found), w) for found, image in pairs]
+    return [fuse(labels, classifier(image, labels), w) for labels, image in pairs]
 
 
-def make(config, names: list[str], net: nn.Module, device) -> nn.Module | None:
-    """The second classifier that a config asks for, or None.
+def make_classifier(
+    kind: str,
+    names: list[str],
+    channels: int,
+    size: int,
+    clip_model: str,
+    descriptions: str,
+    device,
+) -> CategoryClassifier | None:
+    """The category classifier of a kind, or None.
 
     Args:
-        config: `correction`, `prototypes`, `clip_model`, `descriptions`.
+        kind: "none", "prototypes" or "clip".
         names: class names.
-        net: the student, for the width of its features.
+        channels: D, of the feature pyramid.
+        size: prototypes remembered of each class.
+        clip_model, descriptions: of `clip.Clip`.
         device: where it is to be.
+
+    Raises:
+        ValueError: another kind.
     """
-    # A plain choice of two; `none` is None, and the loop then skips this level.
-    if config.correction == "prototypes":
-        channels = net.backbone.out_channels
-        return Prototypes(len(names), channels, config.prototypes).to(device)
-    if config.correction == "clip":
-        # Here, not above: whoever does without CLIP need not have it installed.
+    if kind == "none":
+        return None
+    if kind == "prototypes":
+        return Prototypes(len(names), channels, size).to(device)
+    if kind == "clip":
+        # Imported here: without CLIP nobody needs to have open_clip installed.
         from ssis.clip import Clip
 
-        return Clip(config.clip_model, names, config.descriptions, device)
-    return None
+        return Clip(clip_model, names, descriptions, device)
+    raise ValueError(f"no category classifier {kind!r}: none, prototypes or clip")
 
 
-def begin(run, labeled) -> None:
-    """Fill the memory of the second classifier anew; every process must call this.
+def fill(
+    classifier: CategoryClassifier | None,
+    teacher: nn.Module,
+    labeled,
+    rank: int,
+    world_size: int,
+) -> None:
+    """Fill the classifier's memory anew; every process must call this.
 
     Args:
-        run: `run.Run`; the present teacher looks.
-        labeled: the labeled `data.Stream`; each process looks at its share.
+        classifier: or None, and then there is nothing to do.
+        teacher: the network whose features are remembered.
+        labeled: the labeled `data.Stream`; each process takes its part of it.
+        rank, world_size: of this process.
     """
-    if run.second is None or not run.second.learns:
+    if classifier is None or type(classifier).learn is CategoryClassifier.learn:
         return
-    # Forget what another network saw; its features mean something else.
-    run.second.seen.zero_()
+    # What another network saw means something else.
+    classifier.forget()
     # Eight views at a time, as in a training batch; with several processes, each looks
     # at eight of its own and `learn` puts them together.
     chunk = 8
-    for first in range(0, START_VIEWS, chunk * run.world):
-        mine = range(first + run.rank * chunk, first + (run.rank + 1) * chunk)
-        run.second.learn(run.teacher, [labeled[k] for k in mine])
+    for first in range(0, START_VIEWS, chunk * world_size):
+        mine = range(first + rank * chunk, first + (rank + 1) * chunk)
+        classifier.learn(teacher, [labeled[k] for k in mine])
 
 
-class Prototypes(nn.Module):
+class Prototypes(nn.Module, CategoryClassifier):
     """Labeled instances as the teacher sees them; a module for its state dict.
 
     Args:
@@ -172,13 +236,11 @@ class Prototypes(nn.Module):
         size: K, instances kept of each class.
     """
 
-    learns = True
-
     def __init__(self, classes: int, channels: int, size: int):
         super().__init__()
         # A ring of K places for each class: the newest instance replaces the oldest. As
         # buffers they are in the checkpoint, and a resumed run remembers the same.
-        length = channels * teacher.CELLS**2 + SILHOUETTE**2
+        length = channels * teacher_module.CELLS**2 + SILHOUETTE**2
         self.register_buffer("bank", torch.zeros(classes, size, length))
         # How many instances of each class were ever put in; the k-th lies at k mod K.
         self.register_buffer("seen", torch.zeros(classes, dtype=torch.int64))
@@ -201,7 +263,7 @@ class Prototypes(nn.Module):
         number = torch.arange(len(boxes), device=boxes.device)[:, None]
         # What lies in the box but not on the object is not asked.
         rois = torch.cat([number.to(boxes), boxes], dim=1)
-        inside = roi_align(masks[:, None], rois, teacher.CELLS, aligned=True)
+        inside = roi_align(masks[:, None], rois, teacher_module.CELLS, aligned=True)
         # All 49 places apart, not their average: where in the box a part lies (the
         # points of a star, the hole of a ring) says what it is.
         appearance = F.normalize((features * inside).flatten(1))
@@ -215,19 +277,20 @@ class Prototypes(nn.Module):
         # instances is the mean of what their looks and their shapes say.
         return torch.cat([appearance, shape], dim=1) / math.sqrt(2)
 
-    @torch.no_grad()
-    def learn(self, net: nn.Module, items: list[dict]) -> None:
-        """Put labeled instances into the memory; every process must call this.
+    def forget(self) -> None:
+        """Empty the memory; what lies in it will be overwritten."""
+        self.seen.zero_()
 
-        Args:
-            net: the teacher's network, in evaluation mode.
-            items: labeled views of this process: `image` and `target`.
-        """
+    @torch.no_grad()
+    def learn(self, teacher: nn.Module, items: list[dict]) -> None:
+        """Put labeled instances into the memory; see `CategoryClassifier.learn`."""
         # Under the true box and the true mask: no mistake of the teacher gets in.
         device = self.bank.device
         views = [item["image"].to(device) for item in items]
         targets = [{k: v.to(device) for k, v in i["target"].items()} for i in items]
-        pooled = teacher.features_in(net, views, [t["boxes"] for t in targets])
+        pooled = teacher_module.features_in(
+            teacher, views, [t["boxes"] for t in targets]
+        )
         described = [
             self.describe(features.float(), target["masks"], target["boxes"])
             for features, target in zip(pooled, targets, strict=True)
@@ -245,7 +308,7 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor, pseudo: PseudoLabels) -> Tensor:
-        """The second opinion on the instances of one image: (N, C), rows sum to 1."""
+        """Class distributions of the instances of one image: (N, C), rows sum to 1."""
         if not len(pseudo) or not self.seen.any():
             return torch.zeros_like(pseudo.distribution)
         # The features are of the box that the teacher saw, the mask may be SAM's by

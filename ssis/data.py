@@ -11,7 +11,7 @@ is trained on.
 *Only two of the three streams know any ground truth.* That of the unlabeled images does
 not read their annotations at all, so nothing can leak.
 
-Read next: `ssis/augment.py`, the views of an image.
+Chain: 2 of 16. Read next: `ssis/augment.py`, the views of an image.
 """
 
 import hashlib
@@ -40,6 +40,22 @@ def boxes_of(masks: Tensor) -> Tensor:
     return torch.stack([left, top, right, bottom], dim=1).float()
 
 
+def mask_iou(masks: Tensor, other: Tensor) -> Tensor:
+    """Intersection over union of masks, pair by pair.
+
+    Args:
+        masks: (.., H, W) bool.
+        other: (.., H, W) bool; the leading dimensions are broadcast.
+
+    Returns:
+        (..) in [0, 1]; 0 where both are empty.
+    """
+    # Pixels of both over pixels of either. Not over those of one of them: a mask that
+    # covers the whole image would then agree with everything.
+    both = (masks & other).flatten(-2).sum(dim=-1)
+    return both / (masks | other).flatten(-2).sum(dim=-1).clamp(min=1)
+
+
 def sanitize(target: dict) -> dict:
     """Drop instances without pixels and derive the boxes again; a new target.
 
@@ -52,6 +68,15 @@ def sanitize(target: dict) -> dict:
     return {**kept, "boxes": boxes_of(kept["masks"])}
 
 
+class ViewSize(NamedTuple):
+    """How large a view may be, in pixels: the short side from `short_min` to
+    `short_max`, unless the long side would pass `long_max`."""
+
+    short_min: int
+    short_max: int
+    long_max: int
+
+
 class Stream(torch.utils.data.Dataset):
     """An endless shuffled sequence of views; item k is the same in every run.
 
@@ -61,16 +86,16 @@ class Stream(torch.utils.data.Dataset):
     Args:
         dataset: where the images are.
         indices: which of them take part; at least one.
-        config: for the views' sizes.
+        size: of the views.
         seed: of this stream; labeled and unlabeled streams have different ones.
         with_target: False hides the annotations, as semi-supervised learning demands.
     """
 
     def __init__(
-        self, dataset, indices: list[int], config, seed: int, with_target: bool
+        self, dataset, indices: list[int], size: ViewSize, seed: int, with_target: bool
     ):
         self.dataset, self.indices = dataset, np.array(indices, np.int64)
-        self.config, self.seed, self.with_target = config, seed, with_target
+        self.size, self.seed, self.with_target = size, seed, with_target
         self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     def __getitem__(self, k: int) -> dict:
@@ -82,9 +107,11 @@ class Stream(torch.utils.data.Dataset):
             self._epoch, self._order = epoch, order
         index = int(self.indices[self._order[place]])
         target = self.dataset.target(index) if self.with_target else None
+        # ~k = -1 - k: no item has the number of an epoch, so no view has the seed of a
+        # permutation.
         seed = _mix(self.seed, ~k)
         image, target, geometry = augment.weak_view(
-            self.dataset.image(index), target, self.config, seed
+            self.dataset.image(index), target, self.size, seed
         )
         item = dict(image=image, index=index, seed=seed, geometry=geometry)
         return item if target is None else dict(item, target=sanitize(target))
@@ -104,27 +131,43 @@ class Streams(NamedTuple):
     audit: Stream | None
 
 
-def streams(train_set, labeled: list[int], unlabeled: list[int], config) -> Streams:
-    """The streams of a run, each with a seed of its own.
+def make_streams(
+    train_set,
+    labeled: list[int],
+    unlabeled: list[int],
+    size: ViewSize,
+    seed: int,
+    oracle: str,
+) -> Streams:
+    """The streams of a run.
 
-    The audit's is over those unlabeled images whose truth is known; None without any.
+    Args:
+        train_set: `datasets.dataset.Dataset`.
+        labeled, unlabeled: indices of its images.
+        size: of the views.
+        seed: of the run.
+        oracle: "none", or what the ground truth replaces in the pseudo-labels.
+
+    Returns:
+        The three streams. The audit's is over those unlabeled images whose ground truth
+        is known; None without any.
+
+    Raises:
+        UserError: an oracle, and unlabeled images without ground truth.
     """
     hidden = set(unlabeled) - set(labeled)
-    if config.oracle != "none" and max(unlabeled, default=0) >= train_set.annotated:
+    if oracle != "none" and max(unlabeled, default=0) >= train_set.annotated:
         raise UserError(
-            f"--oracle {config.oracle}: needs the truth of every unlabeled image, and "
+            f"--oracle {oracle}: needs the ground truth of every unlabeled image, and "
             "--unlabeled-images has none; leave one of the two out"
         )
     audited = [i for i in sorted(hidden) if i < train_set.annotated]
+    # A seed for each stream, and no two runs share one: 3 seed, 3 seed + 1, 3 seed + 2.
     return Streams(
-        Stream(train_set, labeled, config, config.seed * 3, True),
-        # The one exception: an oracle is told the truth, and says so.
-        Stream(
-            train_set, unlabeled, config, config.seed * 3 + 1, config.oracle != "none"
-        ),
-        Stream(train_set, audited, config, config.seed * 3 + 2, True)
-        if audited
-        else None,
+        Stream(train_set, labeled, size, seed * 3, True),
+        # The one exception: an oracle is told the ground truth, and says so.
+        Stream(train_set, unlabeled, size, seed * 3 + 1, oracle != "none"),
+        Stream(train_set, audited, size, seed * 3 + 2, True) if audited else None,
     )
 
 
@@ -135,9 +178,9 @@ class Shard(torch.utils.data.Sampler):
     number of processes; process r of n takes the r-th n-th of it.
     """
 
-    def __init__(self, batch: int, start: int, stop: int, rank: int, world: int):
+    def __init__(self, batch: int, start: int, stop: int, rank: int, world_size: int):
         self.batch, self.start, self.stop = batch, start, stop
-        self.rank, self.share = rank, batch // world
+        self.rank, self.share = rank, batch // world_size
 
     def __iter__(self):
         for step in range(self.start, self.stop):

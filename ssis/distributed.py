@@ -6,15 +6,23 @@ no process group, and every function here is a no-op. On CPUs the backend is glo
 Why the loop cannot hang: whatever a process finds in its batch, it makes the same
 collective calls in the same order as all others. The unlabeled loss, which a process
 without pseudo-labels must skip, is computed on the model itself, not on DDP's wrapper.
-Gradients add up on each process; the labeled loss, which every process always has,
-goes through the wrapper and synchronizes the sum. (`no_sync` would not do: even there
-the wrapper's second forward pass waits for all processes to rebuild its buckets.)
 
-Read next: `train.py`, whose step is built on this.
+*Why two backward passes through different wrappers add up.* DDP wraps the model, it
+does
+not copy it: both passes have the same parameters, and `backward` adds to `p.grad`
+whatever is there. The first pass, through the model itself, leaves its gradients on
+each process, unsynchronized. The second, through the wrapper, adds the labeled ones,
+and as each parameter's gradient becomes complete DDP takes the mean of `p.grad` over
+the
+processes: of the sum of both. So the point where the processes wait for each other is
+the backward pass of the labeled loss, which every process always has. (`no_sync` would
+not do: even there the wrapper's second forward pass waits for all processes to rebuild
+its buckets.)
+
+Chain: 14 of 16. Read next: `ssis/config.py`, where every number comes from.
 """
 
 import os
-import signal
 import sys
 import warnings
 from datetime import timedelta
@@ -111,6 +119,16 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP's wrapper, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def average_statistics(model: nn.Module) -> None:
     """Set BatchNorm's running statistics to their mean over all processes.
 
@@ -121,7 +139,7 @@ def average_statistics(model: nn.Module) -> None:
         return
     buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var)]
     # One collective call for all of them.
-    flat = all_sum(torch.cat(buffers)) / dist.get_world_size()
+    flat = all_sum(torch.cat(buffers)) / world_size()
     means = flat.split([len(buffer) for buffer in buffers])
     for buffer, mean in zip(buffers, means, strict=True):
         buffer.copy_(mean)
@@ -134,34 +152,6 @@ def all_sum(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total
-
-
-class StopSignals:
-    """In this context Ctrl-C and SIGTERM ask for an end instead of making one.
-
-    Args:
-        device: of this process.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device, self.received = device, False
-
-    def __enter__(self) -> "StopSignals":
-        def receive(number, frame):
-            self.received = True
-
-        names = (signal.SIGINT, signal.SIGTERM)
-        self.before = {name: signal.signal(name, receive) for name in names}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for name, handler in self.before.items():
-            signal.signal(name, handler)
-
-    def asked(self) -> bool:
-        """Whether any process was asked; all of them must call this, and all agree."""
-        mine = torch.tensor(float(self.received), device=self.device)
-        return all_sum(mine).item() > 0
 
 
 def gather(value) -> list:

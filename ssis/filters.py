@@ -48,8 +48,14 @@ them background, so the thresholds sink; each process has its own; a resumed run
 them anew. Here the mean is over the candidates (class score >= T_min) of all
 processes, T stays within [T_min, T_max], and the thresholds are in the checkpoint.
 
-All rules also ask for a mask of more than `min_area` pixels. Read next:
-`ssis/correction.py`, which doubts the classes of what is kept.
+All rules also ask for a mask of more than `min_area` pixels.
+
+What a missing pseudo-label teaches: in an image that has others, the object that was
+dropped is trained as background, as any place without an instance is. An image without
+any pseudo-label is left out of the step, so it teaches nothing
+(`train.unlabeled_pass`).
+
+Chain: 6 of 16. Read next: `ssis/sam.py`, which redraws the masks of what is kept.
 """
 
 import torch
@@ -63,15 +69,14 @@ class Thresholds(nn.Module):
     """PL-DC's adaptive class-aware thresholds; a module for its state dict.
 
     Args:
-        config: `tau_min`, `tau_max`, `threshold_decay`, `filter`.
         classes: C.
+        lowest, highest: T_min and T_max, in [0, 1].
+        decay: a, in [0, 1]; how slowly the thresholds follow.
     """
 
-    def __init__(self, config, classes: int):
+    def __init__(self, classes: int, lowest: float, highest: float, decay: float):
         super().__init__()
-        self.used = config.filter == "adaptive"
-        self.lowest, self.highest = config.tau_min, config.tau_max
-        self.decay = config.threshold_decay
+        self.lowest, self.highest, self.decay = lowest, highest, decay
         # Row 0 for the class quality, row 1 for the mask quality.
         self.register_buffer("values", torch.full((2, classes), self.lowest))
 
@@ -92,17 +97,19 @@ class Thresholds(nn.Module):
         Args:
             predictions: of the batch on this process, before the filter.
         """
-        if not self.used:
-            return
         classes = self.values.shape[1]
         sums = self.values.new_zeros(3, classes)
-        for found in predictions:
+        for image in predictions:
             # Candidates: what could pass at the lowest threshold. Without this limit
-            # the many half-hearted detections would pull every threshold down.
-            found = found[found.class_quality >= self.lowest]
-            qualities = torch.stack([found.class_quality, found.mask_quality])
+            # the many detections of low confidence would pull every threshold down.
+            candidates = image[image.class_quality >= self.lowest]
+            qualities = torch.stack([candidates.class_quality, candidates.mask_quality])
             ones = torch.ones_like(qualities[:1])
-            sums.index_add_(1, found.labels - 1, torch.cat([qualities, ones]).float())
+            # Sums of c, of m and of 1 for each class: column n is added to the class of
+            # candidate n. `sums[:, labels - 1] += ...` would count a class that appears
+            # twice only once; `index_add_` adds every column.
+            columns = torch.cat([qualities, ones]).float()  # (3, N)
+            sums.index_add_(1, candidates.labels - 1, columns)
         sums = distributed.all_sum(sums)
         # A class that nobody saw in this step keeps its thresholds.
         seen = sums[2] > 0
@@ -113,37 +120,50 @@ class Thresholds(nn.Module):
         self.values.clamp_(self.lowest, self.highest)
 
 
-def lowest_score(config) -> float:
-    """Class score under which no rule keeps anything: the teacher need not paste it."""
-    return config.tau_min if config.filter == "adaptive" else config.tau_class
+def lowest_score(rule: str, tau_class: float, tau_min: float) -> float:
+    """Class score under which a rule keeps nothing: the teacher need not paste it."""
+    return tau_min if rule == "adaptive" else tau_class
 
 
 def keep(
-    predictions: PseudoLabels, config, thresholds: Thresholds | None = None
+    predictions: PseudoLabels,
+    rule: str,
+    tau_class: float,
+    tau_mask: float,
+    min_area: int,
+    thresholds: Thresholds | None = None,
 ) -> PseudoLabels:
     """The predictions of one image that the student is trained on.
 
     Args:
         predictions: of the teacher.
-        config: `filter`, `tau_class`, `tau_mask`, `min_area`.
+        rule: "score", "coupled", "dual" or "adaptive".
+        tau_class: threshold of the class quality, or of the product, in [0, 1].
+        tau_mask: threshold of the mask quality, for "dual", in [0, 1].
+        min_area: pixels; a mask needs more.
         thresholds: for the rule "adaptive".
+
+    Raises:
+        ValueError: an unknown rule.
     """
     c, m = predictions.class_quality, predictions.mask_quality  # (N,), (N,)
-    if config.filter == "score":
+    if rule == "score":
         # GD Eq. (filter)
-        good = c > config.tau_class
-    elif config.filter == "coupled":
+        good = c > tau_class
+    elif rule == "coupled":
         # PL-DC Eq. (coupled): what the paper replaces.
-        good = c * m >= config.tau_class
-    elif config.filter == "dual":
+        good = c * m >= tau_class
+    elif rule == "dual":
         # PL-DC Eq. (dual)
-        good = (c >= config.tau_class) & (m >= config.tau_mask)
-    else:
-        # PL-DC Eq. (adaptive): the thresholds of each one's own class.
-        tau_class, tau_mask = thresholds.values[:, predictions.labels - 1]
         good = (c >= tau_class) & (m >= tau_mask)
+    elif rule == "adaptive":
+        # PL-DC Eq. (adaptive): the thresholds of each one's own class.
+        own_class, own_mask = thresholds.values[:, predictions.labels - 1]
+        good = (c >= own_class) & (m >= own_mask)
+    else:
+        raise ValueError(f"no rule {rule!r}: score, coupled, dual or adaptive")
     # A few pixels are noise, whatever the scores say.
-    return predictions[good & (area(predictions) > config.min_area)]
+    return predictions[good & (area(predictions) > min_area)]
 
 
 def area(predictions: PseudoLabels) -> Tensor:

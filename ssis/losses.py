@@ -36,17 +36,15 @@ $$\frac{n_{\mathrm{rank}} \cdot \mathrm{world}}{n_{\mathrm{total}}}$$
 This also makes a process without pseudo-labels (n = 0) count for exactly nothing. On
 one process the factor is 1.
 
-Read next: `train.py` again, where the two passes are; then S4M, from
-`ssis/refine.py` on.
+Chain: 11 of 16. Read next: `ssis/sam_distill.py`, the one loss that is not Mask
+R-CNN's.
 """
-
-import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssis import UserError, distributed
+from ssis import distributed
 
 # Loss -> its place in the counts of `model.MaskRCNN` (anchors, proposals, foreground).
 COUNT_OF = {
@@ -98,7 +96,7 @@ def mask_loss(
 
 
 def total(
-    losses: dict[str, Tensor], counts: Tensor, total_counts: Tensor, world: int
+    losses: dict[str, Tensor], counts: Tensor, total_counts: Tensor, world_size: int
 ) -> Tensor:
     """The sum of a pass's losses, to be averaged by DDP into the global mean.
 
@@ -106,13 +104,13 @@ def total(
         losses: the five scalars of this process.
         counts: (3,) float, what they were averaged over on this process.
         total_counts: (3,) float, the sum of `counts` over all processes.
-        world: number of processes.
+        world_size: number of processes.
 
     Returns:
         A scalar; the mean of it over the processes is the loss of the global batch.
     """
     # A batch without any instance anywhere has n = 0 and loss 0: no 0 / 0.
-    factor = counts * world / total_counts.clamp(min=1)
+    factor = counts * world_size / total_counts.clamp(min=1)
     return sum(losses[name] * factor[place] for name, place in COUNT_OF.items())
 
 
@@ -139,32 +137,22 @@ def logged(
     return row
 
 
-def means(table: dict[str, Tensor], step: int) -> dict[str, float]:
+def means(table: dict[str, Tensor]) -> dict[str, float]:
     """The loss table of some steps, over all processes.
 
     Args:
         table: sums of rows: name -> (2,) tensor [loss * n, n] of this process.
-        step: the last of the steps, for the message.
 
     Returns:
-        name -> mean; 0 for a loss that was computed on nothing.
-
-    Raises:
-        UserError: a loss is NaN or infinite.
+        name -> mean; 0 for a loss that was computed on nothing. All are finite: the
+        rows of steps that were not are set to nothing (`ssis/engine/guard.py`).
     """
     # One collective call for the whole table.
     sums = distributed.all_sum(torch.stack([value.float() for value in table.values()]))
-    result = {
-        name: value / count if count else 0.0
+    return {
+        name: round(value / count, 6) if count else 0.0
         for name, (value, count) in zip(table, sums.tolist(), strict=True)
     }
-    bad = [name for name, value in result.items() if not math.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"step {step}: {', '.join(bad)} is not finite; the last checkpoint is "
-            "kept; try a lower --lr, or --amp off"
-        )
-    return {name: round(value, 6) for name, value in result.items()}
 
 
 def brief(means: dict[str, float]) -> dict[str, str]:

@@ -17,7 +17,8 @@ What is added to torchvision's model:
 
 * no resizing in training: the views (`ssis/augment.py`) have resized the images, and
   pseudo-labels must stay in the frame that they were predicted in;
-* box arithmetic in float32, also under mixed precision;
+* box arithmetic in float32, also under mixed precision: coordinates of hundreds of
+  pixels need more than the 8 bits that bf16 has;
 * the strides of the RoI pooling, stated instead of guessed;
 * a mask loss that takes a weight for each pixel (PL-DC);
 * counts: how many anchors, proposals and foreground proposals each loss was averaged
@@ -40,7 +41,7 @@ What happens to an image in training, and which of the five losses comes of it:
 Positive and negative anchors and proposals are sampled at random, since nearly all of
 them are background, which would otherwise be all that is learned.
 
-Read next: `ssis/teacher.py`, the second copy of this model.
+Chain: 4 of 16. Read next: `ssis/teacher.py`, the second copy of this model.
 """
 
 import pickle
@@ -356,28 +357,44 @@ def load_matching(module: nn.Module, state: dict[str, Tensor], source: str) -> N
     module.load_state_dict(fits, strict=False)
 
 
-def build(config, num_classes: int, fetch: bool = True) -> MaskRCNN:
-    """The model that a config asks for, on the CPU.
+def build(
+    kind: str,
+    num_classes: int,
+    short_side: int,
+    long_side: int,
+    weights: str = "none",
+    fetch: bool = True,
+) -> MaskRCNN:
+    """A model of one of the two sizes, on the CPU.
 
     Args:
-        config: `model`, `backbone_weights`, `short_side`, `long_side`.
+        kind: "small" or "resnet50".
         num_classes: C + 1.
-        fetch: of `build_resnet50`.
+        short_side, long_side: sides of an image in evaluation, pixels.
+        weights, fetch: of `build_resnet50`; the small model has random weights.
+
+    Raises:
+        ValueError: another kind.
     """
-    if config.model == "small":
-        return build_small(num_classes, config.short_side, config.long_side)
-    return build_resnet50(
-        num_classes,
-        config.short_side,
-        config.long_side,
-        config.backbone_weights,
-        fetch,
-    )
+    if kind == "small":
+        return build_small(num_classes, short_side, long_side)
+    if kind == "resnet50":
+        return build_resnet50(num_classes, short_side, long_side, weights, fetch)
+    raise ValueError(f"no model {kind!r}: small or resnet50")
 
 
-def start_afresh(net: MaskRCNN, config) -> None:
-    """New random weights, as GD's student has; all other draws are as before."""
+def start_afresh(
+    net: MaskRCNN, seed: int, kind: str, short_side: int, long_side: int, weights: str
+) -> None:
+    """New first weights, as GD's student has; all other random draws are as before.
+
+    Args:
+        net: changed in place.
+        seed: of the run; the new weights are drawn from another one.
+        kind, short_side, long_side, weights: of `build`.
+    """
     with torch.random.fork_rng():
-        torch.manual_seed(config.seed + 1)
-        fresh = build(config, net.roi_heads.box_predictor.cls_score.out_features)
+        torch.manual_seed(seed + 1)
+        num_classes = net.roi_heads.box_predictor.cls_score.out_features
+        fresh = build(kind, num_classes, short_side, long_side, weights)
     net.load_state_dict(fresh.state_dict())

@@ -5,20 +5,29 @@ Plain dicts over the fields of `config.Config`, whose defaults are the preset `s
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
 
-Read next: `ssis/config.py`, which says what each field means.
+Chain: 16 of 16. Read next: back to `train.py`.
 """
 
+# The parts that a method switches on or off. Guided Distillation has none of them.
+PLAIN = dict(
+    filter="score",
+    correction="none",
+    uncertainty=False,
+    structure_weight=0.0,
+    refine="none",
+    arp="none",
+)
 # PL-DC: its three levels; S4M: its three parts. Each has a switch of its own.
 PL_DC = dict(filter="adaptive", correction="prototypes", uncertainty=True)
 S4M = dict(structure_weight=1.0, refine="agreement", arp="unlabeled")
 
 # `supervised` is pretraining for all the steps, `full` both papers in one loop.
 METHODS = {
-    "supervised": {},
-    "guided-distillation": {},
-    "pl-dc": PL_DC,
-    "s4m": S4M,
-    "full": {**PL_DC, **S4M},
+    "supervised": PLAIN,
+    "guided-distillation": PLAIN,
+    "pl-dc": {**PLAIN, **PL_DC},
+    "s4m": {**PLAIN, **S4M},
+    "full": {**PLAIN, **PL_DC, **S4M},
 }
 
 # ResNet-50 on photographs: what all three real presets share. The view sizes are
@@ -124,10 +133,10 @@ OF_BOTH = {
 
 def switches(preset: str, method: str, model: str) -> dict:
     """What a method sets, with this preset and this model; {} for an unknown method."""
-    found = {**METHODS.get(method, {}), **OF_BOTH.get((preset, method), {})}
+    settings = {**METHODS.get(method, {}), **OF_BOTH.get((preset, method), {})}
     if (method, model) == ("full", "small"):
         # Its stride-4 map also feeds the classifier, and with SAM's class-free layout
         # the first teacher is no better, or worse (docs/differences.md). `s4m` has it,
         # as the paper does.
-        found["structure_weight"] = 0.0
-    return found
+        settings["structure_weight"] = 0.0
+    return settings

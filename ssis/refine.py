@@ -4,7 +4,8 @@ A teacher of few labels finds an object better than it outlines it. SAM outlines
 anything that it is pointed at. So SAM draws the mask again, and the teacher's class and
 score stay (S4M, section on pseudo-label refinement):
 
-1. *Points.* K = 3 pixels of each instance are drawn, without replacement, with chance
+1. *Points.* K = 3 pixels of each instance are drawn, without replacement, with
+   probability
 
 $$P(x) \propto p(x) \; \text{inside} \; \{p > 0.5\}$$ S4M Eq. (PR sampling)
 
@@ -13,9 +14,9 @@ $$P(x) \propto p(x) \; \text{inside} \; \{p > 0.5\}$$ S4M Eq. (PR sampling)
    proportional to p / (1 - p): almost all points then lie where p is nearly 1.
 
 2. *Candidates.* SAM is prompted with these points, all positive, and answers with three
-   masks (a point may mean a part or a whole), each with the IoU that it expects.
+   masks (a point may mean a part or a whole), each with its *predicted IoU*.
 
-3. *Choice.* The paper takes the candidate k with the highest expected IoU,
+3. *Choice.* The paper takes the candidate k with the highest predicted IoU,
 
 $$k^* = \mathrm{argmax}_k \; \widehat{\mathrm{IoU}}_k$$ S4M Eq. (PR choice)
 
@@ -35,8 +36,9 @@ $$m' = m \cdot \mathrm{IoU}(M_{SAM}, M_T)$$ S4M Eq. (calibration)
    confidence calibration; the formula is this project's.
 
 SAM works in the original frame, on the one embedding of the image; the points travel
-there and the masks travel back (`augment.Geometry`). Read next: `ssis/augment.py`,
-which pastes what comes out here onto other images.
+there and the masks travel back (`augment.Geometry`).
+
+Chain: 8 of 16. Read next: `ssis/correction.py`, which doubts the classes.
 """
 
 import dataclasses
@@ -65,50 +67,36 @@ def sample_points(
     """
     if rule == "paper":
         # S4M Eq. (PR sampling)
-        chance = mask_probs * (mask_probs > 0.5)
-    else:
+        weights = mask_probs * (mask_probs > 0.5)
+    elif rule == "code":
         # softmax(logit p) = p / (1 - p), normalized
-        chance = mask_probs / (1 - mask_probs).clamp(min=1e-6)
+        weights = mask_probs / (1 - mask_probs).clamp(min=1e-6)
+    else:
+        raise ValueError(f"no sampling rule {rule!r}: paper or code")
     # One distribution over all pixels for each instance; multinomial scales it itself.
-    chance = chance.flatten(1)  # (N, H * W)
-    if not len(chance):
-        return torch.zeros(0, count, 2, device=chance.device)
-    # The least of chances for every pixel, so that there are K to draw; one that got in
-    # by it stands for nothing and is replaced by the first draw, or, if that got in so
-    # as well, by the likeliest pixel.
-    place = torch.multinomial(chance + 1e-12, count, generator=generator)  # (N, K)
-    empty = chance.gather(1, place) == 0
-    best = chance.argmax(dim=1, keepdim=True)
-    place = torch.where(empty, torch.where(empty[:, :1], best, place[:, :1]), place)
+    weights = weights.flatten(1)  # (N, H * W)
+    if not len(weights):
+        return torch.zeros(0, count, 2, device=weights.device)
+    # A tiny probability for every pixel, so that K can be drawn even if the mask has
+    # fewer pixels. A pixel of probability 0 that was drawn in this way is replaced by
+    # the first draw, or, if that one is of probability 0 too, by the likeliest pixel.
+    index = torch.multinomial(weights + 1e-12, count, generator=generator)  # (N, K)
+    empty = weights.gather(1, index) == 0
+    best = weights.argmax(dim=1, keepdim=True)
+    index = torch.where(empty, torch.where(empty[:, :1], best, index[:, :1]), index)
     # Pixel number to the center of the pixel, x before y as SAM wants it.
     width = mask_probs.shape[2]
-    return torch.stack([place % width, place // width], dim=2).float() + 0.5
-
-
-def overlap(masks: Tensor, other: Tensor) -> Tensor:
-    """IoU of masks, pair by pair.
-
-    Args:
-        masks: (.., H, W) bool.
-        other: (.., H, W) bool; the leading sides are broadcast.
-
-    Returns:
-        (..) in [0, 1]; 0 where both are empty.
-    """
-    # Pixels of both over pixels of either. Not over those of one of them: a mask that
-    # covers the whole image would then agree with everything.
-    both = (masks & other).flatten(-2).sum(dim=-1)
-    return both / (masks | other).flatten(-2).sum(dim=-1).clamp(min=1)
+    return torch.stack([index % width, index // width], dim=2).float() + 0.5
 
 
 def choose(
-    logits: Tensor, expected: Tensor, masks: Tensor, rule: str
+    logits: Tensor, predicted_iou: Tensor, masks: Tensor, rule: str
 ) -> tuple[Tensor, Tensor]:
     """One of SAM's candidates for each instance.
 
     Args:
         logits: (N, 3, H, W), in the view.
-        expected: (N, 3), the IoU that SAM expects of each.
+        predicted_iou: (N, 3), SAM's own estimate for each.
         masks: (N, H, W) bool, the teacher's.
         rule: "iou" or "agreement".
 
@@ -116,16 +104,26 @@ def choose(
         logits (N, H, W) of the chosen one, and its IoU with the teacher's mask (N,).
     """
     # A logit above 0 is a probability above one half.
-    agreement = overlap(logits > 0, masks[:, None])  # (N, 3)
-    # S4M Eq. (PR choice), or instance-level matching: who is asked which one is meant.
-    best = (expected if rule == "iou" else agreement).argmax(dim=1)
+    agreement = data.mask_iou(logits > 0, masks[:, None])  # (N, 3)
+    # S4M Eq. (PR choice), or this project's instance-level matching.
+    if rule not in ("iou", "agreement"):
+        raise ValueError(f"no rule of choice {rule!r}: iou or agreement")
+    best = (predicted_iou if rule == "iou" else agreement).argmax(dim=1)
     rows = torch.arange(len(best), device=best.device)
     return logits[rows, best], agreement[rows, best]
 
 
 @torch.no_grad()
 def refine(
-    pseudo: PseudoLabels, embeddings: Embeddings, item: dict, config
+    pseudo: PseudoLabels,
+    embeddings: Embeddings,
+    item: dict,
+    rule: str,
+    points: int,
+    sampling: str,
+    gate: float,
+    calibrate: bool,
+    min_area: int,
 ) -> PseudoLabels:
     """Pseudo-labels whose masks SAM has redrawn; classes and order stay.
 
@@ -134,8 +132,9 @@ def refine(
         embeddings: SAM's, of the dataset that the image is of.
         item: the image's, of `data.Stream`: `index`, `geometry`, and the `seed` from
             which the points follow.
-        config: `refine` ("iou" or "agreement"), `refine_points`, `refine_sampling`,
-            `refine_gate`, `refine_calibrate`.
+        rule, sampling: of `choose` and of `sample_points`.
+        points: K, prompts of each instance.
+        gate, calibrate, min_area: of `apply_gate`.
     """
     if not len(pseudo):
         return pseudo
@@ -149,21 +148,22 @@ def refine(
     for soft, masks in zip(
         pseudo.mask_probs.split(CHUNK), pseudo.masks.split(CHUNK), strict=True
     ):
-        points = geometry.to_original(
-            sample_points(soft, config.refine_points, config.refine_sampling, generator)
-        )
+        prompts = geometry.to_original(sample_points(soft, points, sampling, generator))
         # Candidates come back in the size of the view, so that they can be compared
         # with the teacher's mask; mirrored where the view is.
-        answer = sam.candidates(embedding, points, geometry.original, geometry.view)
-        parts.append(
-            choose(geometry.to_view(answer[0]), answer[1], masks, config.refine)
-        )
+        answer = sam.candidates(embedding, prompts, geometry.original, geometry.view)
+        parts.append(choose(geometry.to_view(answer[0]), answer[1], masks, rule))
     logits, agreement = (torch.cat(part) for part in zip(*parts, strict=True))
-    return gated(pseudo, logits, agreement, config)
+    return apply_gate(pseudo, logits, agreement, gate, calibrate, min_area)
 
 
-def gated(
-    pseudo: PseudoLabels, logits: Tensor, agreement: Tensor, config
+def apply_gate(
+    pseudo: PseudoLabels,
+    logits: Tensor,
+    agreement: Tensor,
+    gate: float,
+    calibrate: bool,
+    min_area: int,
 ) -> PseudoLabels:
     """Gate and calibration: SAM's masks where they are taken, else the teacher's.
 
@@ -171,18 +171,20 @@ def gated(
         pseudo: of one image.
         logits: (N, H, W), the chosen candidates.
         agreement: (N,), their IoU with the teacher's masks.
-        config: `refine_gate`, `refine_calibrate`, `min_area`.
+        gate: agreement from which SAM's mask is taken, in [0, 1].
+        calibrate: set the mask quality to m' of S4M Eq. (calibration).
+        min_area: pixels; SAM's mask needs more.
     """
     redrawn = logits.sigmoid()
     # The gate; and a few pixels are no mask, whatever the gate (see `filters.keep`).
-    enough = (redrawn > 0.5).flatten(1).sum(dim=1) > config.min_area
-    taken = (agreement >= config.refine_gate) & enough
+    enough = (redrawn > 0.5).flatten(1).sum(dim=1) > min_area
+    taken = (agreement >= gate) & enough
     # Mask, quality and box change together or not at all: a box that is not its mask's
     # would teach the student two different objects.
     soft = torch.where(taken[:, None, None], redrawn, pseudo.mask_probs)
     masks = soft > 0.5
     quality = torch.where(taken, mask_quality(soft), pseudo.mask_quality)
-    if config.refine_calibrate:
+    if calibrate:
         # S4M Eq. (calibration): of all, also of those that kept the teacher's mask.
         # That SAM sees something else there is a reason for doubt as well.
         quality = pseudo.mask_quality * agreement

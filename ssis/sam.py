@@ -20,11 +20,12 @@ right.
 
 The models (`--sam`): `vit_b`, `vit_l`, `vit_h`, from Meta's files (`CHECKPOINTS`), by
 `segment_anything` itself; and `tiny`, which belongs to the built-in dataset
-(`ssis/tools/train_tiny_sam.py`) and comes with the project. S4M's released code has SAM 2.
+(`ssis/tools/train_tiny_sam.py`) and comes with the project. S4M's released code has SAM
+2.
 
     python -m ssis sam --out FILE        trains another tiny one (--help says more)
 
-Read next: `ssis/sam_distill.py` and `ssis/refine.py`, the two uses.
+Chain: 7 of 16. Read next: `ssis/refine.py`, the first of its two uses.
 """
 
 import hashlib
@@ -48,26 +49,6 @@ from torch import Tensor, nn
 from ssis import UserError
 from ssis.io.embedding_file import read_entry, write_entry
 
-# Where the official files are, their sizes in bytes, and their SHA-256.
-SOURCE = "https://dl.fbaipublicfiles.com/segment_anything/"
-CHECKPOINTS = {
-    "vit_b": (
-        "sam_vit_b_01ec64.pth",
-        375_042_383,
-        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-    ),
-    "vit_l": (
-        "sam_vit_l_0b3195.pth",
-        1_249_524_607,
-        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
-    ),
-    "vit_h": (
-        "sam_vit_h_4b8939.pth",
-        2_564_550_879,
-        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
-    ),
-}
-TINY = Path(__file__).with_name("tiny_sam.pt")
 # Prompts decoded together: 16 at 64 x 64 x 256 are 64 MB a tensor.
 CHUNK = 16
 
@@ -198,54 +179,22 @@ class SegmentAnything:
         Returns:
             (Q, cells * cells, D) float32.
         """
+        # The core of structural distillation. `MaskDecoder.forward` gives masks alone,
+        # so its first half is spelled out here, up to the transformer.
         sparse, dense = self.prompt(points[:, None], size)
         decoder = self.net.mask_decoder
+        # The tokens: SAM's learned ones, which ask for the predicted IoU and for each
+        # of
+        # the masks, and then those of the prompt: its point, and "no box".
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([own.expand(len(points), -1, -1), sparse], dim=1)
+        # The image's side: the embedding, plus the prompt's dense part ("no mask
+        # given").
         image = embedding.to(self.device).float()[None] + dense
         place = self.net.prompt_encoder.get_dense_pe().expand(len(points), -1, -1, -1)
+        # Two-way: tokens attend to the image, and the image to the tokens. The first
+        # output is the tokens, from which masks would be made; the second is the image.
         return decoder.transformer(image, place, tokens)[1]
-
-
-def find(kind: str, checkpoint: str) -> Path:
-    """Path of a SAM's checkpoint; UserError, with what to fetch, if there is none."""
-    path = Path(checkpoint or TINY)
-    if (checkpoint or kind == "tiny") and path.is_file():
-        return path
-    advice = "leave --sam-checkpoint out"
-    if kind != "tiny":
-        name, size, checksum = CHECKPOINTS[kind]
-        advice = (
-            f"fetch {SOURCE}{name} ({size / 1e6:.0f} MB, SHA-256 {checksum[:8]}...), "
-            "or give --method pl-dc, which needs no SAM"
-        )
-    wrong = f"{checkpoint}: not found" if checkpoint else "PATH: needed"
-    raise UserError(f"--sam {kind} --sam-checkpoint {wrong}; {advice}")
-
-
-def weights(kind: str, checkpoint: str) -> tuple[Path, dict]:
-    """Path of a SAM's checkpoint, and `model`, `fingerprint` (`side`, `patch`)."""
-    path = find(kind, checkpoint)
-    try:
-        content = path.read_bytes()
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    # Every exception: a damaged file can make the reader fail in any way.
-    except Exception as error:
-        raise UserError(
-            f"--sam-checkpoint {path}: cannot be read as a state dict "
-            f"({(str(error) or type(error).__name__).splitlines()[0][:100]})"
-        ) from error
-    if kind != "tiny":
-        # Meta's files are the bare state dict.
-        state = dict(model=state)
-    wanted = {"model", "side", "patch"} if kind == "tiny" else {"model"}
-    if not isinstance(state, dict) or not wanted <= state.keys():
-        raise UserError(f"--sam-checkpoint {path}: not of --sam {kind}")
-    if not isinstance(state["model"], dict) or not all(
-        isinstance(value, Tensor) for value in state["model"].values()
-    ):
-        raise UserError(f"--sam-checkpoint {path}: not a dict of tensors")
-    return path, dict(state, fingerprint=hashlib.blake2b(content).hexdigest())
 
 
 class Embeddings:
@@ -258,19 +207,28 @@ class Embeddings:
     Args:
         sam: `SegmentAnything`.
         dataset: `data.Dataset`.
-        config: `sam_cache`, `sam_cache_gb`, `sam_memory_gb`.
-        world: number of processes, which share the limits equally.
+        cache: folder for the embeddings; empty: none are kept on disk.
+        cache_gb, memory_gb: limits of the folder and of the memory, 10^9 bytes.
+        world_size: number of processes, which share the limits equally.
 
     Attributes:
         encoded: how many images were encoded so far.
     """
 
-    def __init__(self, sam: SegmentAnything, dataset, config, world: int = 1):
+    def __init__(
+        self,
+        sam: SegmentAnything,
+        dataset,
+        cache: str = "",
+        cache_gb: float = 50.0,
+        memory_gb: float = 2.0,
+        world_size: int = 1,
+    ):
         self.sam, self.dataset = sam, dataset
         self.memory: dict[int, Tensor] = {}
-        self.folder = Path(config.sam_cache) if config.sam_cache else None
-        self.room_in_memory = config.sam_memory_gb * 1e9 / world
-        self.room_on_disk = config.sam_cache_gb * 1e9 / world
+        self.folder = Path(cache) if cache else None
+        self.room_in_memory = memory_gb * 1e9 / world_size
+        self.room_on_disk = cache_gb * 1e9 / world_size
         self.encoded = 0
         if self.folder:
             try:
@@ -280,7 +238,7 @@ class Embeddings:
                 raise UserError(
                     f"--sam-cache {self.folder}: cannot be used ({error.strerror})"
                 ) from error
-            self.room_on_disk -= used / world
+            self.room_on_disk -= used / world_size
 
     def __getitem__(self, index: int) -> Tensor:
         """The embedding of image `index`: (D, cells, cells) float16, on the CPU."""
@@ -319,45 +277,3 @@ class Embeddings:
         name = hashlib.blake2b(self.sam.fingerprint.encode(), digest_size=16)
         name.update(Path(self.dataset.path(index)).read_bytes())
         return self.folder / f"{name.hexdigest()}.sam"
-
-
-def build_tiny(side: int, patch: int) -> Sam:
-    """The untrained tiny SAM, 1.3 M parameters.
-
-    Args:
-        side: of the square frame that images are resized into, pixels.
-        patch: side of a patch, pixels; masks have side / patch * 4 pixels on a side.
-    """
-    width, cells = 96, side // patch
-    return Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=side,
-            patch_size=patch,
-            embed_dim=128,
-            depth=5,
-            num_heads=2,
-            mlp_ratio=3,
-            out_chans=width,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            # Relative positions take half of the encoder's time on a CPU.
-            use_rel_pos=False,
-            # Edges are local: three of the five blocks look at 8 x 8 patches only.
-            window_size=8,
-            global_attn_indexes=(1, 4),
-        ),
-        prompt_encoder=PromptEncoder(
-            embed_dim=width,
-            image_embedding_size=(cells, cells),
-            input_image_size=(side, side),
-            mask_in_chans=8,
-        ),
-        mask_decoder=MaskDecoder(
-            num_multimask_outputs=3,
-            transformer=TwoWayTransformer(
-                depth=2, embedding_dim=width, mlp_dim=256, num_heads=4
-            ),
-            transformer_dim=width,
-            iou_head_depth=2,
-            iou_head_hidden_dim=96,
-        ),
-    )

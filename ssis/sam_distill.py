@@ -39,7 +39,7 @@ the image and the point alone. So each image gets its query points once, and its
 embeddings; the others are computed again. The released code draws new points in every
 step (docs/differences.md).
 
-Read next: back to `train.py`, where it is one term of the loss.
+Chain: 12 of 16. Read next: `ssis/optimizer.py`, which follows the gradient of it all.
 """
 
 import math
@@ -153,20 +153,17 @@ class Structure:
 
     Args:
         embeddings: of the training images; their memory is shared.
-        config: `structure_queries`, `structure_boundary`, `structure_channels` (share
-            of the student's channels that is compared, the first ones: which ones does
-            not matter, for the layer before can put anything into any), `seed`.
+        queries: Q, query points of an image.
+        boundary: fraction of those on the objects that is drawn from the boundary band.
+        seed: of the run.
     """
 
-    def __init__(self, embeddings: Embeddings, config):
+    def __init__(
+        self, embeddings: Embeddings, queries: int, boundary: float, seed: int
+    ):
         self.embeddings, self.sam = embeddings, embeddings.sam
-        self.count, self.boundary = config.structure_queries, config.structure_boundary
-        self.seed, self.share = config.seed, config.structure_channels
+        self.count, self.boundary, self.seed = queries, boundary, seed
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def channels(self, whole: int) -> int:
-        """How many of the student's channels are compared; at least one."""
-        return max(1, round(self.share * whole))
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Query cells (Q,) int64 and their rows (Q, P) float16 of an image, on the CPU.
@@ -258,9 +255,6 @@ def loss(features: Tensor, items: list[dict], structure: Structure) -> Tensor:
         structure: SAM's side, without gradient.
     """
     total = features.new_zeros(())
-    # Only a part of the channels has to have SAM's layout, if so configured: the rest
-    # is free to tell classes apart, which SAM does not.
-    features = features[:, : structure.channels(features.shape[1])]
     for own, item in zip(features.float(), items, strict=True):
         # Both sides at the same places of the original image; the student's in float32.
         geometry = item["geometry"]

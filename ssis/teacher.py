@@ -29,7 +29,8 @@ A test holds it against torchvision's own. One step differs on purpose, `paste`:
 torchvision's masks come out shifted by about half a pixel, which nobody sees in one
 prediction, but which adds up when a student learns from them and teaches the next.
 
-Read next: `ssis/filters.py`, which decides what of the predictions is kept.
+Chain: 5 of 16. Read next: `ssis/filters.py`, which decides what of the predictions is
+kept.
 """
 
 import copy
@@ -260,7 +261,7 @@ class Detections(NamedTuple):
 
 
 @torch.no_grad()
-def look(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Detections]:
+def detect(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Detections]:
     """torchvision's inference without its resizing and pasting; args as `predict`."""
     # The model's own preparation, less the resizing: normalized, padded to one size.
     # The sizes before padding go along, since no box may lie in the padding.
@@ -284,7 +285,7 @@ def look(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Detect
     # The proposals of all images lie in one tensor, in order; taken apart again.
     counts = [len(p) for p in proposals]
     found = [
-        detect(b, p, size, min_score, roi.nms_thresh, roi.detections_per_img)
+        select_detections(b, p, size, min_score, roi.nms_thresh, roi.detections_per_img)
         for b, p, size in zip(
             boxes.split(counts), probs.split(counts), sizes, strict=True
         )
@@ -309,7 +310,7 @@ def look(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Detect
 def features_in(
     model: MaskRCNN, images: list[Tensor], boxes: list[Tensor]
 ) -> list[Tensor]:
-    """The feature maps in given boxes, as `look` has them for its own.
+    """The feature maps in given boxes, as `detect` has them for its own.
 
     Args:
         model: in evaluation mode.
@@ -319,8 +320,8 @@ def features_in(
     Returns:
         (N, D, 7, 7) for each image.
     """
-    # Half of `look`: here the boxes are given, so there is nothing to propose. PL-DC's
-    # memory asks for labeled instances, whose boxes are known.
+    # Half of `detect`: here the boxes are given, so there is nothing to propose.
+    # PL-DC's memory asks for labeled instances, whose boxes are known.
     sizes = [tuple(image.shape[-2:]) for image in images]
     normal = [model.transform.normalize(image) for image in images]
     features = model.backbone(model.transform.batch_images(normal))
@@ -345,7 +346,7 @@ def predict(
         One `PseudoLabels` for each image; N may be 0.
     """
     result = []
-    for image, found in zip(images, look(model, images, min_score), strict=True):
+    for image, found in zip(images, detect(model, images, min_score), strict=True):
         boxes, labels, scores, distributions, features, small = found
         # Soft and hard: the hard one is taught, the soft one says how sure it is, where
         # SAM's points are drawn, and which pixels are uncertain.
@@ -358,7 +359,7 @@ def predict(
     return result
 
 
-def detect(
+def select_detections(
     boxes: Tensor,
     probs: Tensor,
     size: tuple[int, int],

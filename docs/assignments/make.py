@@ -40,7 +40,7 @@ LEFT_OUT = (
 # What belongs to the project where no git says so.
 PATTERNS = (
     *("*.py", "*.md", "*.toml", "*.txt", "LICENSE", ".gitignore"),
-    *("ssis/*", "tests/*", "docs/*", "docs/*/*"),
+    *("ssis/*", "ssis/*/*", "tests/*", "tests/*/*", "docs/*", "docs/*/*"),
 )
 
 

@@ -5,8 +5,8 @@ python docs/scripts/make_walk.py --notebook  write the notebook alone, which run
 python docs/scripts/make_walk.py --check     are both of the present walk.py? status 1 if not
 
 A run needs what tests/requirements.txt lists for notebooks. WALK_PRETRAINED=FILE spares it the
-training of a first teacher (docs/scripts/walk.py). `--check` runs nothing: it compares the notebook, and
-the page's text and code, but not its outputs.
+training of a first teacher (docs/scripts/walk.py). `--check` runs nothing: it compares the
+notebook, and the page's text and code, but not its outputs.
 """
 
 import ast
@@ -45,7 +45,10 @@ if root is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", str(needed)], check=True)
 os.chdir(root)"""
 
-NOTE = "<!-- Made by python docs/scripts/make_walk.py from docs/scripts/walk.py; as a notebook: walk.ipynb -->"
+NOTE = (
+    "<!-- Made by python docs/scripts/make_walk.py from docs/scripts/walk.py; "
+    "as a notebook: walk.ipynb -->"
+)
 
 
 class Cell(NamedTuple):

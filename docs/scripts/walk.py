@@ -1,7 +1,7 @@
 r"""A walk: one unlabeled image through one real step, with every value in between.
 
-The one source of `docs/walk.md` and `docs/walk.ipynb`, which `python docs/scripts/make_walk.py` writes.
-It runs as a script, too, from the project's folder:
+The one source of `docs/walk.md` and `docs/walk.ipynb`, which `python docs/scripts/make_walk.py`
+writes. It runs as a script, too, from the project's folder:
 
     python docs/scripts/walk.py
 
@@ -827,8 +827,8 @@ pictures.show(figure, "9-truth", "Pseudo-labels before and after, beside the tru
 #
 # ## What to do with it
 #
-# * Walk yourself: `python docs/scripts/walk.py`, or `docs/walk.ipynb` in Jupyter (`pip install jupyter`);
-#   the notebook is empty until it is run.
+# * Walk yourself: `python docs/scripts/walk.py`, or `docs/walk.ipynb` in Jupyter (`pip install
+# jupyter`);   the notebook is empty until it is run.
 # * Change a flag and walk again: `WALK_FLAGS="--refine iou --refine-gate 0"` chooses masks as S4M's
 #   paper does, without a gate; `--tau-min 0.7` filters more, `--prototypes 4` remembers less.
 # * Look at the same on many images: `pseudo_<step>.png` in each run's folder, and `run` in

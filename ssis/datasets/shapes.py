@@ -20,7 +20,8 @@ checksum of the pixels.
     python -m ssis shapes --out DIR --seed N --images K     makes another one
 
 What is drawn is said by a `Scenes`; there are two, this one and the one of
-`ssis/datasets/signs.py`. Read next: `ssis/data.py`, which reads every COCO-format dataset.
+`ssis/datasets/signs.py`. Read next: `ssis/data.py`, which reads every COCO-format
+dataset.
 """
 
 import argparse

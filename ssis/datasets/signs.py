@@ -1,11 +1,11 @@
 r"""The second built-in dataset: other classes, sizes and textures, never tuned on.
 
 Settings that were chosen on one dataset fit that dataset. Whether the methods do
-anything beyond it is asked here: the generator is that of `ssis/datasets/shapes.py`, the scenes
-are others (arrows, hearts, moons, houses, hexagons and hooks; 112 pixels; 2 to 5
-smaller instances; gradients and speckles), and no setting, no default and no line of
-code was ever chosen by looking at a result on them. Sines take part in the textures, so
-a pixel may differ by one gray level from machine to machine; masks do not.
+anything beyond it is asked here: the generator is that of `ssis/datasets/shapes.py`,
+the scenes are others (arrows, hearts, moons, houses, hexagons and hooks; 112 pixels; 2
+to 5 smaller instances; gradients and speckles), and no setting, no default and no line
+of code was ever chosen by looking at a result on them. Sines take part in the textures,
+so a pixel may differ by one gray level from machine to machine; masks do not.
 
     python train.py --preset signs
 

@@ -2,15 +2,15 @@ r"""When numbers go wrong: a step that is not finite is skipped; three end the r
 
 One NaN in a gradient makes every weight NaN, one step later every prediction, and with
 the next EMA update the teacher. A single such step happens (a mask of one pixel in
-bf16, a box of 10^-9 pixels) and is not worth a run; three in a row are a run that has
-diverged. With fp16 the loss scaler skips steps as a matter of course, until its scale
-fits; only a loss that is itself not finite counts there.
+bf16, a box of 10^-9 pixels) and is no reason to end a run; after three in a row the run
+has diverged. With fp16 the loss scaler skips steps as a matter of course, until its
+scale fits; only a loss that is itself not finite counts there.
 
 What a skipped step leaves behind: nothing in the weights, the optimizer or BatchNorm's
 statistics; `skipped` in `metrics.jsonl`. What the third leaves: `nonfinite_0.pt` (one
 for each process with a bad batch) with the batch, the loss table and the weights.
 
-Read next: `train.py`.
+Read next: `ssis/engine/signals.py`, the other way in which a run can end early.
 """
 
 import sys
@@ -29,7 +29,7 @@ class Guard:
     """Watches the gradients of a run.
 
     Args:
-        net: the student's network.
+        net: the student, without DDP's wrapper.
         files: names of the training images, by index.
         folder: the run's.
         scaled: whether a loss scaler is at work (fp16).
@@ -73,13 +73,13 @@ class Guard:
         names = [self.files[item["index"]] for item in items]
         if self.in_a_row == LIMIT and bad:
             self.dump(step, row, items, names)
-        found = distributed.gather((bad, names))
+        everywhere = distributed.gather((bad, names))
         # All batches, when every loss is finite and only the gradient is not.
-        bad = sorted({name for part, _ in found for name in part})
-        guilty = [n for part, names in found if part or not bad for n in names]
+        bad = sorted({name for part, _ in everywhere for name in part})
+        suspects = [n for part, names in everywhere if part or not bad for n in names]
         words = (
             f"step {step}: {', '.join(bad) or 'the gradient'} is not finite (images "
-            f"{', '.join(guilty[:8])}{' …' if len(guilty) > 8 else ''})"
+            f"{', '.join(suspects[:8])}{' …' if len(suspects) > 8 else ''})"
         )
         if self.in_a_row == LIMIT:
             raise UserError(

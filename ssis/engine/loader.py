@@ -1,14 +1,6 @@
-r"""From images on disk to batches: the parts of a dataset, the streams, the shares.
+r"""Loader processes: batches of a stream, and what happens when one dies.
 
-*The stream of batches is a pure function of the seed and the step.* Item k of a stream
-knows its image and the seed of its augmentation. So resuming needs only the number of
-the step, and neither the number of loader workers nor that of processes changes what
-is trained on.
-
-*Only two of the three streams know any truth.* That of the unlabeled images does not
-read their annotations at all, so nothing can leak.
-
-Read next: `ssis/augment.py`, the views of an image.
+Read next: `ssis/engine/session.py`, which asks for the batches.
 """
 
 import contextlib
@@ -70,29 +62,37 @@ def end_workers() -> None:
         signal.signal(child_ended, before or signal.SIG_DFL)
 
 
-def batches(stream: Stream, batch: int, start: int, run):
-    """Batches (lists of items) from a step on to the end, for one process.
+def batches(
+    stream: Stream,
+    batch: int,
+    start: int,
+    stop: int,
+    rank: int,
+    world_size: int,
+    workers: int,
+):
+    """Batches (lists of items) of one process, from a step on.
 
     Args:
         stream: what to draw from.
         batch: size of the global batch.
-        start: the first step.
-        run: `run.Run`.
+        start, stop: the first step, and the one after the last.
+        rank, world_size: of this process.
+        workers: loader processes; 0: none.
 
     Raises:
         UserError: the batch cannot be shared out equally.
     """
-    if batch % run.world:
+    if batch % world_size:
         raise UserError(
-            f"a batch of {batch} images cannot be shared by {run.world} processes; "
+            f"a batch of {batch} images cannot be shared by {world_size} processes; "
             "choose --labeled-batch and --unlabeled-batch accordingly"
         )
-    shard = Shard(batch, start, run.config.stage_ends[-1], run.rank, run.world)
     return iter(
         torch.utils.data.DataLoader(
             stream,
-            batch_sampler=shard,
-            num_workers=run.config.workers,
+            batch_sampler=Shard(batch, start, stop, rank, world_size),
+            num_workers=workers,
             # Images differ in size: a batch is a list.
             collate_fn=list,
             # The streams carry their own seeds; the loader must not consume the global

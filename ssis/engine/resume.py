@@ -1,4 +1,12 @@
-r"""What a checkpoint holds, and how a run goes on from it."""
+r"""What a checkpoint holds, and how a run goes on from it.
+
+*Exactly*: it holds all that the next step depends on: student, teacher, optimizer,
+schedule, loss scaler, the memory of PL-DC's levels, the step (from which the data
+streams follow, see `ssis/data.py`) and the states of the random generators. On a CPU a
+resumed run ends bit-identical.
+
+Read next: `ssis/io/checkpoint.py`, how it is written and read.
+"""
 
 import argparse
 import dataclasses
@@ -6,81 +14,131 @@ from pathlib import Path
 
 import torch
 
-from ssis import UserError, config, distributed, model
-from ssis.config import Config
+from ssis import UserError, distributed, model
+from ssis.config import (
+    Config,
+    after_pretraining,
+    differences,
+    from_saved,
+    not_in_result,
+)
 from ssis.io.checkpoint import load, load_weights
 
 
-def snapshot(run, names: list[str], step: int, results: dict, seconds: float) -> dict:
+def snapshot(
+    state: dict,
+    config: Config,
+    names: list[str],
+    step: int,
+    results: dict,
+    seconds: float,
+) -> dict:
     """All that the next step depends on; every process must call this.
 
     Args:
-        run: `run.Run`.
+        state: student, teacher, thresholds, classifier (or None), sam (`sam.Embeddings`
+            or None), optimizer, schedule, scaler.
+        config: the settings of the run.
         names: class names, so that the checkpoint can be evaluated on its own.
-        step: steps done, and so the position in the data streams.
+        step: steps done, and so the location in the data streams.
         results: evaluations that cannot be repeated later.
         seconds: time spent so far.
     """
-    gpu = torch.cuda.get_rng_state() if run.device.type == "cuda" else None
+    on_gpu = next(state["student"].parameters()).is_cuda
+    gpu = torch.cuda.get_rng_state() if on_gpu else None
+    parts = {
+        name: part.state_dict()
+        for name, part in state.items()
+        if name != "sam" and part
+    }
+    # Before the burn-in there is no teacher: its network was never trained.
+    if step <= config.stage_ends[0]:
+        parts["teacher"] = None
     return dict(
-        config=dataclasses.asdict(run.config),
+        config=dataclasses.asdict(config),
         names=names,
         step=step,
         results=results,
         seconds=seconds,
-        student=run.net.state_dict(),
-        # Before the burn-in there is no teacher: what is there was never trained.
-        teacher=run.teacher.state_dict() if step > run.config.stage_ends[0] else None,
-        # PL-DC: what its levels remember.
-        thresholds=run.thresholds.state_dict(),
-        second=run.second.state_dict() if run.second else {},
         # S4M: which SAM was asked.
-        sam=run.embeddings.sam.fingerprint if run.embeddings else "",
-        optimizer=run.optimizer.state_dict(),
-        schedule=run.schedule.state_dict(),
-        scaler=run.scaler.state_dict(),
-        # torch's generators, from which anchors and proposals are sampled: one
-        # state for each process.
+        sam=state["sam"].sam.fingerprint if state["sam"] else "",
+        # torch's generators, from which anchors and proposals are sampled: a state for
+        # each process.
         random=distributed.gather(dict(cpu=torch.get_rng_state(), gpu=gpu)),
+        **parts,
     )
 
 
-def restore(run, names: list[str], path: Path, first_teacher: bool = False) -> dict:
-    """Put a snapshot back into a `run.Run`, and return it.
+def restore(
+    path: Path,
+    state: dict,
+    config: Config,
+    names: list[str],
+    rank: int,
+    first_teacher: bool = False,
+) -> dict:
+    """Put a checkpoint back into the parts of a new run, and return it.
 
     Args:
-        run: `run.Run`, new.
-        names: class names.
         path: the checkpoint.
+        state: as for `snapshot`; changed in place.
+        config: the settings of the run.
+        names: class names.
+        rank: of this process.
         first_teacher: it is that of another run at the end of the same pretraining
             (`--pretrained`), so that settings of what comes after may differ.
 
     Raises:
         UserError: it is of other settings or other classes.
     """
-    state = load(path)
-    if state["format"] == 1 and not first_teacher:
+    saved = load(path)
+    check_same_run(path, saved, state, config, names, first_teacher)
+    # PL-DC's memory in a first teacher's checkpoint would be another method's; the
+    # burn-in starts it anew.
+    for name in ("thresholds", "classifier", "optimizer", "schedule", "scaler"):
+        if state[name] and not (first_teacher and name in ("thresholds", "classifier")):
+            state[name].load_state_dict(saved[name])
+    for name in ("student", "teacher"):
+        if saved[name] is not None:
+            load_weights(state[name], saved[name], path)
+    # With another number of processes there is no state for each; the run is then as
+    # good as any other, only not the same bit for bit.
+    if len(saved["random"]) == distributed.world_size():
+        mine = saved["random"][rank]
+        torch.set_rng_state(mine["cpu"])
+        if mine["gpu"] is not None and next(state["student"].parameters()).is_cuda:
+            torch.cuda.set_rng_state(mine["gpu"])
+    return saved
+
+
+def check_same_run(
+    path: Path,
+    saved: dict,
+    state: dict,
+    config: Config,
+    names: list[str],
+    first_teacher: bool,
+) -> None:
+    """Raise UserError if a checkpoint is not of this run; arguments as `restore`."""
+    if saved["format"] == 1 and not first_teacher:
         raise UserError(
             f"{path}: is of an older version, whose teacher was averaged otherwise; "
             "evaluate.py reads it, but the run cannot go on; give another --output, or "
             "--resume never to replace it"
         )
-    ignored = config.NOT_IN_RESULT
-    if first_teacher:
-        ignored = config.after_pretraining(run.config)
-        if state["step"] != state["config"]["pretrain_steps"]:
-            raise UserError(
-                f"--pretrained {path}: was saved after step {state['step']}, not at "
-                "the end of pretraining; give the pretrained.pt of that run"
-            )
-    distilled = run.config.structure_weight > 0
-    other = config.differences(run.config, state["config"], ignored)
-    # A checkpoint without the entry is older than SAM's part in this project.
-    if run.embeddings and (distilled or not first_teacher) and "sam" in state:
-        if state["sam"] != run.embeddings.sam.fingerprint:
-            other.append("SAM's weights were others")
-    if state["names"] != names:
-        other.append(f"classes were {', '.join(state['names'][:4])}")
+    if first_teacher and saved["step"] != saved["config"]["pretrain_steps"]:
+        raise UserError(
+            f"--pretrained {path}: was saved after step {saved['step']}, not at "
+            "the end of pretraining; give the pretrained.pt of that run"
+        )
+    ignored = after_pretraining(config) if first_teacher else not_in_result()
+    other = differences(config, saved["config"], ignored)
+    # A first teacher that learned nothing from SAM can be of any.
+    asked = state["sam"] and (config.structure_weight > 0 or not first_teacher)
+    if asked and saved.get("sam") not in (None, state["sam"].sam.fingerprint):
+        other.append("SAM's weights were others")
+    if saved["names"] != names:
+        other.append(f"classes were {', '.join(saved['names'][:4])}")
     if other:
         raise UserError(
             f"{path}: is of a run with other settings ({'; '.join(other[:3])}); "
@@ -90,25 +148,6 @@ def restore(run, names: list[str], path: Path, first_teacher: bool = False) -> d
                 else "give another --output, or --resume never to replace it"
             )
         )
-    load_weights(run.net, state["student"], path)
-    if state["teacher"] is not None:
-        load_weights(run.teacher, state["teacher"], path)
-    if not first_teacher:
-        # Of a first teacher they would be another method's; burn-in starts them.
-        run.thresholds.load_state_dict(state["thresholds"])
-        if run.second:
-            run.second.load_state_dict(state["second"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.schedule.load_state_dict(state["schedule"])
-    run.scaler.load_state_dict(state["scaler"])
-    # With another number of processes there is no state for each; the run is then as
-    # good as any other, only not the same bit for bit.
-    if len(state["random"]) == run.world:
-        mine = state["random"][run.rank]
-        torch.set_rng_state(mine["cpu"])
-        if mine["gpu"] is not None and run.device.type == "cuda":
-            torch.cuda.set_rng_state(mine["gpu"])
-    return state
 
 
 def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str], str]:
@@ -130,11 +169,10 @@ def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str],
     if who == "teacher" and not has_teacher:
         raise UserError(f"{path}: has no teacher (yet); use --who student")
     who = who or ("teacher" if has_teacher else "student")
-    known = {field.name for field in dataclasses.fields(Config)}
-    saved = {name: value for name, value in state["config"].items() if name in known}
-    config = Config(**saved)
+    config = from_saved(state["config"])
+    sides, first = (config.short_side, config.long_side), config.backbone_weights
     # The weights are in the checkpoint: none are to be fetched.
-    net = model.build(config, len(state["names"]) + 1, fetch=False)
+    net = model.build(config.model, len(state["names"]) + 1, *sides, first, fetch=False)
     load_weights(net, state[who], path)
     return net.eval(), config, state["names"], who
 

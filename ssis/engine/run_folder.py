@@ -12,7 +12,9 @@ r"""The files of a run: what it was, what happened, what came out.
     tensorboard/     the metrics once more, with `--tensorboard`
 
 Nothing in a folder is overwritten by a run with other settings: it is refused. Only
-rank 0 writes. Read next: `ssis/pictures.py`, which draws the pictures.
+rank 0 writes.
+
+Read next: `ssis/report/page.py`, the page that shows them.
 """
 
 import contextlib
@@ -24,7 +26,8 @@ try:
 except ImportError:  # Windows, where folders are not locked
     fcntl = None
 
-from ssis import UserError, config
+from ssis import UserError
+from ssis.config import Config, differences, save
 from ssis.io import checkpoint
 from ssis.io.files import write_text, writing
 
@@ -55,14 +58,14 @@ def lock(folder: Path):
         yield
 
 
-def prepare(settings: config.Config, held: contextlib.ExitStack) -> Path | None:
+def prepare(config: Config, held: contextlib.ExitStack) -> Path | None:
     """Make the run's folder, or find an unfinished run of the same settings in it.
 
     What is left of a run that never saved anything is cleared away: it would only stand
     in the way of the corrected command.
 
     Args:
-        settings: of the run.
+        config: the settings of the run.
         held: keeps the folder locked until it is closed.
 
     Returns:
@@ -71,12 +74,12 @@ def prepare(settings: config.Config, held: contextlib.ExitStack) -> Path | None:
     Raises:
         UserError: another run is there, or the folder cannot be written.
     """
-    folder = settings.run_folder
+    folder = config.run_folder
     saved, point = folder / "config.json", folder / "checkpoint.pt"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(lock(folder))
-        resumes = settings.resume == "auto"
+        resumes = config.resume == "auto"
         there = point.exists() or checkpoint.previous(point).exists()
         if resumes and there and saved.exists():
             try:
@@ -85,13 +88,16 @@ def prepare(settings: config.Config, held: contextlib.ExitStack) -> Path | None:
                 raise UserError(
                     f"{saved}: damaged; remove it, or give --resume never"
                 ) from error
-            other = config.differences(settings, before)
+            other = differences(config, before)
             if other:
                 raise UserError(
                     f"{folder}: holds a run with other settings "
                     f"({'; '.join(other[:3])}); give another --output, or --resume "
                     "never to replace it"
                 )
+        # Of a program that was killed while it wrote; the lock says that it is gone.
+        for path in folder.glob("*.tmp"):
+            path.unlink()
         going_on = checkpoint.latest(point) if resumes else None
         if resumes and not going_on and (folder / "summary.json").exists():
             raise UserError(
@@ -117,7 +123,7 @@ def prepare(settings: config.Config, held: contextlib.ExitStack) -> Path | None:
                 (folder / name).unlink(missing_ok=True)
             for path in (folder / "tensorboard").glob("events.*"):
                 path.unlink()
-        config.save(settings, saved)
+        save(config, saved)
     return going_on
 
 
@@ -178,9 +184,7 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
-def summary(
-    settings: config.Config, results: dict, counts: dict, test_set, seconds: float
-):
+def summary(config: Config, results: dict, counts: dict, test_set, seconds: float):
     """The content of `summary.json`; AP in percent, None for a model not there."""
 
     def numbers(kind: str) -> dict:
@@ -189,14 +193,14 @@ def summary(
         }
 
     return dict(
-        method=settings.method,
-        **oracle_note(settings),
-        preset=settings.preset,
-        seed=settings.seed,
+        method=config.method,
+        **oracle_note(config),
+        preset=config.preset,
+        seed=config.seed,
         **counts,
         seconds=round(seconds, 1),
         # With `--pretrained` the first teacher's training is a part of the `seconds`.
-        first_teacher_given=bool(settings.pretrained),
+        first_teacher_given=bool(config.pretrained),
         evaluated_on=test_set.source,
         test_images=len(test_set),
         mask_ap=numbers("mask"),
@@ -212,14 +216,14 @@ def summary(
     )
 
 
-def oracle_note(settings: config.Config) -> dict:
+def oracle_note(config: Config) -> dict:
     """What a summary must say when the unlabeled images' truth was used."""
-    if settings.oracle == "none":
+    if config.oracle == "none":
         return {}
     return dict(
-        oracle=settings.oracle,
+        oracle=config.oracle,
         warning="NOT A SEMI-SUPERVISED RESULT: the pseudo-labels were corrected with "
-        f"the hidden truth (--oracle {settings.oracle}); an upper bound only",
+        f"the hidden truth (--oracle {config.oracle}); an upper bound only",
     )
 
 

@@ -1,4 +1,4 @@
-r"""Save and resume, atomically and exactly.
+r"""The bytes of a checkpoint: written whole, checked, read without running code.
 
 *Atomically*: a checkpoint is written beside the old one, forced to disk, and takes its
 place; the old one is kept as `checkpoint.previous.pt`. Whenever the machine dies, there
@@ -9,18 +9,13 @@ reader does not look at the checksums that its writer puts in (one bit changed i
 file of 38 MB: read without complaint, 40 times of 40); we do. A damaged checkpoint is
 named and the previous one is used.
 
-*Exactly*: it holds all that the next step depends on: student, teacher, optimizer,
-schedule, loss scaler, the step (from which the data streams follow, see
-`ssis/engine/loader.py`) and the states of the random generators. On a CPU a resumed run ends
-bit-identical.
-
 A checkpoint is tensors and plain containers only, and is read with
 `weights_only=True`: loading a stranger's checkpoint must not run the stranger's code.
+What is in one: `ssis/engine/resume.py`.
 
-Read next: `ssis/distributed.py`.
+Read next: `ssis/io/files.py`, how any file is written whole.
 """
 
-import contextlib
 import os
 import sys
 import zipfile
@@ -30,6 +25,7 @@ import torch
 from torch import nn
 
 from ssis import UserError
+from ssis.io.files import whole
 
 # Raised when the meaning of a field changes.
 FORMAT = 2
@@ -62,21 +58,13 @@ def save(path: Path, state: dict) -> None:
     Raises:
         UserError: disk full or folder not writable; the old checkpoint is untouched.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(dict(state, format=FORMAT), file)
-            # Rename first, power cut, data never written: a complete name on an empty
-            # file. fsync forbids that order.
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            keep(path)
-        temporary.replace(path)
+        with whole(path) as temporary:
+            torch.save(dict(state, format=FORMAT), temporary)
+            if path.exists():
+                keep(path)
     # torch.save reports a full disk as a RuntimeError of its zip writer.
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         kept = "the one before is kept" if path.exists() else "there is none yet"
         raise UserError(
             f"{path}: the checkpoint cannot be written ({short(error)}); {kept}; "

@@ -74,14 +74,14 @@ def predictions(
         range(0, len(indices), batch), disable=not progress, unit="batch"
     ):
         part = indices[start : start + batch]
-        found = detect(net, [dataset.image(i) for i in part], device)
+        found = detect_instances(net, [dataset.image(i) for i in part], device)
         for index, instances in zip(part, found, strict=True):
             results += [dict(image_id=int(index), **instance) for instance in instances]
     return results
 
 
 @torch.no_grad()
-def detect(
+def detect_instances(
     net, images: list[Tensor], device, min_score: float | None = None
 ) -> list[list[dict]]:
     """What a model finds in images of any size, in their own frames.
@@ -93,14 +93,14 @@ def detect(
         min_score: lowest score of interest; None: the model's own, for AP.
 
     Returns:
-        For each image, best first, dicts with category_id (the label), score, bbox (xywh)
-        and segmentation (compressed RLE, counts as str).
+        For each image, best first, dicts with category_id (the label), score, bbox
+        (xywh) and segmentation (compressed RLE, counts as str).
     """
     # The sizes that the model was built for; the resizing of training.
     short, longest = net.transform.min_size[-1], net.transform.max_size
     views = [augment.resize(x, short, longest).to(device).float() / 255 for x in images]
     least = net.roi_heads.score_thresh if min_score is None else min_score
-    found = teacher.look(net, views, least)
+    found = teacher.detect(net, views, least)
     results = []
     for image, view, output in zip(images, views, found, strict=True):
         frame = tuple(image.shape[-2:])
@@ -122,8 +122,9 @@ def encode(
 ) -> list[dict]:
     """Masks of the mask head as RLEs in a frame.
 
-    One at a time: a hundred detections in a photograph of 12 megapixels would be gigabytes
-    of soft masks, and as RLEs they are kilobytes. Args as for `teacher.paste`.
+    One at a time: a hundred detections in a photograph of 12 megapixels would be
+    gigabytes of soft masks, and as RLEs they are kilobytes. Args as for
+    `teacher.paste`.
     """
     rles = []
     for rows, columns, soft in teacher.paste_parts(masks, boxes, frame, shift):
@@ -144,8 +145,8 @@ def average_precision(truth: COCO, results: list[dict], kind: str) -> tuple[dict
         kind: "segm" or "bbox".
 
     Returns:
-        {"AP": .., .., "ARl": ..} and a list of C numbers; None where there is no truth to
-        judge by.
+        {"AP": .., .., "ARl": ..} and a list of C numbers; None where there is no truth
+        to judge by.
     """
     keys = (
         "image_id",
@@ -181,12 +182,12 @@ def average_precision(truth: COCO, results: list[dict], kind: str) -> tuple[dict
 def boundary_average_precision(truth: COCO, results: list[dict]) -> dict:
     """Boundary AP (Cheng et al., CVPR 2021): how well the outlines fit.
 
-    The same numbers with min(mask IoU, boundary IoU) in the place of the mask IoU, where
-    the boundary of a mask is what lies within 2 % of the image diagonal of its outline.
-    A large object's mask IoU hardly notices a ragged outline; this does.
+    The same numbers with min(mask IoU, boundary IoU) in the place of the mask IoU,
+    where the boundary of a mask is what lies within 2 % of the image diagonal of its
+    outline. A large object's mask IoU hardly notices a ragged outline; this does.
 
-    Args and result as for `average_precision`, of masks, without the classes. Computed by
-    faster-coco-eval.
+    Args and result as for `average_precision`, of masks, without the classes. Computed
+    by faster-coco-eval.
     """
     # Imported here: an optional package.
     import faster_coco_eval as fast
@@ -213,30 +214,35 @@ def percent(value: float) -> float | None:
 def give_back_memory() -> None:
     """Give what an evaluation has freed back to the operating system.
 
-    The C library keeps freed blocks for later. An evaluation's are of all sizes, with small
-    ones in use between them, so the next evaluation finds no room in them and takes new
-    memory: without this call a run of 14,700 steps grew from 1.2 to 2.0 GB (docs/log.md).
-    Only Linux's usual C library, glibc, has the call.
+    The C library keeps freed blocks for later. An evaluation's are of all sizes, with
+    small ones in use between them, so the next evaluation finds no room in them and
+    takes new
+    memory: without this call a run of 14,700 steps grew from 1.2 to 2.0 GB
+    (docs/log.md). Only Linux's usual C library, glibc, has the call.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def evaluate(
-    net, dataset, device, rank: int = 0, world: int = 1, progress: bool = False
+    net, dataset, device, rank: int = 0, world_size: int = 1, progress: bool = False
 ):
     """Mask and box AP of a model on a whole dataset, over all processes.
 
-    Several processes find, bit for bit on a CPU, what one finds.
+    Several processes find, bit for bit on a CPU, what one finds. The model is left in
+    the mode that it was in.
 
     Returns:
-        ({"mask": numbers, "box": numbers, "mask_per_class": {name: AP}, "box_per_class":
-        the same}, results); equal on every process.
+        ({"mask": numbers, "box": numbers, "mask_per_class": {name: AP},
+        "box_per_class": the same}, results); equal on every process.
     """
-    # Whole batches are shared out, not images: what a model finds at the edge of an image
-    # depends a little on the padding, and so on who is in the batch with it.
-    mine = [i for i in range(len(dataset)) if i // BATCH % world == rank]
-    share = predictions(net, dataset, mine, device, progress=progress and rank == 0)
+    # Whole batches are shared out, not images: what a model finds at the edge of an
+    # image depends a little on the padding, and so on who is in the batch with it.
+    mine = [i for i in range(len(dataset)) if i // BATCH % world_size == rank]
+    mode = net.training
+    share = predictions(
+        net.eval(), dataset, mine, device, progress=progress and rank == 0
+    )
     results = [result for part in distributed.gather(share) for result in part]
     # In image order, whatever the number of processes: AP breaks ties by position.
     results.sort(key=lambda result: result["image_id"])
@@ -246,6 +252,8 @@ def evaluate(
     report = dict(mask=mask, box=box)
     for kind, classes in (("mask", mask_classes), ("box", box_classes)):
         report[f"{kind}_per_class"] = dict(zip(dataset.names, classes, strict=True))
+    net.train(mode)
+    give_back_memory()
     return report, results
 
 
@@ -268,7 +276,8 @@ def save_predictions(path: Path, dataset, results: list[dict]) -> Path:
                 key: r[key],
             }
             for r in results
-            # A class of the training set that this dataset does not have has no id in it.
+            # A class of the training set that this dataset does not have has no id in
+            # it.
             if dataset.category_ids[r["category_id"] - 1] is not None
         ]
         try:

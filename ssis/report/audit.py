@@ -20,17 +20,18 @@ shows what it does and what it costs.
 A pseudo-label and an instance are matched one to one, best class quality first, as
 COCO does, but regardless of the class: the class is what is being audited.
 
-Read next: `ssis/pictures.py`, the same in pictures.
+Read next: `ssis/report/pictures.py`, the same in pictures.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_iou
 
-from ssis import distributed
+from ssis import data, distributed
 from ssis.teacher import PseudoLabels
 
 MATCH_IOU = 0.5
@@ -84,13 +85,8 @@ def tally(pseudo: PseudoLabels, target: dict, classes: int) -> Tensor:
     labels, true_labels = pseudo.labels.cpu(), target["labels"].cpu()
     partner = match(pseudo.boxes, target["boxes"])
     hit = partner >= 0
-    mask, true_mask = (
-        pseudo.masks[hit].cpu(),
-        target["masks"].cpu().bool()[partner[hit]],
-    )
-    overlap = (mask & true_mask).flatten(1).sum(1) / (mask | true_mask).flatten(1).sum(
-        1
-    )
+    true_masks = target["masks"].cpu().bool()[partner[hit]]
+    overlap = data.mask_iou(pseudo.masks[hit].cpu(), true_masks)
     for label in labels:
         sums[label, KEPT] += 1
     for label, true, iou in zip(
@@ -130,7 +126,7 @@ def per_class(sums: Tensor, images: int, names: list[str]) -> dict:
     }
 
 
-def oracle(pseudo: PseudoLabels, target: dict, what: str) -> PseudoLabels:
+def apply_oracle(pseudo: PseudoLabels, target: dict, what: str) -> PseudoLabels:
     """Headroom: pseudo-labels whose classes or masks are replaced by the truth.
 
     What lies on no instance stays as it is: there is no truth for it.
@@ -155,38 +151,40 @@ def oracle(pseudo: PseudoLabels, target: dict, what: str) -> PseudoLabels:
     return made
 
 
-def run(run, label, stream) -> dict:
-    """Audit a run's pseudo-labels on some unlabeled images, over all processes.
+def measure(
+    pairs: Iterable, names: list[str], labeled_per_image: float, count: int, device
+) -> dict:
+    """Audit the pseudo-labels of some unlabeled images, over all processes.
 
-    The images are weak views, as the student's are.
+    Every process must call this.
 
     Args:
-        run: `run.Run`.
-        label: `train.pseudo_labels`.
-        stream: unlabeled images with their hidden targets; None without truth.
+        pairs: (item, stages) of this process's images, one after the other: an item of
+            a `data.Stream` with its hidden `target`, and stage -> [`PseudoLabels`] of
+            it.
+        names: of the C classes.
+        labeled_per_image: instances on a labeled image.
+        count: images of all processes together; 0: there is no ground truth.
+        device: where processes exchange tensors.
 
     Returns:
         {"audit": the numbers of what the student is trained on, "audit_per_class":
-        {name: numbers}, "audit_stages": {stage: numbers}}; None without truth.
+        {name: numbers}, "audit_stages": {stage: numbers}}; None without ground truth.
     """
-    if stream is None or not run.config.audit_images:
+    if not count:
         return dict(audit=None, audit_per_class=None, audit_stages=None)
-    names, config = stream.dataset.names, run.config
-    count = min(config.audit_images, len(stream.indices))
     sums: dict[str, Tensor] = {}
-    for k in range(run.rank, count, run.world):
-        item = stream[k]
-        weak = [item["image"].to(run.device)]
-        for stage, found in label(run, weak, [item], PREDICTED).items():
-            counted = tally(found[0], item["target"], len(names))
+    for item, stages in pairs:
+        for stage, pseudo in stages.items():
+            counted = tally(pseudo[0], item["target"], len(names))
             sums[stage] = sums.get(stage, 0) + counted
     # Processes beyond the number of images have counted nothing.
     stages = distributed.gather(list(sums))[0]
     zeros = torch.zeros(len(names) + 1, 6, dtype=torch.float64)
     together = torch.stack([sums.get(stage, zeros) for stage in stages])
-    together = distributed.all_sum(together.float().to(run.device)).double().cpu()
+    together = distributed.all_sum(together.float().to(device)).double().cpu()
     numbers = {
-        stage: summary(table, count, run.watch.per_image)
+        stage: summary(table, count, labeled_per_image)
         for stage, table in zip(stages, together, strict=True)
     }
     return dict(
@@ -208,27 +206,27 @@ class Watch:
     Args:
         names: of the C classes.
         rule: the filter's, for the advice.
-        rank: of this process; the first one writes.
+        per_image: instances on a labeled image.
+        class_shares: (C,) fractions of the classes among them.
     """
 
-    def __init__(self, names: list[str], rule: str, rank: int):
-        self.names, self.rank = names, rank
+    def __init__(
+        self, names: list[str], rule: str, per_image: float, class_shares: Tensor
+    ):
+        self.names = names
+        # The labeled images say how many instances of each class to expect.
+        self.per_image, self.expected = per_image, per_image * class_shares
         self.flags = dict(
             dual="--tau-class or --tau-mask", adaptive="--tau-min and --tau-max"
         ).get(rule, "--tau-class")
         # Since the last report: images, then kept pseudo-labels of each class.
         self.sums = torch.zeros(len(names) + 1)
-        self.per_image, self.expected = 0.0, torch.zeros(len(names))
 
-    def expect(self, per_image: float, shares: Tensor) -> None:
-        """What the labeled images have: instances on each, and (C,) class shares."""
-        self.per_image, self.expected = per_image, per_image * shares
-
-    def add(self, pseudo: list[PseudoLabels]) -> None:
-        """Count the kept pseudo-labels of B images, on their device."""
-        for found in pseudo:
-            # There is no label 0, so its place counts the images.
-            counts = F.one_hot(found.labels, len(self.sums)).sum(dim=0).float()
+    def add(self, kept: list[Tensor]) -> None:
+        """Count the kept pseudo-labels of B images by their labels (N,)."""
+        for labels in kept:
+            # There is no label 0, so its column counts the images.
+            counts = F.one_hot(labels, len(self.sums)).sum(dim=0).float()
             counts[0] = 1
             self.sums = self.sums.to(counts.device) + counts
 
@@ -238,25 +236,26 @@ class Watch:
         Every process must call this; counting then starts anew.
 
         Args:
-            write: a function that prints a line.
+            write: a function that prints a line; the progress bar's, on the first
+                process alone.
         """
         sums = distributed.all_sum(self.sums).cpu()
         self.sums = torch.zeros_like(self.sums)
         images, kept = sums[0].item(), sums[1:]
-        if self.rank or not images:
+        if not images:
             return
-        found, usual = kept.sum().item() / images, self.per_image
+        per_image, usual = kept.sum().item() / images, self.per_image
         numbers = (
-            f"{found:.2f} pseudo-labels per image, {usual:.2f} instances per labeled "
-            "image"
+            f"{per_image:.2f} pseudo-labels per image, {usual:.2f} instances per "
+            "labeled image"
         )
-        if found < FEW * usual:
+        if per_image < FEW * usual:
             write(
                 f"warning: the teacher has collapsed: {numbers}; lower {self.flags}, "
                 "or pretrain longer"
             )
             return
-        if found > MANY * usual:
+        if per_image > MANY * usual:
             write(
                 f"warning: the teacher explodes: {numbers}; raise {self.flags}, or "
                 "lower --unsup-weight"

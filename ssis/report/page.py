@@ -31,7 +31,7 @@ from pycocotools import mask as mask_utils
 
 from ssis import UserError, distributed
 from ssis.report import curves, pictures
-from ssis.config import Config, flag
+from ssis.config import Config, flag, from_saved
 from ssis.io.files import write_text, writing
 from ssis.engine.run_folder import MODELS
 
@@ -241,8 +241,7 @@ def page(folder: Path) -> str:
     """The whole page, from the files of a run."""
     try:
         saved = json.loads((folder / "config.json").read_text())
-        usual = dataclasses.asdict(Config())
-        saved = usual | {k: v for k, v in saved.items() if k in usual}
+        saved = dataclasses.asdict(from_saved(saved))
         path = folder / "summary.json"
         summary = json.loads(path.read_text()) if path.exists() else None
     except (OSError, ValueError, AttributeError) as error:
@@ -301,7 +300,7 @@ def page(folder: Path) -> str:
 
 
 def finish(folder: Path, dataset, found: list[dict]) -> None:
-    """All pictures of the end of a run, and the page. Arguments as `draw_predictions`."""
+    """All pictures of the end of a run, and the page; see `draw_predictions`."""
     with writing(folder / "curves.png"):
         figure = curves.draw(folder)
         figure.savefig(folder / "curves.png", dpi=110)

@@ -4,22 +4,31 @@ A number says how many pseudo-labels are right; a picture says what is wrong wit
 others. Every evaluation writes `pseudo_<step>.png`, a strip for each of some
 unlabeled images: the image, all that the teacher predicts, what the filter keeps, the
 masks that SAM drew, the corrected classes, where the masks are unsure, the image after
-copy-paste, and the truth that training never sees.
-The end of a run writes `predictions.png` (the teacher on test images beside the truth),
-`best.png` and `worst.png` (where it did best and worst).
+copy-paste, and the ground truth that training never sees. The end of a run writes
+`predictions.png` (the teacher on test images beside the ground truth), `best.png` and
+`worst.png` (where it did best and worst). Masks are drawn by torchvision, grids by
+matplotlib.
 
 Read next: `ssis/report/page.py`, which puts them on a page.
 """
 
+from pathlib import Path
+
+import matplotlib
 import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as mask_utils
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.utils import draw_segmentation_masks
 
 from ssis import augment, losses
 from ssis.report import audit
 from ssis.io.files import writing
+
+# No window: the pictures are files, also on a machine without a display.
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 # Colors that stay apart for color-blind readers (Okabe and Ito, 2008), one by class.
 COLORS = [
@@ -51,60 +60,70 @@ def overlay(
         masks: (N, H, W) bool.
         labels: (N,) int64, 1..C.
         names: class names.
-        scores: (N,) in [0, 1], or None; the surest lies on top.
+        scores: (N,) in [0, 1], or None; the highest lies on top.
         side: long side of the picture, pixels.
     """
     # Enlarged or reduced first, masks by nearest neighbor: what the edge of a mask is
     # should be seen pixel by pixel.
     scale = side / max(image.shape[-2:])
     size = [round(side * scale) for side in image.shape[-2:]]
-    pixels = F.interpolate(image.cpu()[None], size)[0]
-    pen_size = max(10, side // 60)
-    texts = []
-    # Of several classes for one object the surest is drawn last, over the others.
-    order = range(len(labels)) if scores is None else scores.argsort().tolist()
-    for k in order:
-        label = int(labels[k])
-        # One at a time: a hundred masks of a large picture would be gigabytes.
-        mask = F.interpolate(masks[k].cpu().float()[None, None], size)[0, 0]
-        color = torch.tensor(COLORS[(label - 1) % len(COLORS)])[:, None, None] / 255
-        # A line two pixels wide inside the edge: the mask less what is still in it two
-        # pixels further in all four directions.
-        padded = F.pad(mask, (2, 2, 2, 2)) > 0
-        inner = (
-            padded[2:-2, 4:] & padded[2:-2, :-4] & padded[4:, 2:-2] & padded[:-4, 2:-2]
-        )
-        inner = inner & (mask > 0)
-        alpha = 0.35 * mask + 0.65 * (mask - inner.float())
-        pixels = pixels * (1 - alpha) + color * alpha
-        ys, xs = torch.where(mask > 0)
-        if len(ys):
+    pixels = (F.interpolate(image.cpu()[None], size)[0] * 255).to(torch.uint8)
+    # Of several classes for one object the highest score is drawn last, on top.
+    order = torch.arange(len(labels)) if scores is None else scores.cpu().argsort()
+    shown = torch.zeros(len(labels), *size, dtype=torch.bool)
+    for row, k in enumerate(order.tolist()):
+        # One at a time: a hundred float masks of a large picture would be gigabytes.
+        shown[row] = F.interpolate(masks[k].cpu().float()[None, None], size)[0, 0] > 0
+    labels = labels.cpu().long()[order]
+    colors = [COLORS[(label - 1) % len(COLORS)] for label in labels.tolist()]
+    # One after the other, for a mask is to cover those under it, their edges too.
+    for mask, color in zip(shown, colors, strict=True):
+        pixels = draw_segmentation_masks(pixels, mask, 0.35, color)
+        # Its edge: what is lost if the mask shrinks by two pixels.
+        outside = F.pad((~mask).float()[None], (2, 2, 2, 2), value=1.0)
+        inner = F.max_pool2d(outside, 5, 1)[0] == 0
+        pixels = draw_segmentation_masks(pixels, mask & ~inner, 1.0, color)
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    pen, pen_size = ImageDraw.Draw(picture), max(10, side // 60)
+    # In a crowd the names would hide what they name.
+    for mask, label, k in zip(shown, labels.tolist(), order.tolist(), strict=True):
+        ys, xs = torch.where(mask)
+        if len(ys) and len(shown) <= side // 20:
             score = "" if scores is None else f" {scores[k]:.2f}"
             at = (xs.min().item(), max(0, ys.min().item() - pen_size - 1))
-            texts.append((at, names[label - 1] + score))
-    array = (pixels * 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(array)
-    pen = ImageDraw.Draw(picture)
-    # In a crowd the names would hide what they name.
-    for at, text in texts if len(texts) <= side // 20 else []:
-        style = dict(fill="white", stroke_width=2, stroke_fill="black")
-        pen.text(at, text, font_size=pen_size, **style)
+            style = dict(fill="white", stroke_width=2, stroke_fill="black")
+            pen.text(at, names[label - 1] + score, font_size=pen_size, **style)
     return picture
 
 
-def grid(rows: list[list[Image.Image]], titles: list[str]) -> Image.Image:
-    """Pictures in rows under column titles."""
-    gap, head = 6, 22
-    height = max(picture.height for row in rows for picture in row) + gap
-    sheet = Image.new(
-        "RGB", ((TILE + gap) * len(titles), head + height * len(rows)), "white"
+def plain(image: Tensor) -> Image.Image:
+    """An image (3, H, W) float in [0, 1] without anything on it."""
+    nothing = torch.zeros(0, *image.shape[-2:], dtype=torch.bool)
+    return overlay(image, nothing, torch.zeros(0), [])
+
+
+def grid(rows: list[list[tuple[Image.Image, str]]], titles: list[str], path) -> None:
+    """Write pictures in rows under column titles, each with a note below it, or ""."""
+    across, down = len(titles), len(rows)
+    figure, axes = plt.subplots(
+        down,
+        across,
+        figsize=(2.75 * across, 2.9 * down + 0.3),
+        layout="constrained",
+        squeeze=False,
     )
-    pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        pen.text((column * (TILE + gap) + 4, 4), title, fill="black", font_size=13)
-        for number, row in enumerate(rows):
-            sheet.paste(row[column], (column * (TILE + gap), head + number * height))
-    return sheet
+    for row, places in zip(rows, axes, strict=True):
+        for (picture, note), axis in zip(row, places, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_xlabel(note)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+    for title, axis in zip(titles, axes[0], strict=True):
+        axis.set_title(title)
+    with writing(path):
+        figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def uncertainty(image: Tensor, mask_probs: Tensor) -> Image.Image:
@@ -117,20 +136,11 @@ def uncertainty(image: Tensor, mask_probs: Tensor) -> Image.Image:
     doubt = (1 - losses.certainty(mask_probs.cpu())).amax(0) if len(mask_probs) else 0
     shown = 0.25 * image.cpu().mean(0, keepdim=True).repeat(3, 1, 1)
     shown[0] = shown[0] + doubt * (1 - shown[0])
-    nothing = torch.zeros(0, *image.shape[-2:])
-    return overlay(shown, nothing, nothing, [])
-
-
-def caption(picture: Image.Image, text: str) -> Image.Image:
-    """The picture with a line of text at its lower edge."""
-    at = (4, picture.height - 14)
-    pen = ImageDraw.Draw(picture)
-    pen.text(at, text, fill="white", stroke_width=2, stroke_fill="black")
-    return picture
+    return plain(shown)
 
 
 def mask_iou(pseudo, item: dict, names: list[str]) -> str:
-    """ "mask IoU 0.81", the mean over what lies on an instance; "" without truth."""
+    """ "mask IoU 0.81", the mean over what lies on an instance; "" if unknown."""
     if "target" not in item:
         return ""
     sums = audit.tally(pseudo, item["target"], len(names)).sum(dim=0)
@@ -139,128 +149,110 @@ def mask_iou(pseudo, item: dict, names: list[str]) -> str:
     return f"mask IoU {sums[audit.IOU] / sums[audit.MATCHED]:.2f}"
 
 
-def pasted(results: list[tuple], config) -> list[tuple]:
-    """Images and targets after ARP, each image with the next one; see `augment.arp`.
-
-    Args:
-        results: image, target, seed.
-        config: of `augment.arp`.
-    """
-    made = []
-    for k in range(0, len(results), 2):
-        images, targets, seeds = zip(*results[k : k + 2], strict=True)
-        moved = [{key: t.cpu() for key, t in target.items()} for target in targets]
-        made += zip(*augment.arp(images, moved, config, seeds[0]), strict=True)
-    return made
-
-
 # What a stage of `train.pseudo_labels` is called above its pictures.
 TITLES = dict(
     predicted="predicted by the teacher",
     kept="kept by the filter",
     refined="masks redrawn by SAM",
     corrected="classes corrected",
-    oracle="replaced by the truth",
+    oracle="replaced by the ground truth",
 )
 
 
-def pseudo_labels(run, label, streams, folder, step: int) -> None:
-    """Write `pseudo_<step>.png` for the first unlabeled images; rank 0 only.
+def pseudo_labels(
+    pairs: list, names: list[str], path: Path, with_uncertainty: bool, paste=None
+) -> None:
+    """Write a picture of the stages of some unlabeled images, a row for each.
 
     Args:
-        run: `run.Run`.
-        label: `train.pseudo_labels`.
-        streams: `data.Streams`; without known truth the last column is left out.
-        folder: the run's.
-        step: steps done, for the name of the file.
+        pairs: (item, stages): an item of a `data.Stream`, with its `target` where the
+            ground truth is known, and stage -> [`PseudoLabels`] of it.
+        names: class names.
+        path: the file.
+        with_uncertainty: with a column for PL-DC's pixel level.
+        paste: S4M's copy-paste: (images, targets, seed) -> images, targets; or None.
     """
-    if run.rank:
-        return
-    stream = streams.audit or streams.unlabeled
-    names = stream.dataset.names
     rows = []
-    results = []
-    for k in range(min(ROWS, len(stream.indices))):
-        item = stream[k]
-        image = item["image"]
-        stages = label(run, [image.to(run.device)], [item], audit.PREDICTED)
-        nothing = torch.zeros(0, *image.shape[-2:])
-        row = {"unlabeled image": overlay(image, nothing, nothing, names)}
+    for item, stages in pairs:
+        image, final = item["image"], stages["final"][0]
+        row = {"unlabeled image": (plain(image), "")}
         for stage, title in TITLES.items():
             if stage in stages:
                 p = stages[stage][0]
                 tile = overlay(image, p.masks, p.labels, names, p.class_quality)
-                row[title] = caption(tile, mask_iou(p, item, names))
-        if run.config.uncertainty:
-            row["uncertainty"] = uncertainty(image, stages["final"][0].mask_probs)
-        if run.config.arp != "none":
+                row[title] = (tile, mask_iou(p, item, names))
+        if with_uncertainty:
+            row["uncertainty"] = (uncertainty(image, final.mask_probs), "")
+        if paste:
             # Its place among the columns; the picture needs the next image too.
             row["after copy-paste"] = None
         if "target" in item:
-            truth = item["target"]
-            row["truth (never seen)"] = overlay(
-                image, truth["masks"], truth["labels"], names
-            )
+            masks, labels = item["target"]["masks"], item["target"]["labels"]
+            tile = overlay(image, masks, labels, names)
+            row["ground truth (never seen)"] = (tile, "")
         rows.append(row)
-        results.append((image, stages["final"][0].target(), item["seed"]))
-    if run.config.arp != "none":
-        for k, (image, labels) in enumerate(pasted(results, run.config)):
-            tile = overlay(image, labels["masks"], labels["labels"], names)
-            rows[k]["after copy-paste"] = tile
-    path = folder / f"pseudo_{step:06d}.png"
-    with writing(path):
-        grid([list(row.values()) for row in rows], list(rows[0])).save(path)
+    for k in range(0, len(rows), 2) if paste else ():
+        # Each image with the next one.
+        some = [
+            (item, stages["final"][0].target()) for item, stages in pairs[k : k + 2]
+        ]
+        targets = [{key: t.cpu() for key, t in target.items()} for _, target in some]
+        images = [item["image"] for item, _ in some]
+        for row, image, target in zip(
+            rows[k : k + 2], *paste(images, targets, some[0][0]["seed"]), strict=True
+        ):
+            tile = overlay(image, target["masks"], target["labels"], names)
+            row["after copy-paste"] = (tile, "")
+    grid([list(row.values()) for row in rows], list(rows[0]), path)
 
 
 def detections(
-    image: Tensor, found: list[dict], names: list[str], side: int = TILE
+    image: Tensor, instances: list[dict], names: list[str], side: int = TILE
 ) -> Image.Image:
     """The picture of one image's detections.
 
     Args:
         image: (3, H, W) uint8.
-        found: of `ap.detect`; or the truth in the same form, without scores.
+        instances: of `ap.detect_instances`; or the ground truth in the same form,
+            without scores.
         names: class names.
         side: long side of the picture, pixels.
     """
     # Reduced before it is drawn on: a photograph's own masks would be gigabytes.
     limit = min(side, max(image.shape[-2:]))
     small = augment.resize(image, limit, limit).float() / 255
-    masks = torch.zeros(len(found), *small.shape[-2:], dtype=torch.bool)
-    for mask, instance in zip(masks, found, strict=True):
+    masks = torch.zeros(len(instances), *small.shape[-2:], dtype=torch.bool)
+    for mask, instance in zip(masks, instances, strict=True):
         whole = torch.from_numpy(mask_utils.decode(instance["segmentation"]))
         mask[:] = augment.resize_masks(whole[None], small)[0] > 0
-    labels = torch.tensor([instance["category_id"] for instance in found])
-    scores = [instance["score"] for instance in found if "score" in instance]
-    scores = torch.tensor(scores) if len(scores) == len(found) > 0 else None
+    labels = torch.tensor([instance["category_id"] for instance in instances])
+    scores = [instance["score"] for instance in instances if "score" in instance]
+    scores = torch.tensor(scores) if len(scores) == len(instances) > 0 else None
     return overlay(small, masks, labels, names, scores, side)
 
 
 def predictions(
-    dataset, found: dict[int, list[dict]], indices: list[int], path, note=None
+    dataset, results: dict[int, list[dict]], indices: list[int], path, notes=None
 ) -> None:
-    """Write a picture: what was found in some images, beside the truth.
+    """Write a picture: what was found in some images, beside the ground truth.
 
     Args:
-        dataset: a `data.Dataset`.
-        found: image -> its COCO results, of `ap.predictions`.
+        dataset: a `datasets.dataset.Dataset`.
+        results: image -> its COCO results, of `ap.predictions`.
         indices: the images.
         path: the file.
-        note: a line for each image, or None.
+        notes: a line for each image, or None.
     """
     rows = []
-    for row, index in enumerate(indices):
+    for index, note in zip(indices, notes or [""] * len(indices), strict=True):
         image = dataset.image(index)
-        seen = [f for f in found.get(index, []) if f["score"] > 0.5]
+        seen = [result for result in results.get(index, []) if result["score"] > 0.5]
         rles = zip(dataset.rles(index), dataset.annotations(index), strict=True)
-        truth = [
+        instances = [
             dict(segmentation=rle, category_id=label)
             for rle, (label, crowd) in rles
             if not crowd
         ]
         tile = detections(image, seen, dataset.names)
-        if note:
-            tile = caption(tile, note[row])
-        rows.append([tile, detections(image, truth, dataset.names)])
-    with writing(path):
-        grid(rows, ["prediction, score > 0.5", "truth"]).save(path)
+        rows.append([(tile, note), (detections(image, instances, dataset.names), "")])
+    grid(rows, ["prediction, score > 0.5", "ground truth"], path)

@@ -121,7 +121,7 @@ def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> i
             for name, path in bar:
                 try:
                     image = images.read_image(str(path))
-                    found = ap.detect(net, [image], device, args.score)[0]
+                    found = ap.detect_instances(net, [image], device, args.score)[0]
                 except (UserError, MemoryError, torch.OutOfMemoryError) as error:
                     said = f"{path}: too large for the memory"
                     said = str(error) if isinstance(error, UserError) else said

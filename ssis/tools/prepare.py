@@ -12,8 +12,8 @@ of the same name train on: `instances_train.json` and `instances_val.json` besid
 that were published (`--lists`, see `ssis/datasets/published.py`).
 
 * **COCO** is in this format already: it is linked, checked and counted.
-* **Cityscapes** and **VOC 2012** are converted (`ssis/datasets/convert.py`); a command that was
-  killed goes on where it was.
+* **Cityscapes** and **VOC 2012** are converted (`ssis/datasets/convert.py`); a command
+  that was killed goes on where it was.
 * **Your own**: one COCO JSON, as an annotation tool exports it, is checked and parted
   into training and validation images.
 

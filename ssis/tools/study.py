@@ -6,7 +6,8 @@ r"""Studies: named lists of settings times seeds, run until all results are ther
 A number in a table is a claim, and a claim needs the run behind it. So a study says in
 one place which runs a table is made of (`STUDIES`), runs those whose result is missing,
 and keeps the raw result of each, with all its settings, in `docs/results/<study>.json`;
-`docs/scripts/make_results.py` makes tables and plots of these files, and nothing is typed.
+`docs/scripts/make_results.py` makes tables and plots of these files, and nothing is
+typed.
 
 *The file of results is the state.* A finished run is written there at once; the same
 command goes on after a kill, on another machine too, and runs that were under way
@@ -268,8 +269,11 @@ def comparable(settings: dict) -> dict:
         Those that change the result; of the dataset's folder and SAM's weights the
         names alone.
     """
-    settings = {**asdict(config.Config()), **settings}
-    kept = {k: v for k, v in settings.items() if k not in config.NOT_IN_RESULT}
+    settings = config.completed(settings)
+    # An option that is gone counts only where it was used.
+    gone = [k for k, value in config.GONE.items() if settings.get(k, value) == value]
+    ignored = {*config.not_in_result(), *gone}
+    kept = {k: v for k, v in settings.items() if k not in ignored}
     named = {k: Path(settings[k]).name for k in ("data", "sam_checkpoint")}
     return kept | named
 

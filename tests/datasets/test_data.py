@@ -15,19 +15,20 @@ from conftest import real, write_coco
 from PIL import Image
 from pycocotools.coco import COCO
 
-from ssis import UserError, config, data
+from ssis import UserError, data
 from ssis.datasets import coco_json, split
 from ssis.io import images
+from ssis.datasets.dataset import Dataset
 
 pytestmark = pytest.mark.fast
-SETTINGS = config.Config(short_side_min=20, short_side=40, long_side=60)
+SIZE = data.ViewSize(short_min=20, short_max=40, long_max=60)
 
 
-def load(folder) -> data.Dataset:
+def load(folder) -> Dataset:
     return coco_json.load_coco(str(folder / "coco.json"), str(folder / "images"))
 
 
-def compare_with_pycocotools(dataset: data.Dataset, path) -> int:
+def compare_with_pycocotools(dataset: Dataset, path) -> int:
     """Every mask, label and crowd flag against pycocotools; returns how many."""
     oracle, count = COCO(str(path)), 0
     for index, image_id in enumerate(dataset.image_ids):
@@ -221,12 +222,12 @@ def test_a_bare_folder_gives_unlabeled_images_that_are_not_listed_yet(coco_folde
 
 def test_the_stream_is_a_function_of_seed_and_position(coco_folder):
     dataset = load(coco_folder)
-    stream = data.Stream(dataset, [0, 1, 2, 3], SETTINGS, 7, True)
+    stream = data.Stream(dataset, [0, 1, 2, 3], SIZE, 7, True)
     epochs = [[stream[k]["index"] for k in range(4 * e, 4 * e + 4)] for e in range(6)]
     assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs)
     assert len(set(map(tuple, epochs))) > 1
     state = torch.get_rng_state()
-    again = data.Stream(dataset, [0, 1, 2, 3], SETTINGS, 7, True)
+    again = data.Stream(dataset, [0, 1, 2, 3], SIZE, 7, True)
     for k in (21, 3, 4):
         assert torch.equal(stream[k]["image"], again[k]["image"])
         assert stream[k]["seed"] == again[k]["seed"]
@@ -235,13 +236,13 @@ def test_the_stream_is_a_function_of_seed_and_position(coco_folder):
 
 
 def test_unlabeled_items_carry_no_truth(coco_folder):
-    stream = data.Stream(load(coco_folder), [0, 1], SETTINGS, 7, False)
+    stream = data.Stream(load(coco_folder), [0, 1], SIZE, 7, False)
     assert set(stream[0]) == {"image", "index", "seed", "geometry"}
 
 
 def test_processes_share_the_same_global_batches():
-    whole = list(data.Shard(8, 3, 6, rank=0, world=1))
-    parts = [list(data.Shard(8, 3, 6, rank=r, world=4)) for r in range(4)]
+    whole = list(data.Shard(8, 3, 6, rank=0, world_size=1))
+    parts = [list(data.Shard(8, 3, 6, rank=r, world_size=4)) for r in range(4)]
     assert [[k for part in parts for k in part[s]] for s in range(3)] == whole
     assert whole[0] == list(range(24, 32)) and len(data.Shard(8, 3, 6, 0, 1)) == 3
 

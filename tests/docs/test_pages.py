@@ -1,7 +1,7 @@
 """What is written about the code is true of the code: pages, equations, the papers' tables.
 
-All pages of docs/scripts/annotate.py are rendered here, so one that does not render, a formula that does
-not convert and a docstring that speaks of other arguments fail a test.
+All pages of docs/scripts/annotate.py are rendered here, so one that does not render, a formula that
+does not convert and a docstring that speaks of other arguments fail a test.
 """
 
 import dataclasses

@@ -148,15 +148,15 @@ def test_both_papers_resume_bit_identical(whole, few, tmp_path, monkeypatch):
     Both with `--deterministic`, one with loader workers, one without.
     """
     _, arguments, _ = whole
-    step, stops = train.step, []
+    train_step, stops = train.train_step, []
 
-    def step_and_stop(run, *batches):
-        row = step(run, *batches)
-        if run.schedule.last_epoch in stops:
+    def step_and_stop(*arguments):
+        result, step = train_step(*arguments), arguments[4]
+        if step + 1 in stops:
             signal.raise_signal(signal.SIGTERM)
-        return row
+        return result
 
-    monkeypatch.setattr(train, "step", step_and_stop)
+    monkeypatch.setattr(train, "train_step", step_and_stop)
     monkeypatch.setattr(correction, "START_VIEWS", 16)
     for name, when, workers in (("once", [], "0"), ("often", [2, 6, 9], "2")):
         given = [*arguments, *FULL, "--output", str(tmp_path / name), "--workers", workers]
@@ -170,10 +170,10 @@ def test_both_papers_resume_bit_identical(whole, few, tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(False)
     assert_same_end(tmp_path / "once", tmp_path / "often")
     one, two = (checkpoint.load(tmp_path / n / "checkpoint.pt") for n in ("once", "often"))
-    assert same(one["thresholds"], two["thresholds"]) and same(one["second"], two["second"])
+    assert same(one["thresholds"], two["thresholds"]) and same(one["classifier"], two["classifier"])
     # Class and mask thresholds start alike, and part as soon as they follow the teacher.
     assert (one["thresholds"]["values"][0] != one["thresholds"]["values"][1]).any()
-    assert one["second"]["seen"].sum() > 0
+    assert one["classifier"]["seen"].sum() > 0
     summary = json.loads((tmp_path / "once" / "summary.json").read_text())
     stages = summary["audit_stages"]["end of burn-in"]
     assert list(stages) == ["predicted", "kept", "refined", "corrected", "final"]
@@ -186,19 +186,21 @@ def test_both_papers_resume_bit_identical(whole, few, tmp_path, monkeypatch):
 
 
 def spied(monkeypatch, run_folder, arguments) -> list:
-    """Train; what `see(run)` gives before each step, as (steps done, what is seen)."""
-    step, seen = train.step, []
+    """Train; before each step: steps done, a weight of student and teacher, sizes, indices."""
+    train_step, seen = train.train_step, []
 
-    def look(run, labeled, unlabeled):
+    def look(student, labeler, labeled, unlabeled, step, config, *rest):
         one, two = (
-            net.state_dict()["backbone.body.conv1.weight"].clone() for net in (run.net, run.teacher)
+            net.state_dict()["backbone.body.conv1.weight"].clone()
+            for net in (student, labeler.teacher)
         )
-        lr = run.schedule.get_last_lr()[-1]
+        _, optimizer, schedule, *_ = rest
+        lr = schedule.get_last_lr()[-1]
         shown = [item["index"] for item in unlabeled or ()]
-        seen.append((run.schedule.last_epoch, one, two, len(run.optimizer.state), lr, shown))
-        return step(run, labeled, unlabeled)
+        seen.append((step, one, two, len(optimizer.state), lr, shown))
+        return train_step(student, labeler, labeled, unlabeled, step, config, *rest)
 
-    monkeypatch.setattr(train, "step", look)
+    monkeypatch.setattr(train, "train_step", look)
     train.main([*arguments, "--output", str(run_folder)])
     return seen
 
@@ -206,13 +208,13 @@ def spied(monkeypatch, run_folder, arguments) -> list:
 def test_a_fresh_student_is_one(whole, tmp_path, monkeypatch):
     """GD's way, and the real presets': the teacher stays, the student starts anew."""
     few = ["--tau-min", "0.02", "--tau-max", "0.1", "--burnin-init", "fresh"]
-    begun, begin = [], correction.begin
+    filled, fill = [], correction.fill
 
-    def count(run, stream):
-        begun.append(run.schedule.last_epoch)
-        begin(run, stream)
+    def remember(classifier, teacher, *rest):
+        filled.append(teacher.state_dict()["backbone.body.conv1.weight"].clone())
+        fill(classifier, teacher, *rest)
 
-    monkeypatch.setattr(correction, "begin", count)
+    monkeypatch.setattr(correction, "fill", remember)
     # The first four steps are the pretraining.
     seen = spied(monkeypatch, tmp_path, [*whole[1], "--method", "pl-dc", *few])[4:]
     pretrained = checkpoint.load(tmp_path / "pretrained.pt")["student"]
@@ -224,7 +226,8 @@ def test_a_fresh_student_is_one(whole, tmp_path, monkeypatch):
     # It warms up once more, and the teacher waits for it, frozen.
     assert lr == pytest.approx(0.5 * seen[1][4]) and torch.equal(seen[2][2], teacher)
     # PL-DC's memory is filled anew when the teacher becomes another network.
-    assert begun == [4, 7]
+    assert len(filled) == 2 and torch.equal(filled[0], teacher)
+    assert torch.equal(filled[1], seen[3][2])
     # The first step of mutual learning begins with teacher := student, and ends with an EMA.
     assert torch.equal(seen[3][2], seen[3][1]) and not torch.equal(seen[4][2], seen[4][1])
 
@@ -263,7 +266,7 @@ def test_the_teacher_is_watched_until_the_end(whole, tmp_path, monkeypatch, caps
 
 def test_the_teacher_pastes_nothing_that_no_rule_would_keep(whole, tmp_path, monkeypatch):
     folder, arguments, _ = whole
-    predict, lowest, asked = train.teacher.predict, [], []
+    predict, lowest, asked = train.predict, [], []
 
     def remember(model, images, min_score):
         found = predict(model, images, min_score)
@@ -271,7 +274,7 @@ def test_the_teacher_pastes_nothing_that_no_rule_would_keep(whole, tmp_path, mon
         lowest.extend(each.class_quality.min().item() for each in found if len(each))
         return found
 
-    monkeypatch.setattr(train.teacher, "predict", remember)
+    monkeypatch.setattr(train, "predict", remember)
     short = ["--pretrained", str(folder / "pretrained.pt"), "--mutual-steps", "1"]
     short += ["--audit-images", "0"]
     for k, (flags, least) in enumerate(

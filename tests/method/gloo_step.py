@@ -20,9 +20,11 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import train
-from ssis import config, correction, distributed, filters, model, teacher
+from ssis import correction, data, distributed, filters, model, teacher
+from ssis.config import Config
 from ssis.datasets import coco_json
-from ssis import data
+from ssis.engine.build import build
+from ssis.engine.guard import Guard
 
 
 def freeze_norms(module: nn.Module) -> None:
@@ -42,7 +44,7 @@ def frozen(net: model.MaskRCNN) -> model.MaskRCNN:
 
 
 def main(out: str, folder: str) -> None:
-    settings = config.Config(
+    config = Config(
         # No clipping: it would hide a gradient that is too large by a factor.
         clip_norm=1e9,
         method="pl-dc",
@@ -64,63 +66,65 @@ def main(out: str, folder: str) -> None:
         unlabeled_batch=4,
     )
     torch.set_num_threads(1)
-    start = distributed.start("cpu")
-    rank, world, _ = start
-    # Before `Run` wraps the model in DDP: a model cannot be wrapped twice.
-    build = model.build
-    model.build = lambda *args: frozen(build(*args))
+    rank, world_size, device = distributed.start("cpu")
+    # Before the model is wrapped in DDP: it cannot be wrapped twice.
+    build_model = model.build
+    model.build = lambda *args: frozen(build_model(*args))
     dataset = coco_json.load_coco(f"{folder}/instances_train.json", f"{folder}/train")
-    run = train.Run(settings, dataset, start)
-    run.teacher = teacher.make_teacher(run.net)
-    run.optimizer = torch.optim.SGD(run.net.parameters(), lr=2e-4)
-    run.schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1.0)
+    student, labeler, structure, _, _, scaler = build(config, dataset, rank, world_size, device)
+    net = distributed.unwrap(student)
+    optimizer = torch.optim.SGD(net.parameters(), lr=2e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    guard = Guard(net, dataset.files, Path(out).parent, False, rank)
 
-    labeled = data.Stream(dataset, list(range(8)), settings, 0, True)
-    unlabeled = data.Stream(dataset, list(range(8, 40)), settings, 1, False)
+    labeled = data.Stream(dataset, list(range(8)), config.view_size, 0, True)
+    unlabeled = data.Stream(dataset, list(range(8, 40)), config.view_size, 1, False)
     # Of eight unlabeled images take the two with the best and the two with the worst
     # detection, and put the threshold between them.
     items = [unlabeled[k] for k in range(8)]
     best = [
-        teacher.predict(run.teacher, [item["image"]], 0.05)[0].class_quality.max().item()
+        teacher.predict(labeler.teacher, [item["image"]], 0.05)[0].class_quality.max().item()
         for item in items
     ]
     order = sorted(range(8), key=lambda k: -best[k])
-    run.config.tau_class = (best[order[1]] + best[order[-2]]) / 2
+    config.tau_class = (best[order[1]] + best[order[-2]]) / 2
     chosen = [items[k] for k in (*order[:2], *order[-2:])]
 
-    # PL-DC's second classifier, refreshed in the second of the three steps.
+    # PL-DC's category classifier, refreshed in the second of the three steps.
     correction.REFRESH_EVERY = 2
-    correction.begin(run, labeled)
+    correction.fill(labeler.classifier, labeler.teacher, labeled, rank, world_size)
 
-    share = 4 // world
+    share = 4 // world_size
     mine = slice(rank * share, (rank + 1) * share)
-    found = []
-    before = {name: value.clone() for name, value in run.net.state_dict().items()}
-    pretraining = train.step(run, [labeled[12 + k] for k in range(4)][mine], None)
-    assert pretraining["labeled/loss_structure"][0] > 0
-    for step in range(3):
-        batch = [labeled[4 * step + k] for k in range(4)]
-        row = train.step(run, batch[mine], chosen[mine])
-        teacher.ema_update(run.teacher, run.net, 0.9) if step else None
-        found.append(row["pseudo_per_image"][0].item())
-    counts = distributed.gather(found)
+    parts = (structure, optimizer, schedule, scaler, guard)
+    counts = []
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    batch = [labeled[12 + k] for k in range(4)][mine]
+    row, _ = train.train_step(student, labeler, batch, None, 0, config, *parts)
+    assert row["labeled/loss_structure"][0] > 0
+    for step in range(1, 4):
+        batch = [labeled[4 * (step - 1) + k] for k in range(4)][mine]
+        row, _ = train.train_step(student, labeler, batch, chosen[mine], step, config, *parts)
+        if step > 1:
+            teacher.ema_update(labeler.teacher, net, 0.9)
+        counts.append(row["pseudo_per_image"][0].item())
+    counts = distributed.gather(counts)
     # PL-DC: what its levels remember must come out the same on every process. Each one has
     # its share of the predictions and of the labeled images.
-    levels = config.Config(filter="adaptive", correction="prototypes", tau_min=0.05)
-    thresholds = filters.Thresholds(levels, 6)
+    thresholds = filters.Thresholds(6, 0.05, 0.9, 0.99)
     thresholds.start(torch.full((6,), 1 / 6))
     views = [item["image"] for item in chosen][mine]
-    thresholds.update(teacher.predict(run.teacher, views, 0.05))
-    second = correction.make(levels, ["a"] * 6, run.net, "cpu")
-    second.learn(run.teacher, [labeled[k] for k in range(4)][mine])
-    remembered = distributed.gather((thresholds.values, second.bank, second.seen))
+    thresholds.update(teacher.predict(labeler.teacher, views, 0.05))
+    classifier = correction.Prototypes(6, net.backbone.out_channels, 64)
+    classifier.learn(labeler.teacher, [labeled[k] for k in range(4)][mine])
+    remembered = distributed.gather((thresholds.values, classifier.bank, classifier.seen))
     if rank == 0:
         torch.save(
             dict(
                 found=counts,
                 remembered=remembered,
-                student=run.net.state_dict(),
-                teacher=run.teacher.state_dict(),
+                student=net.state_dict(),
+                teacher=labeler.teacher.state_dict(),
                 before=before,
             ),
             out,

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from ssis import augment, config
+from ssis import augment, data
 
 pytestmark = pytest.mark.fast
-SETTINGS = config.Config(short_side_min=24, short_side=64, long_side=80)
+SIZE = data.ViewSize(short_min=24, short_max=64, long_max=80)
+# Smallest mask that is pasted: S4M's fraction of an image.
+MIN_AREA = 0.00286
 
 
 def test_masks_follow_the_pixels_in_the_weak_view():
@@ -17,7 +19,7 @@ def test_masks_follow_the_pixels_in_the_weak_view():
     image = torch.stack([masks[0] * 255, masks[1] * 255, torch.zeros_like(masks[0])])
     flips, sizes = 0, set()
     for seed in range(20):
-        view, target, _ = augment.weak_view(image, dict(masks=masks), SETTINGS, seed)
+        view, target, _ = augment.weak_view(image, dict(masks=masks), SIZE, seed)
         assert view.dtype == torch.float32 and 0 <= view.min() and view.max() <= 1
         assert min(view.shape[1:]) <= 64 and max(view.shape[1:]) <= 80
         assert set(target["masks"].unique().tolist()) == {0, 1}
@@ -38,12 +40,12 @@ def test_a_weak_view_follows_its_seed_and_its_geometry_says_what_was_done():
     flips = set()
     for seed in range(12):
         state = torch.get_rng_state()
-        view, target, geometry = augment.weak_view(image, None, SETTINGS, seed)
+        view, target, geometry = augment.weak_view(image, None, SIZE, seed)
         assert target is None and torch.equal(state, torch.get_rng_state())
         mirrored = bool(view[:, :, 0].mean() < 0.5)
         assert geometry == augment.Geometry((32, 48), tuple(view.shape[1:]), mirrored)
         torch.manual_seed(seed + 100)
-        again, _, same = augment.weak_view(image, None, SETTINGS, seed)
+        again, _, same = augment.weak_view(image, None, SIZE, seed)
         assert torch.equal(again, view) and same == geometry
         flips.add(mirrored)
     assert flips == {False, True}
@@ -102,8 +104,7 @@ def test_pasted_images_are_consistent(seed, jitter):
     made = [scene(*size, k / 10, k % 4 + 1, 10 * seed + k) for k, size in enumerate(sizes)]
     images, targets = (list(part) for part in zip(*made, strict=True))
     before = [image.clone() for image in images], [t["masks"].clone() for t in targets]
-    config_ = config.Config(arp="unlabeled", arp_jitter=jitter)
-    new_images, new_targets = augment.arp(images, targets, config_, seed)
+    new_images, new_targets = augment.arp(images, targets, MIN_AREA, jitter, seed)
     # What was given in is as it was.
     assert all(torch.equal(a, b) for a, b in zip(images, before[0], strict=True))
     assert all(torch.equal(t["masks"], m) for t, m in zip(targets, before[1], strict=True))
@@ -176,7 +177,7 @@ def test_paste_by_hand():
 def test_what_is_pasted_is_scaled_about_the_middle(scale):
     image = torch.rand(3, 40, 60)
     target = rectangles(40, 60, (15, 25, 20, 40))
-    moved, made = augment.placed(image, target, torch.zeros(3, 50, 60), scale)
+    moved, made = augment.place(image, target, torch.zeros(3, 50, 60), scale)
     assert moved.shape == (3, 50, 60) and made["masks"].shape == (1, 50, 60)
     assert made["masks"].sum().item() == pytest.approx(200 * scale**2, rel=0.02)
     y, x = torch.where(made["masks"][0] > 0)
@@ -188,12 +189,11 @@ def test_what_is_pasted_is_scaled_about_the_middle(scale):
 
 def test_a_batch_of_one_or_none_is_left_alone():
     image, target = scene(30, 30, 0.5, 2, 0)
-    settings = config.Config(arp="unlabeled")
-    assert augment.arp([image], [target], settings, 0) == ([image], [target])
-    assert augment.arp([], [], settings, 0) == ([], [])
+    assert augment.arp([image], [target], MIN_AREA, 0.0, 0) == ([image], [target])
+    assert augment.arp([], [], MIN_AREA, 0.0, 0) == ([], [])
     # Two are a pair, also where one of them has nothing to give.
     empty = {key: value[:0] for key, value in target.items()}
-    _, targets = augment.arp([image, image * 0], [target, empty], settings, 0)
+    _, targets = augment.arp([image, image * 0], [target, empty], MIN_AREA, 0.0, 0)
     assert len(targets[0]["labels"]) == 2 and len(targets[1]["labels"]) == 2
 
 
@@ -202,7 +202,7 @@ def test_both_of_a_pair_get_the_other_as_it_was():
     images = [torch.full((3, 30, 30), 0.25), torch.full((3, 30, 30), 0.75)]
     targets = [rectangles(30, 30, (5, 20, 5, 20)), rectangles(30, 30, (10, 25, 10, 25))]
     targets[1]["labels"] += 1
-    new_images, new_targets = augment.arp(images, targets, config.Config(arp_jitter=0.0), 0)
+    new_images, new_targets = augment.arp(images, targets, MIN_AREA, 0.0, 0)
     for k, other in ((0, 1), (1, 0)):
         above, below = targets[other]["masks"][0].bool(), targets[k]["masks"][0].bool()
         assert new_targets[k]["labels"].tolist() == [other + 1, k + 1]
@@ -212,17 +212,17 @@ def test_both_of_a_pair_get_the_other_as_it_was():
 
 def test_pairs_and_scales_are_drawn_anew_from_each_seed(monkeypatch):
     images, targets = zip(*(scene(40, 40, k / 10, 2, k) for k in range(6)), strict=True)
-    drawn, scales, before = set(), [], augment.placed
+    drawn, scales, before = set(), [], augment.place
 
     def spy(image, target, like, scale):
         scales.append(scale)
         return before(image, target, like, scale)
 
-    monkeypatch.setattr(augment, "placed", spy)
+    monkeypatch.setattr(augment, "place", spy)
     for seed in range(10):
         for _ in range(2):
             torch.manual_seed(len(scales))
-            _, made = augment.arp(list(images), list(targets), config.Config(arp_jitter=0.2), seed)
+            _, made = augment.arp(list(images), list(targets), MIN_AREA, 0.2, seed)
             drawn.add((seed, tuple(k for k in range(6) if made[k] is not targets[k])))
     # One pair of six images, the same whenever the seed is; five of ten pairs must differ.
     assert len(drawn) == 10 and len({pair for _, pair in drawn}) > 4

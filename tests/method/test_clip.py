@@ -12,7 +12,7 @@ import torch
 from conftest import made_labels
 from torch.nn import functional as F
 
-from ssis import UserError, config, correction
+from ssis import UserError, correction
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,23 @@ def tiny_clip(tmp_path_factory):
     return f"tiny-convnext:{folder / 'weights.pt'}", reference
 
 
+def clip_of(source: str, names: list[str], descriptions: str = ""):
+    return correction.make_classifier("clip", names, 64, 8, source, descriptions, "cpu")
+
+
+def test_a_classifier_without_memory_has_nothing_to_learn_or_to_save(tiny_clip):
+    classifier = clip_of(tiny_clip[0], ["cat", "dog"])
+    assert classifier.state_dict() == {} and classifier.learn(None, []) is None
+    # No labeled view is asked for, which would be the work of a hundred forward passes.
+    correction.fill(classifier, None, None, 0, 1)
+    with pytest.raises(ValueError, match="no category classifier 'clap'"):
+        correction.make_classifier("clap", ["cat"], 64, 8, "", "", "cpu")
+
+
 def test_mask_pooling_over_everything_is_clips_own_embedding(tiny_clip):
     """With its own normalization, and of an image that needs no resizing."""
     source, reference = tiny_clip
-    second = correction.make(
-        config.Config(correction="clip", clip_model=source), ["cat", "dog"], None, "cpu"
-    )
+    second = clip_of(source, ["cat", "dog"])
     image = torch.rand(3, 64, 64)
     mean, std = (torch.tensor(v)[:, None, None] for v in
                  (reference.visual.image_mean, reference.visual.image_std))  # fmt: skip
@@ -59,8 +70,7 @@ def test_clip_gives_a_distribution_and_takes_descriptions(tiny_clip, tmp_path):
     source, reference = tiny_clip
     path = tmp_path / "d.json"
     path.write_text(json.dumps(dict(cat=["a cat", "whiskers"], dog=["a dog"], cow=["a cow"])))
-    made = config.Config(correction="clip", clip_model=source, descriptions=str(path))
-    second = correction.make(made, ["cat", "dog", "cow"], None, "cpu")
+    second = clip_of(source, ["cat", "dog", "cow"], str(path))
     found = made_labels([1, 2], [0.9, 0.8], [0.9, 0.9])
     opinion = second(torch.rand(3, 20, 20), found)
     assert opinion.shape == (2, 3)
@@ -89,10 +99,9 @@ def tiny_vit(folder) -> str:
 
 
 def test_clips_errors_say_what_to_do(tiny_clip, tmp_path, monkeypatch):
-    def error(**settings) -> str:
+    def error(clip_model: str, descriptions: str = "") -> str:
         with pytest.raises(UserError) as caught:
-            made = config.Config(correction="clip", **settings)
-            correction.make(made, ["cat", "dog"], None, "cpu")
+            clip_of(clip_model, ["cat", "dog"], descriptions)
         return str(caught.value)
 
     source, _ = tiny_clip

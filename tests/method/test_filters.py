@@ -4,13 +4,14 @@ import pytest
 import torch
 from conftest import made_labels
 
-from ssis import config, filters
+from ssis import filters
 
 pytestmark = pytest.mark.fast
 
 
-def settings(rule: str, **more) -> config.Config:
-    return config.Config(filter=rule, **{"tau_class": 0.7, "tau_mask": 0.8, **more})
+def kept_by(predictions, rule: str, tau_class: float = 0.7, thresholds=None):
+    """What a rule keeps, with a mask threshold of 0.8 and 5 pixels."""
+    return filters.keep(predictions, rule, tau_class, 0.8, 5, thresholds)
 
 
 def test_the_four_rules_by_hand():
@@ -21,24 +22,23 @@ def test_the_four_rules_by_hand():
         mask_quality=[0.99, 0.75, 0.9, 0.6],
     )
     kept = {
-        rule: filters.keep(found, settings(rule)).class_quality.tolist()
-        for rule in ("score", "coupled", "dual")
+        rule: kept_by(found, rule).class_quality.tolist() for rule in ("score", "coupled", "dual")
     }
     assert kept["score"] == pytest.approx([0.95, 0.9])
     # 0.64, 0.71, 0.81, 0.3: the good class made up for the ragged mask.
     assert kept["coupled"] == pytest.approx([0.95, 0.9])
     assert kept["dual"] == pytest.approx([0.9])
     # And a product of 0.64 passes at 0.6, though its class would not.
-    coupled = filters.keep(found, settings("coupled", tau_class=0.64))
+    coupled = kept_by(found, "coupled", 0.64)
     assert coupled.class_quality.tolist() == pytest.approx([0.65, 0.95, 0.9])
 
 
 def test_each_class_has_its_own_adaptive_threshold():
     found = made_labels(labels=[1, 2, 3], class_quality=[0.6] * 3, mask_quality=[0.8] * 3)
-    thresholds = filters.Thresholds(settings("adaptive"), 3)
+    thresholds = filters.Thresholds(3, 0.5, 0.9, 0.99)
     thresholds.values.copy_(torch.tensor([[0.5, 0.7, 0.5], [0.7, 0.7, 0.85]]))
     # The second fails on its class, the third on its mask.
-    assert filters.keep(found, settings("adaptive"), thresholds).labels.tolist() == [1]
+    assert kept_by(found, "adaptive", thresholds=thresholds).labels.tolist() == [1]
 
 
 def test_few_pixels_are_dropped_whatever_the_scores():
@@ -46,21 +46,21 @@ def test_few_pixels_are_dropped_whatever_the_scores():
     found.masks[0] = False
     found.masks[0].view(-1)[:5] = True
     for rule in ("score", "coupled", "dual"):
-        assert len(filters.keep(found, settings(rule))) == 1
+        assert len(kept_by(found, rule)) == 1
     found.masks[0].view(-1)[5] = True
-    assert len(filters.keep(found, settings("dual"))) == 2
+    assert len(kept_by(found, "dual")) == 2
 
 
 def test_score_is_strict_and_the_others_are_not():
     found = made_labels(labels=[1], class_quality=[0.7], mask_quality=[0.8])
     # GD: "larger than"; PL-DC: "at least".
-    assert len(filters.keep(found, settings("score"))) == 0
-    assert len(filters.keep(found, settings("dual"))) == 1
+    assert len(kept_by(found, "score")) == 0
+    assert len(kept_by(found, "dual")) == 1
 
 
 def test_first_thresholds_by_hand():
     """PL-DC Eq. (init): the rare class low, the common one high, for both qualities."""
-    thresholds = filters.Thresholds(settings("adaptive", tau_min=0.5, tau_max=0.9), 3)
+    thresholds = filters.Thresholds(3, 0.5, 0.9, 0.99)
     thresholds.start(torch.tensor([0.25, 0.75, 0.0]))
     expected = torch.tensor([[0.6, 0.8, 0.5]]).repeat(2, 1)
     torch.testing.assert_close(thresholds.values, expected)
@@ -68,8 +68,7 @@ def test_first_thresholds_by_hand():
 
 def test_adaptive_thresholds_by_hand():
     """PL-DC Eq. (init) and (adapt): two classes, one of which is not seen."""
-    made = settings("adaptive", tau_min=0.5, tau_max=0.9, threshold_decay=0.75)
-    thresholds = filters.Thresholds(made, 2)
+    thresholds = filters.Thresholds(2, 0.5, 0.9, 0.75)
     thresholds.start(torch.tensor([0.25, 0.75]))
     torch.testing.assert_close(thresholds.values, torch.tensor([[0.6, 0.8], [0.6, 0.8]]))
     # 0.4 is no candidate: it is under T_min.
@@ -82,8 +81,7 @@ def test_adaptive_thresholds_by_hand():
 
 
 def test_adaptive_thresholds_converge_to_the_quality_and_stay_in_their_range():
-    made = settings("adaptive", tau_min=0.5, tau_max=0.9, threshold_decay=0.9)
-    thresholds = filters.Thresholds(made, 2)
+    thresholds = filters.Thresholds(2, 0.5, 0.9, 0.9)
     thresholds.start(torch.tensor([0.5, 0.5]))
     found = made_labels(labels=[1, 2], class_quality=[0.6, 0.99], mask_quality=[0.55, 0.3])
     for _ in range(200):
@@ -92,17 +90,15 @@ def test_adaptive_thresholds_converge_to_the_quality_and_stay_in_their_range():
     torch.testing.assert_close(thresholds.values, expected, atol=1e-4, rtol=0)
 
 
-def test_only_the_adaptive_rule_moves_them():
-    thresholds = filters.Thresholds(settings("dual"), 2)
-    before = thresholds.values.clone()
-    thresholds.update([made_labels(labels=[1], class_quality=[0.9], mask_quality=[0.9])])
-    assert torch.equal(before, thresholds.values)
+def test_an_unknown_rule_is_an_error():
+    found = made_labels(labels=[1], class_quality=[0.9], mask_quality=[0.9])
+    with pytest.raises(ValueError, match="no rule 'adaptiv'"):
+        kept_by(found, "adaptiv")
 
 
 def test_thresholds_follow_what_all_processes_saw(monkeypatch):
     """Another process with the same predictions and two more of class 2: sums are added."""
-    made = settings("adaptive", tau_min=0.5, tau_max=0.9, threshold_decay=0.5)
-    thresholds = filters.Thresholds(made, 2)
+    thresholds = filters.Thresholds(2, 0.5, 0.9, 0.5)
     thresholds.values.fill_(0.6)
     more = torch.tensor([[0.0, 1.6], [0.0, 1.4], [0.0, 2.0]])
     monkeypatch.setattr(filters.distributed, "all_sum", lambda sums: 2 * sums + more)

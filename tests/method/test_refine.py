@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ssis import augment, config, refine, sam
+from ssis import augment, data, refine, sam
 from ssis.data import boxes_of
 from ssis.teacher import PseudoLabels, mask_quality
 
@@ -23,8 +23,9 @@ def labels_of(mask_probs: torch.Tensor) -> PseudoLabels:
     )  # fmt: skip
 
 
-def settings(**more) -> config.Config:
-    return config.Config(**{"refine": "agreement", "refine_gate": 0.5, **more})
+def how(rule: str = "agreement", gate: float = 0.5) -> tuple:
+    """Arguments of `refine.refine`: rule, points, sampling, gate, calibrate, min_area."""
+    return rule, 3, "paper", gate, False, 5
 
 
 class Drawn:
@@ -43,7 +44,7 @@ class Drawn:
 @pytest.fixture(scope="module")
 def embeddings():
     tiny = sam.SegmentAnything("tiny", "", "cpu")
-    return sam.Embeddings(tiny, Drawn(), config.Config())
+    return sam.Embeddings(tiny, Drawn())
 
 
 def test_points_are_drawn_by_the_masks_probability():
@@ -114,18 +115,19 @@ def test_a_flipped_or_resized_view_gets_the_same_masks(embeddings):
             soft[0, y, x] = 0.9
         geometry = augment.Geometry((64, 96), (64 * scale, 96 * scale), flip)
         item = dict(index=0, geometry=geometry, seed=0)
-        wanted = settings(refine="iou", refine_gate=0.0)
         pseudo = labels_of(geometry.to_view(soft))
-        return geometry.to_view(refine.refine(pseudo, embeddings, item, wanted).mask_probs)
+        return geometry.to_view(
+            refine.refine(pseudo, embeddings, item, *how("iou", 0.0)).mask_probs
+        )
 
     plain = refined(1, False)
-    assert refine.overlap(plain[0] > 0.5, embeddings.dataset.mask) > 0.8
+    assert data.mask_iou(plain[0] > 0.5, embeddings.dataset.mask) > 0.8
     assert torch.allclose(refined(1, True), plain, atol=1e-5)
     # Three times the size: the same, up to the resizing itself.
     for flip in (False, True):
         large = refined(3, flip)
         small = augment.F.resize(large, [64, 96], augment.NEAREST_EXACT)
-        assert refine.overlap(small[0] > 0.5, plain[0] > 0.5) > 0.98
+        assert data.mask_iou(small[0] > 0.5, plain[0] > 0.5) > 0.98
     assert embeddings.encoded == 1
 
 
@@ -135,9 +137,9 @@ def test_refined_labels_are_consistent_and_classes_stay(embeddings):
     pseudo = labels_of((0.2 + 0.8 * loose).clamp(max=0.95) * (loose > 0.2))
     before = copy.deepcopy(pseudo)
     item = dict(index=0, geometry=augment.Geometry((64, 96), (64, 96), False), seed=3)
-    made = refine.refine(pseudo, embeddings, item, settings())
+    made = refine.refine(pseudo, embeddings, item, *how())
     truth = embeddings.dataset.mask
-    assert refine.overlap(made.masks[0], truth) > refine.overlap(before.masks[0], truth) + 0.05
+    assert data.mask_iou(made.masks[0], truth) > data.mask_iou(before.masks[0], truth) + 0.05
     assert torch.equal(made.masks, made.mask_probs > 0.5)
     assert torch.equal(made.boxes, boxes_of(made.masks))
     assert torch.equal(made.mask_quality, mask_quality(made.mask_probs))
@@ -145,20 +147,20 @@ def test_refined_labels_are_consistent_and_classes_stay(embeddings):
     assert torch.equal(made.class_quality, before.class_quality)
     # What was given in stays as it was; the same seed gives the same.
     assert torch.equal(pseudo.masks, before.masks)
-    again = refine.refine(pseudo, embeddings, item, settings())
+    again = refine.refine(pseudo, embeddings, item, *how())
     assert torch.equal(again.mask_probs, made.mask_probs)
 
 
-def test_overlap_by_hand():
+def test_mask_iou_by_hand():
     """6 and 4 pixels, 2 of them in common: 2 of 8; the same mask; nothing in common; none."""
     masks = torch.zeros(4, 4, 4, dtype=torch.bool)
     other = masks.clone()
     masks[0, :3, :2], other[0, 2:, :2] = True, True
     masks[1, 1], other[1, 1] = True, True
     masks[2, 0], other[2, 3] = True, True
-    assert refine.overlap(masks, other).tolist() == [0.25, 1.0, 0.0, 0.0]
+    assert data.mask_iou(masks, other).tolist() == [0.25, 1.0, 0.0, 0.0]
     # Each with each, by broadcasting.
-    table = refine.overlap(masks[:3, None], other[None, :3])
+    table = data.mask_iou(masks[:3, None], other[None, :3])
     assert table.shape == (3, 3) and table.diagonal().tolist() == [0.25, 1.0, 0.0]
     assert table[0].tolist() == pytest.approx([0.25, 2 / 8, 0.0])
 
@@ -178,6 +180,14 @@ def test_choice_by_hand():
     assert agreement.tolist() == pytest.approx([2 / 3])
 
 
+def test_unknown_rules_are_errors():
+    soft = torch.full((1, 4, 4), 0.9)
+    with pytest.raises(ValueError, match="no sampling rule 'codes'"):
+        refine.sample_points(soft, 1, "codes", torch.Generator())
+    with pytest.raises(ValueError, match="no rule of choice 'best'"):
+        refine.choose(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3), soft > 0.5, "best")
+
+
 def test_the_gate_and_the_calibration_by_hand():
     """Three instances: SAM agrees by 2/3, by 1/4, and draws nothing at all."""
     soft = torch.zeros(3, 4, 4)
@@ -185,24 +195,23 @@ def test_the_gate_and_the_calibration_by_hand():
     logits = torch.full((3, 4, 4), -5.0)
     logits[0, :3] = 5
     logits[1, 0, :2] = 5
-    agreement = refine.overlap(logits > 0, soft > 0.5)
+    agreement = data.mask_iou(logits > 0, soft > 0.5)
 
-    def made(**more):
-        wanted = settings(min_area=0, **more)
-        return refine.gated(labels_of(soft), logits, agreement, wanted)
+    def made(gate: float, calibrate: bool = False, min_area: int = 0):
+        return refine.apply_gate(labels_of(soft), logits, agreement, gate, calibrate, min_area)
 
-    gated = made(refine_gate=0.5)
+    gated = made(0.5)
     assert gated.masks.flatten(1).sum(1).tolist() == [12, 8, 8]
     assert gated.mask_quality.tolist() == pytest.approx([1 / (1 + math.exp(-5)), 0.8, 0.8])
     assert gated.boxes[:, 3].tolist() == [3, 2, 2]
     # Without the gate an empty mask is still none.
-    open_gate = made(refine_gate=0.0)
+    open_gate = made(0.0)
     assert open_gate.masks.flatten(1).sum(1).tolist() == [12, 2, 8]
     # S4M Eq. (calibration): 0.8 times 2/3, 1/4 and 0; and as weights of the mask loss.
     # A mask of no more pixels than the filter asks for is none either.
-    few = refine.gated(labels_of(soft), logits, agreement, settings(refine_gate=0.0, min_area=2))
+    few = made(0.0, min_area=2)
     assert few.masks.flatten(1).sum(1).tolist() == [12, 8, 8]
-    calibrated = made(refine_calibrate=True)
+    calibrated = made(0.5, calibrate=True)
     assert calibrated.mask_quality.tolist() == pytest.approx([0.8 * 2 / 3, 0.2, 0])
     weights = calibrated.target(calibrated=True)["mask_weights"]
     assert weights[0].unique().tolist() == pytest.approx([0.8 * 2 / 3])
@@ -221,10 +230,9 @@ def test_nothing_tiny_things_borders_and_whole_images(embeddings, rule):
     soft[4, 20:40, 30:50] = 0.9
     item = dict(index=0, geometry=augment.Geometry((64, 96), (64, 96), True), seed=0)
     for gate in (0.0, 0.5):
-        wanted = settings(refine=rule, refine_gate=gate)
-        made = refine.refine(labels_of(soft), embeddings, item, wanted)
+        made = refine.refine(labels_of(soft), embeddings, item, *how(rule, gate))
         assert made.masks.flatten(1).any(dim=1).all()
         width, height = (made.boxes[:, 2:] - made.boxes[:, :2]).unbind(1)
         assert (width > 0).all() and (height > 0).all()
     none = labels_of(soft[:0])
-    assert refine.refine(none, embeddings, item, settings()) is none
+    assert refine.refine(none, embeddings, item, *how()) is none

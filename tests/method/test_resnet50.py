@@ -9,7 +9,7 @@ from helpers import batch
 from torchvision.models import resnet50
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
-from ssis import UserError, config, model
+from ssis import UserError, model
 
 
 def test_losses_are_torchvisions_own():
@@ -34,8 +34,7 @@ def test_losses_are_torchvisions_own():
 def test_resnet50_starts_from_a_classifiers_weights(tmp_path):
     classifier = resnet50(weights=None)
     torch.save(classifier.state_dict(), tmp_path / "r50.pth")
-    settings = config.Config(model="resnet50", backbone_weights=str(tmp_path / "r50.pth"))
-    net = model.build(settings, 5)
+    net = model.build("resnet50", 5, 96, 160, str(tmp_path / "r50.pth"))
     assert torch.equal(net.backbone.body.layer3[2].conv2.weight, classifier.layer3[2].conv2.weight)
     assert torch.equal(net.backbone.body.bn1.weight, classifier.bn1.weight)
     assert not net.backbone.body.conv1.weight.requires_grad
@@ -45,18 +44,17 @@ def test_resnet50_starts_from_a_classifiers_weights(tmp_path):
 def test_resnet50_starts_from_a_mask_rcnns_weights_with_other_classes(tmp_path):
     theirs = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
     torch.save(theirs.state_dict(), tmp_path / "mask_rcnn.pth")
-    settings = config.Config(model="resnet50", backbone_weights=str(tmp_path / "mask_rcnn.pth"))
-    net = model.build(settings, 5)
+    net = model.build("resnet50", 5, 96, 160, str(tmp_path / "mask_rcnn.pth"))
     assert torch.equal(net.roi_heads.box_head.fc7.weight, theirs.roi_heads.box_head.fc7.weight)
     assert net.roi_heads.box_predictor.cls_score.out_features == 5
     # Without weights nothing is downloaded, and the norms are trained.
-    fresh = model.build(config.Config(model="resnet50"), 5)
+    fresh = model.build("resnet50", 5, 96, 160)
     assert fresh.backbone.body.bn1.weight.requires_grad
 
 
 def test_weights_of_something_else_are_refused(tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
     for name, line in (("other.pth", "not of this model"), ("absent.pth", "readable state dict")):
-        settings = config.Config(model="resnet50", backbone_weights=str(tmp_path / name))
+        source = str(tmp_path / name)
         with pytest.raises(UserError, match=line):
-            model.build(settings, 5)
+            model.build("resnet50", 5, 96, 160, source)

@@ -8,6 +8,8 @@ from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.utils.transforms import ResizeLongestSide
 
 import train
+from ssis.engine.build import build
+from ssis.engine.guard import Guard
 from ssis import UserError, config, data, distributed, refine, sam
 from ssis.datasets import coco_json, shapes
 from ssis.tools import train_tiny_sam
@@ -80,20 +82,16 @@ def test_features_are_what_the_decoder_makes_masks_of(tiny, tmp_path):
     assert torch.allclose(tiny.features(embedding, points, (60, 90)), seen[0], atol=1e-5)
 
 
-def caching(folder, **more) -> config.Config:
-    return config.Config(**{"sam_cache": str(folder), **more})
-
-
 @fast
 def test_each_image_is_encoded_once_and_the_cache_changes_nothing(tiny, tmp_path):
     pictures, folder = Pictures(tmp_path), tmp_path / "cache"
-    first = sam.Embeddings(tiny, pictures, caching(folder))
+    first = sam.Embeddings(tiny, pictures, str(folder))
     values = [first[k] for k in (0, 1, 2, 1, 0)]
     assert first.encoded == 3 and torch.equal(values[0], values[4])
     # Another run: from disk. And a third, without room anywhere: anew each time.
-    second = sam.Embeddings(tiny, pictures, caching(folder))
+    second = sam.Embeddings(tiny, pictures, str(folder))
     assert all(torch.equal(second[k], first[k]) for k in range(3)) and second.encoded == 0
-    third = sam.Embeddings(tiny, pictures, config.Config(sam_memory_gb=0.0))
+    third = sam.Embeddings(tiny, pictures, memory_gb=0.0)
     assert all(torch.equal(third[k], first[k]) for k in (0, 0, 1)) and third.encoded == 3
     points = torch.tensor([[[30.0, 30.0]]])
     masks = [
@@ -102,12 +100,12 @@ def test_each_image_is_encoded_once_and_the_cache_changes_nothing(tiny, tmp_path
     assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
     # The limits hold: room for one on disk, for none in memory.
     size = values[0].numel() * 2
-    small = caching(tmp_path / "small", sam_memory_gb=0.0, sam_cache_gb=(1.5 * size) / 1e9)
-    fourth = sam.Embeddings(tiny, pictures, small)
+    small = (str(tmp_path / "small"), (1.5 * size) / 1e9, 0.0)
+    fourth = sam.Embeddings(tiny, pictures, *small)
     assert [fourth[k] is not None for k in (0, 1, 0, 1)] and fourth.encoded == 3
     assert len(list((tmp_path / "small").iterdir())) == 1 and not fourth.memory
     # A limit that the folder has reached already holds for the next run too.
-    fifth = sam.Embeddings(tiny, pictures, small)
+    fifth = sam.Embeddings(tiny, pictures, *small)
     assert fifth[2] is not None and len(list((tmp_path / "small").iterdir())) == 1
 
 
@@ -115,32 +113,32 @@ def test_each_image_is_encoded_once_and_the_cache_changes_nothing(tiny, tmp_path
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_entry_is_noticed_and_made_again(tiny, tmp_path, damage, capsys):
     pictures, folder = Pictures(tmp_path, 1), tmp_path / "cache"
-    wanted = sam.Embeddings(tiny, pictures, caching(folder))[0]
+    wanted = sam.Embeddings(tiny, pictures, str(folder))[0]
     (entry,) = folder.iterdir()
     content = bytearray(entry.read_bytes())
     if damage == "flipped":
         content[500] ^= 4
     entry.write_bytes(dict(cut=content[:-10], flipped=content, empty=b"")[damage])
-    again = sam.Embeddings(tiny, pictures, caching(folder))
+    again = sam.Embeddings(tiny, pictures, str(folder))
     assert torch.equal(again[0], wanted) and again.encoded == 1
     assert "damaged" in capsys.readouterr().err
-    last = sam.Embeddings(tiny, pictures, caching(folder))
+    last = sam.Embeddings(tiny, pictures, str(folder))
     assert torch.equal(last[0], wanted) and last.encoded == 0
 
 
 @fast
 def test_another_image_or_another_sam_is_not_served_the_old_entry(tiny, tmp_path):
     pictures, folder = Pictures(tmp_path, 2), tmp_path / "cache"
-    first = sam.Embeddings(tiny, pictures, caching(folder))
+    first = sam.Embeddings(tiny, pictures, str(folder))
     old, other = first[0], first[1]
     # The same name, another content.
     pictures.paths[0].write_bytes(pictures.paths[1].read_bytes())
-    again = sam.Embeddings(tiny, pictures, caching(folder))
+    again = sam.Embeddings(tiny, pictures, str(folder))
     assert torch.equal(again[0], other) and not torch.equal(again[0], old)
     path = tmp_path / "tiny.pt"
-    weights = {k: v.half() for k, v in train_tiny_sam.build().state_dict().items()}
+    weights = {k: v.half() for k, v in sam.build_tiny(96, 6).state_dict().items()}
     torch.save(dict(side=96, patch=6, model=weights), path)
-    third = sam.Embeddings(sam.SegmentAnything("tiny", str(path), "cpu"), pictures, caching(folder))
+    third = sam.Embeddings(sam.SegmentAnything("tiny", str(path), "cpu"), pictures, str(folder))
     assert not torch.equal(third[1], other) and third.encoded == 1
 
 
@@ -208,7 +206,7 @@ def test_scenes_of_the_tiny_sam_have_disjoint_masks():
 def test_a_tiny_sam_goes_on_in_another_frame():
     """All weights are taken over; positions are spread over the new cells."""
     shipped = torch.load(sam.TINY, weights_only=True)["model"]
-    same, larger = train_tiny_sam.build(), train_tiny_sam.build(side=192)
+    same, larger = sam.build_tiny(96, 6), sam.build_tiny(192, 6)
     train_tiny_sam.start_from(same, sam.TINY)
     train_tiny_sam.start_from(larger, sam.TINY)
     place = "image_encoder.pos_embed"
@@ -223,7 +221,7 @@ def test_a_tiny_sam_goes_on_in_another_frame():
     old = shipped[place].float()
     assert (means - old).abs().mean() < 0.3 * old.abs().mean()
     with pytest.raises(UserError, match="add --patch 6"):
-        train_tiny_sam.start_from(train_tiny_sam.build(patch=8), sam.TINY)
+        train_tiny_sam.start_from(sam.build_tiny(96, 8), sam.TINY)
     with pytest.raises(UserError, match="not a tiny SAM"):
         train_tiny_sam.start_from(same, sam.TINY.with_name("sam.py"))
 
@@ -244,7 +242,7 @@ def test_training_the_tiny_sam_lowers_its_loss(tmp_path):
     made = sam.SegmentAnything("tiny", str(path), "cpu")
     assert made.cells == 16 and path.stat().st_size < 5_000_000
     # The loss falls when one scene is shown again and again.
-    net = train_tiny_sam.build()
+    net = sam.build_tiny(96, 6)
     import numpy as np
 
     image, masks = train_tiny_sam.scene(np.random.RandomState(3), 96, "mixed")
@@ -279,27 +277,30 @@ def test_the_whole_of_s4m_with_the_official_vit_b(tmp_path):
     given += "--refine iou --tau-class 0 --short-side 160 --short-side-min 160"
     settings = config.parse(given.split())
     train_set = coco_json.load_coco(str(tmp_path / "train.json"), str(tmp_path))
-    run = train.Run(settings, train_set, distributed.start("cpu"))
-    sam_ = run.embeddings.sam
+    student, labeler, structure, *rest = build(settings, train_set, *distributed.start("cpu"))
+    guard = Guard(student, train_set.files, tmp_path, False, 0)
+    sam_ = labeler.embeddings.sam
     assert (sam_.side, sam_.cells, settings.structure_weight) == (1024, 64, 1.0)
     # An untrained teacher finds something everywhere.
-    run.teacher.roi_heads.detections_per_img = 2
-    labeled = data.Stream(train_set, [0], settings, 0, True)
-    unlabeled = data.Stream(train_set, [0], settings, 1, False)
-    row = train.step(run, [labeled[0]], None)
+    labeler.teacher.roi_heads.detections_per_img = 2
+    labeled = data.Stream(train_set, [0], settings.view_size, 0, True)
+    unlabeled = data.Stream(train_set, [0], settings.view_size, 1, False)
+    more = (settings, structure, *rest, guard)
+    row, _ = train.train_step(student, labeler, [labeled[0]], None, 0, *more)
     # 640 of 1024 rows are image: 40 of 64 cells.
-    assert row["labeled/loss_structure"][0] > 0 and run.structure[0][1].shape == (8, 40 * 64)
+    assert row["labeled/loss_structure"][0] > 0 and structure[0][1].shape == (8, 40 * 64)
     items = [unlabeled[0], unlabeled[1]]
     weak = [item["image"] for item in items]
-    stages = train.pseudo_labels(run, weak, items)
+    stages = train.pseudo_labels(labeler, weak, items, settings, 1)
     for found in stages["final"]:
         assert found.masks.shape[1:] == (160, 256) and found.masks.flatten(1).any(1).all()
         assert torch.equal(found.boxes, data.boxes_of(found.masks))
-    row = train.step(run, [labeled[1]], items)
+    row, kept = train.train_step(student, labeler, [labeled[1]], items, 1, *more)
+    assert [len(labels) for labels in kept] == [2, 2]
     assert row["unlabeled/loss_mask"][0] > 0 and row["pseudo_per_image"][0] == 4
     # One encoding, ever; after the distillation it came back from the disk.
-    assert run.embeddings.encoded == 1 and len(list((tmp_path / "cache").iterdir())) == 1
+    assert labeler.embeddings.encoded == 1 and len(list((tmp_path / "cache").iterdir())) == 1
     # Another model's weights, in the same format.
-    torch.save(train_tiny_sam.build().state_dict(), weights)
+    torch.save(sam.build_tiny(96, 6).state_dict(), weights)
     with pytest.raises(UserError, match="not of --sam vit_b"):
         sam.SegmentAnything("vit_b", str(weights), "cpu")

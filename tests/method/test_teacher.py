@@ -207,7 +207,7 @@ def test_detections_are_torchvisions_with_the_whole_distribution():
     for limit in (1000, 7):
         roi.detections_per_img = limit
         theirs = roi.postprocess_detections(logits, regression, [proposals], [size])
-        ours = teacher.detect(decoded, probs, size, 0.2, 0.3, limit)
+        ours = teacher.select_detections(decoded, probs, size, 0.2, 0.3, limit)
         boxes, labels, scores, distributions = ours
         torch.testing.assert_close(boxes, theirs[0][0])
         torch.testing.assert_close(scores, theirs[1][0])

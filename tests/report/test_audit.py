@@ -88,11 +88,10 @@ def test_nothing_kept_and_nothing_there_are_no_shares():
 
 def watched(rule: str, labels: list[list[int]], shares: list[float], per_image: float) -> list:
     """What a watch of three classes says of images with such pseudo-labels."""
-    watch, lines = audit.Watch(["ring", "star", "hook"], rule, 0), []
-    watch.expect(per_image, torch.tensor(shares))
+    names, lines = ["ring", "star", "hook"], []
+    watch = audit.Watch(names, rule, per_image, torch.tensor(shares))
     for k in range(0, len(labels), 4):
-        found = [pseudo([(0, 0, 9)] * len(each), each) for each in labels[k : k + 4]]
-        watch.add(found)
+        watch.add([torch.tensor(each, dtype=torch.int64) for each in labels[k : k + 4]])
     watch.report(lines.append)
     # What was reported is not counted again.
     watch.report(lines.append)
@@ -126,13 +125,13 @@ def test_the_oracle_replaces_what_it_says_and_nothing_else():
     # On the first instance, shifted and of the wrong class; and nowhere.
     kept = pseudo([(2, 0, 10), (28, 28, 10)], [2, 3])
     true = truth([(0, 0, 10), (20, 0, 10)], [1, 3])
-    by_class = audit.oracle(kept, true, "class")
+    by_class = audit.apply_oracle(kept, true, "class")
     assert by_class.labels.tolist() == [1, 3] and torch.equal(by_class.masks, kept.masks)
-    by_mask = audit.oracle(kept, true, "mask")
+    by_mask = audit.apply_oracle(kept, true, "mask")
     assert by_mask.labels.tolist() == [2, 3]
     assert torch.equal(by_mask.masks[0], true["masks"][0].bool())
     assert by_mask.boxes.tolist() == [[0, 0, 10, 10], [28, 28, 38, 38]]
-    both = audit.oracle(kept, true, "both")
+    both = audit.apply_oracle(kept, true, "both")
     perfect = audit.summary(audit.tally(both, true, 3), 1, 2.0)
     assert perfect["class_accuracy"] == 1.0 and perfect["mask_iou"] == 1.0
     # What lies on nothing is still wrong, and what was not found still missing.

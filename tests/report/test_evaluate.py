@@ -6,7 +6,6 @@ import json
 import platform
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,7 +133,8 @@ def test_predictions_lie_in_the_original_frame(shapes_folder):
 
 
 FREED_BETWEEN_BLOCKS_IN_USE = """
-import torch, evaluate
+import torch
+from ssis.report import ap
 
 def used():
     (line,) = [x for x in open("/proc/self/smaps_rollup") if x.startswith("Pss:")]
@@ -169,10 +169,11 @@ def test_freed_memory_goes_back_to_the_system():
 def test_an_evaluation_in_a_run_ends_by_giving_memory_back(shapes_folder, monkeypatch):
     dataset = coco_json.load_coco(f"{shapes_folder}/instances_val.json", f"{shapes_folder}/val")
     called = []
-    monkeypatch.setattr(evaluate, "give_back_memory", lambda: called.append(True))
-    run = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1)
-    evaluate.judge(run, model.build_small(7, 48, 48), dataset)
-    assert called == [True]
+    monkeypatch.setattr(ap, "give_back_memory", lambda: called.append(True))
+    net = model.build_small(7, 48, 48).train()
+    ap.evaluate(net, dataset, torch.device("cpu"))
+    # A model that is being trained goes on in training mode.
+    assert called == [True] and net.training
 
 
 def erode(mask: np.ndarray, times: int) -> np.ndarray:

@@ -21,7 +21,8 @@ from ssis.tools import export
 def trained(settings, names):
     """A model with random weights and norms that do something."""
     torch.manual_seed(1)
-    net = model.build(settings, len(names) + 1, fetch=False)
+    sides, weights = (settings.short_side, settings.long_side), settings.backbone_weights
+    net = model.build(settings.model, len(names) + 1, *sides, weights, fetch=False)
     with torch.no_grad():
         for part in net.modules():
             if hasattr(part, "running_var"):

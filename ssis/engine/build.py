@@ -1,0 +1,89 @@
+r"""What a run is made of: networks, thresholds, SAM, optimizer, precision.
+
+Nothing is decided here: every choice is a setting, and what becomes of the parts is in
+`train.py`.
+
+Read next: `ssis/engine/session.py`, which keeps them alive.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from ssis import correction, distributed, filters, model, optimizer, sam, sam_distill
+from ssis.config import Config
+from ssis.teacher import make_teacher
+
+
+class Labeler(NamedTuple):
+    """All that has a say in a pseudo-label.
+
+    teacher: GD's; thresholds: PL-DC, instance level; classifier: PL-DC, category level,
+    or None; embeddings: S4M, SAM's view of the training images, or None.
+    """
+
+    teacher: model.MaskRCNN
+    thresholds: filters.Thresholds
+    classifier: correction.CategoryClassifier | None
+    embeddings: sam.Embeddings | None
+
+
+def build(
+    config: Config, train_set, rank: int, world_size: int, device: torch.device
+) -> tuple:
+    """New student, `Labeler`, structure or None, optimizer, schedule and scaler."""
+    names = train_set.names
+    # The same seed on all processes: the same first weights.
+    torch.manual_seed(config.seed)
+    kind, *rest = model_of(config)
+    net = model.build(kind, len(names) + 1, *rest).to(device).train()
+    student, teacher = distributed.wrap(net, device), make_teacher(net)
+    thresholds = filters.Thresholds(
+        len(names), config.tau_min, config.tau_max, config.threshold_decay
+    ).to(device)
+    classifier = correction.make_classifier(
+        config.correction, names, net.backbone.out_channels, config.prototypes,
+        config.clip_model, config.descriptions, device,
+    )  # fmt: skip
+    # S4M: SAM is asked about images of the training set only.
+    embeddings = structure = None
+    if config.uses_sam:
+        segmenter = sam.SegmentAnything(config.sam, config.sam_checkpoint, device)
+        limits = (
+            config.sam_cache,
+            config.sam_cache_gb,
+            config.sam_memory_gb,
+            world_size,
+        )
+        embeddings = sam.Embeddings(segmenter, train_set, *limits)
+    if config.structure_weight:
+        structure = sam_distill.Structure(
+            embeddings, config.structure_queries, config.structure_boundary, config.seed
+        )
+    # From here on each process draws its own numbers: they sample anchors and
+    # proposals. It comes after all that draws weights: with and without a category
+    # classifier, training draws the same.
+    torch.manual_seed(config.seed * 1000 + 1 + rank)
+    optim = optimizer.make(
+        net, config.lr, config.backbone_lr_factor, config.weight_decay
+    )
+    pretrain_end, _, total = config.stage_ends
+    shape = (pretrain_end, total, config.warmup_steps, config.decay_at)
+    rewarm = config.burnin_init == "fresh"
+    schedule = LambdaLR(optim, lambda step: optimizer.lr_factor(step, *shape, rewarm))
+    # fp16 loses gradients under 6e-8; the scaler lifts them by a factor that it finds.
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    labeler = Labeler(teacher, thresholds, classifier, embeddings)
+    return student, labeler, structure, optim, schedule, scaler
+
+
+def model_of(config: Config) -> tuple:
+    """What says which model: kind, sizes and first weights."""
+    return config.model, config.short_side, config.long_side, config.backbone_weights
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """Mixed precision, where `--amp` asks for it."""
+    dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=config.amp != "off")

@@ -1,0 +1,297 @@
+r"""What keeps a run alive: its folder, progress, signals, metrics, saving, evaluation.
+
+`train.py` says what is learned; this file does the bookkeeping around it. One `Session`
+is one call of `train.py`: it prepares data and folder, goes on where an earlier call
+was stopped, hands out step numbers and batches, and does after each step what is due.
+
+    with open_session(...) as session:
+        session.restore(student=..., ...)
+        for step in session.steps():
+            ...                                  one step, on next(session.labeled) etc.
+            session.after(step, ...)             log, warn, save, stop
+            if session.evaluation_due: session.evaluate(...)
+        session.finish(...)                      test, summary, pictures, report
+
+Read next: `ssis/engine/resume.py`, what a checkpoint holds.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ssis import augment, data, distributed, losses
+from ssis.config import Config
+from ssis.datasets import parts, split
+from ssis.engine import loader, resume, run_folder
+from ssis.engine.signals import StopSignals
+from ssis.io import checkpoint
+from ssis.report import ap, audit, page, pictures
+
+
+@contextlib.contextmanager
+def open_session(config: Config, rank: int, world_size: int, device: torch.device):
+    """A `Session`, whose folder is locked and whose workers are ended afterwards."""
+    with contextlib.ExitStack() as held, loader.dead_workers():
+        yield Session(config, rank, world_size, device, held)
+
+
+class Session:
+    """One call of `train.py`; every process has its own, and all make the same calls.
+
+    Args:
+        config: the settings.
+        rank, world_size, device: of this process.
+        held: closed when the session ends, whatever the reason.
+
+    Attributes:
+        train_set, val_set, test_set: the parts of the data.
+        streams: `data.Streams`.
+        class_frequency: (C,) fraction of each class among the labeled instances.
+        labeled, unlabeled: iterators over this process's batches, after `restore`.
+        stopped: a signal has ended the run before its last step.
+        evaluation_due: whether the step just made ends with an evaluation.
+    """
+
+    def __init__(self, config: Config, rank: int, world_size: int, device, held):
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.device, self.folder = device, config.run_folder
+        self.pretrain_end, self.burnin_end, self.total = config.stage_ends
+        torch.use_deterministic_algorithms(config.deterministic)
+        # Rank 0 draws the shapes, checks the files and decides the split; the others
+        # read what it wrote, so no two processes can disagree on what is labeled.
+        distributed.from_main(parts.prepare, config)
+        self.latest = distributed.from_main(run_folder.prepare, config, held)
+        self.train_set, self.val_set, self.test_set = parts.open_parts(config)
+        path = self.folder / "labeled.json"
+        labeled, unlabeled = split.split(self.train_set, config, path)
+        self.counts = dict(
+            labeled=len(labeled), unlabeled=len(unlabeled), steps=self.total
+        )
+        self.streams = data.make_streams(
+            self.train_set,
+            labeled,
+            unlabeled,
+            config.view_size,
+            config.seed,
+            config.oracle,
+        )
+        self.class_frequency = self.train_set.class_shares(labeled)
+        self.per_image = self.train_set.instances_per_image(labeled)
+        self.watch = audit.Watch(
+            self.train_set.names, config.filter, self.per_image, self.class_frequency
+        )
+        self.done, self.results, self.earlier = 0, {}, 0.0
+        self.began, self.table = time.monotonic(), {}
+        self.stopped = self.evaluation_due = False
+        # Closed before an error is printed: it must not stand behind a progress bar.
+        self.loop = held.enter_context(contextlib.ExitStack())
+
+    # ------------------------------------------------------------------ going on
+
+    def restore(self, **state) -> None:
+        """Where an earlier call was stopped, or `--pretrained`, if there is one.
+
+        Args:
+            state: what a checkpoint holds beside the session's own numbers; see
+                `resume.snapshot`.
+        """
+        self.state, config = state, self.config
+        if source := self.latest or config.pretrained:
+            first_teacher = not self.latest
+            saved = resume.restore(
+                source, state, config, self.train_set.names, self.rank, first_teacher
+            )
+            self.done, self.results = saved["step"], saved["results"]
+            self.earlier = saved["seconds"]
+        # Now that the step is known: metrics and batches go on from there.
+        path = self.folder / "metrics.jsonl"
+        self.metrics = run_folder.Metrics(
+            path, self.done, self.rank == 0, config.tensorboard
+        )
+        batches = partial(
+            loader.batches,
+            stop=self.total,
+            rank=self.rank,
+            world_size=self.world_size,
+            workers=config.workers,
+        )
+        self.labeled = batches(self.streams.labeled, config.labeled_batch, self.done)
+        first = max(self.done, self.pretrain_end)
+        self.unlabeled = batches(self.streams.unlabeled, config.unlabeled_batch, first)
+        self.began = time.monotonic()
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint into the run's folder; every process must call this."""
+        state = resume.snapshot(
+            self.state,
+            self.config,
+            self.train_set.names,
+            self.done,
+            self.results,
+            self.seconds(),
+        )
+        distributed.from_main(checkpoint.save, self.folder / name, state)
+
+    def seconds(self) -> float:
+        """Time that the run has taken so far, all its calls together."""
+        return self.earlier + time.monotonic() - self.began
+
+    # --------------------------------------------------------------------- steps
+
+    def stage(self, step: int) -> str:
+        """The name of a step's stage."""
+        if step < self.pretrain_end:
+            return "pretrain"
+        return "burn-in" if step < self.burnin_end else "mutual"
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are to be made, behind a progress bar.
+
+        Ctrl-C and SIGTERM (what a cluster sends before it kills) let the step under way
+        end, and its checkpoint be written.
+        """
+        pause = 0.5 if sys.stderr.isatty() else 30
+        size = dict(total=self.total, initial=self.done, dynamic_ncols=True)
+        bar = tqdm(disable=self.rank != 0, mininterval=pause, **size)
+        with self.loop:
+            self.bar = self.loop.enter_context(bar)
+            self.signals = self.loop.enter_context(StopSignals(self.device))
+            for step in range(self.done, self.total):
+                self.bar.set_description(self.stage(step), refresh=False)
+                yield step
+                if self.stopped:
+                    return
+
+    def after(self, step: int, row: dict, kept: list[Tensor], lr: float) -> None:
+        """What is due after a step; every process must call this.
+
+        Args:
+            step: number of steps done before it.
+            row: of the loss table.
+            kept: the labels (N,) of the pseudo-labels of each unlabeled image.
+            lr: the learning rate that it had.
+        """
+        config = self.config
+        self.done = done = step + 1
+        self.bar.update()
+        self.watch.add(kept)
+        # Summed over steps here, over processes when it is written.
+        for name, value in row.items():
+            self.table[name] = self.table.get(name, 0) + value
+        stopping = self.signals.asked()
+        saving = done % config.checkpoint_every == 0 or done == self.total or stopping
+        evaluating = done % config.eval_every == 0 and done < self.total
+        if done % 10 == 0 or saving or evaluating:
+            means, self.table = losses.means(self.table), {}
+            self.metrics.add(step=done, stage=self.stage(step), lr=lr, **means)
+            self.bar.set_postfix(losses.brief(means), refresh=False)
+        if step >= self.pretrain_end:
+            if done % audit.WATCH_EVERY == 0 or done == self.total:
+                write = self.bar.write if self.rank == 0 else lambda line: None
+                self.watch.report(write)
+        if saving:
+            self.save("checkpoint.pt")
+        self.stopped = stopping and done < self.total
+        if self.stopped and self.rank == 0:
+            said = (
+                f"stopped after step {done} of {self.total}; the same command goes on"
+            )
+            self.bar.write(said)
+        self.evaluation_due = evaluating and not self.stopped
+
+    # --------------------------------------------------------------- evaluation
+
+    def test(self, name: str, net) -> list[dict]:
+        """AP of a model on the test part, once; returns its detections."""
+        if name == "pretrained" and name in self.results:
+            return []
+        self.results[name], detections = self.ap(net, self.test_set)
+        return detections
+
+    def ap(self, net, dataset) -> tuple[dict, list[dict]]:
+        """AP of a model on a part of the data, over all processes."""
+        return ap.evaluate(net, dataset, self.device, self.rank, self.world_size)
+
+    def audited(self) -> int:
+        """How many unlabeled images an audit looks at, over all processes."""
+        stream = self.streams.audit
+        return min(self.config.audit_images, len(stream.indices)) if stream else 0
+
+    def audit_items(self) -> Iterator[dict]:
+        """This process's unlabeled images with their hidden ground truth."""
+        for k in range(self.rank, self.audited(), self.world_size):
+            yield self.streams.audit[k]
+
+    def drawn_items(self) -> Iterator[dict]:
+        """The unlabeled images that are drawn; none on all processes but the first."""
+        stream = self.streams.audit or self.streams.unlabeled
+        rows = min(pictures.ROWS, len(stream.indices)) if self.rank == 0 else 0
+        for k in range(rows):
+            yield stream[k]
+
+    def audit(self, pairs) -> dict:
+        """`audit.measure` of the stages of `audit_items`."""
+        return audit.measure(
+            pairs, self.train_set.names, self.per_image, self.audited(), self.device
+        )
+
+    def audit_burnin(self, pairs) -> None:
+        """Audit the pseudo-labels at the end of the burn-in, for the summary."""
+        self.results["burnin"] = self.audit(pairs)
+
+    def evaluate(self, student, teacher, audited, drawn) -> None:
+        """Validation AP, audit and pictures in the middle of a run.
+
+        Args:
+            student, teacher: the models; no teacher while pretraining.
+            audited, drawn: (item, stages) of `audit_items` and of `drawn_items`.
+        """
+        line = {"val_mask_ap_student": self.ap(student, self.val_set)[0]["mask"]["AP"]}
+        if teacher:
+            numbers, _ = self.ap(teacher, self.val_set)
+            line["val_mask_ap_teacher"] = numbers["mask"]["AP"]
+            line |= self.audit(audited)
+            if self.rank == 0:
+                path = self.folder / f"pseudo_{self.done:06d}.png"
+                pictures.pseudo_labels(
+                    list(drawn),
+                    self.train_set.names,
+                    path,
+                    self.config.uncertainty,
+                    self.paste(),
+                )
+        self.metrics.add(step=self.done, **line)
+
+    def paste(self):
+        """Copy-paste as this run has it, for its pictures, or None."""
+        if self.config.arp == "none":
+            return None
+        min_area, jitter = self.config.arp_min_area, self.config.arp_jitter
+        return lambda images, targets, seed: augment.arp(
+            images, targets, min_area, jitter, seed
+        )
+
+    def finish(self, student, teacher, audited) -> None:
+        """The end: test, summary, pictures, report; every process must call this.
+
+        Args:
+            student, teacher: the models; no teacher in supervised training.
+            audited: (item, stages) of `audit_items`.
+        """
+        detections = self.test("student", student)
+        if teacher:
+            detections = self.test("teacher", teacher)
+            self.results |= self.audit(audited)
+        summary = run_folder.summary(
+            self.config, self.results, self.counts, self.test_set, self.seconds()
+        )
+        if self.rank == 0:
+            run_folder.write_summary(self.folder, summary)
+            page.finish(self.folder, self.test_set, detections)
+            print(run_folder.table(summary, self.folder))

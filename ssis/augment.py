@@ -4,20 +4,20 @@ Consistency under augmentation drives teacher-student learning: the teacher sees
 *weak* view and must be right, the student sees a hard *strong* view of the same
 image and must agree. What the two views may do follows from that:
 
-* weak = resize and horizontal flip only. It is geometric, so the pseudo-labels are
-  predicted in the very frame in which the student is trained.
-* strong = photometric only: jitter of color, gray, blur. Pixels keep their place,
-  hence the pseudo-labels stay valid without being touched.
+* weak = resize and horizontal flip only. These are geometric. The student's view is
+  made from the weak view, so the pseudo-labels are already in the student's frame.
+* strong = photometric only: jitter of color, gray, blur. No pixel moves, so the
+  pseudo-labels need no change.
 
 GD (arXiv 2308.02668), section 4: ColorJitter(0.4, 0.4, 0.4, 0.1) with probability 0.8,
 grayscale 0.2, Gaussian blur of sigma 0.1 to 2.0 with probability 0.5.
 
-*ARP* (S4M, augmentation with refined pseudo-labels). Between the two: the instances of
-one image are pasted onto another, and the other way round. It makes occlusions, new
-backgrounds and crowds, of which few labeled images have few. With loose masks it
-teaches the student to find pasted halos of background (S4M's ablation: it then
-hurts); with masks redrawn by SAM it helps. On the built-in data it helps either way
-(docs/results.md).
+*ARP* (S4M, augmentation with refined pseudo-labels) comes between the two: the
+instances of one image are pasted onto another, and the other way round. This makes
+occlusions, new backgrounds and crowds, which are rare in a few labeled images. If the
+masks are loose, the student learns to find pasted borders of background (in S4M's
+ablation ARP then hurts); with masks redrawn by SAM it helps. On the built-in data it
+helps either way (docs/results.md).
 
     pairs       max(1, B // 4) disjoint pairs of the batch's images, both directions
     what        every instance of at least `arp_min_area` of the image that it is pasted
@@ -28,18 +28,18 @@ hurts); with masks redrawn by SAM it helps. On the built-in data it helps either
 
 $$x = M \odot x_{\mathrm{above}} + (1 - M) \odot x_{\mathrm{below}}$$ S4M Eq. (ARP)
 
-    occlusion   what is pasted lies in front; of what is pasted together, the best
-                pseudo-label does. No pixel belongs to two instances afterwards
-    labels      masks lose what is hidden; boxes are those of the new masks; what has
-                lost nearly all of itself is dropped
+    occlusion   pasted instances lie in front; among them, the best pseudo-label does.
+                No pixel belongs to two instances afterwards
+    labels      masks lose what is hidden; boxes are those of the new masks; an instance
+                of which less than a tenth is left is dropped
 
-*Why the student's view must be hard.* If both saw the same, the student would agree
-at once and learn nothing: the loss would only say that it is a copy. Distortion takes
-away what a small network likes to lean on, color and fine texture, so that what is
-left to agree on is shape.
+*Why the student's view must be hard.* If both saw the same view, the student would soon
+copy the teacher and learn nothing more. The distortion removes color and fine texture,
+on which a small network relies most, so that shape is left to agree on.
 
 Every view has a seed of its own, so a run does not depend on how the images are spread
-over workers and processes; only ARP's pairs are those of one process.
+over workers and processes. Only ARP's pairs depend on it: they are made within one
+process.
 
 Chain: 3 of 16. Read next: `ssis/model.py`, the network that sees the views.
 """
@@ -68,7 +68,7 @@ STRONG = v2.Compose(
 
 
 class Geometry(NamedTuple):
-    """Where a weak view's pixels come from: what SAM needs to know of it.
+    """How a weak view was made from its original: what SAM's prompts need to know.
 
     Attributes:
         original: height and width of the original image.
@@ -111,8 +111,8 @@ def weak_view(image: Tensor, target: dict | None, size: "data.ViewSize", seed: i
         image (3, h, w) float32 in [0, 1], the target with its masks in that frame, and
         its `Geometry`. Masks may have become empty: `data.sanitize` comes next.
     """
-    # One generator for each view, seeded by the stream: which worker makes it, and what
-    # was made before, changes nothing.
+    # One generator for each view, seeded by the stream: it does not matter which worker
+    # makes the view, or what was made before it.
     original = tuple(image.shape[-2:])
     generator = torch.Generator().manual_seed(seed)
     short = torch.randint(
@@ -135,7 +135,7 @@ def resize(image: Tensor, short: int, longest: int) -> Tensor:
     """Short side to `short`, unless the long side would pass `longest`.
 
     Without antialiasing, as torchvision's own Mask R-CNN resizes: its published weights
-    are used to such pixels. A strip is not made narrower than 16 pixels.
+    were trained on such pixels. A strip is not made narrower than 16 pixels.
     """
     height, width = image.shape[-2:]
     # One scale for both sides: whichever limit is reached first decides.
@@ -147,8 +147,8 @@ def resize(image: Tensor, short: int, longest: int) -> Tensor:
 def resize_masks(masks: Tensor, image: Tensor) -> Tensor:
     """Masks (N, H, W) to the size of a resized image.
 
-    Nearest neighbor, for a mask must stay 0 or 1; the exact one, since plain NEAREST
-    rounds down and so shifts masks against pixels by half a pixel.
+    Nearest neighbor, so a mask stays 0 or 1; the exact one, since plain NEAREST rounds
+    down and shifts the masks by half a pixel against the image.
     """
     return F.resize(masks, list(image.shape[-2:]), NEAREST_EXACT)
 
@@ -158,16 +158,17 @@ def strong_view(image: Tensor, seed: int) -> Tensor:
 
     Args:
         image: (3, H, W) float in [0, 1], a weak view, on any device.
-        seed: of this view. torchvision draws from the global generator, so that one is
-            put aside meanwhile.
+        seed: of this view. torchvision draws from the global generator, whose state is
+            therefore saved and restored.
 
     Returns:
-        (3, H, W) float in [0, 1], every pixel in its place.
+        (3, H, W) float in [0, 1]; no pixel has moved.
     """
-    # On the image's device: the loader gives weak views, and they are distorted where
-    # the student is.
+    # On the image's device: the loader's workers make weak views, since the teacher
+    # needs those; the distortion follows in the training process.
     with torch.random.fork_rng(devices=[]):
-        # Only this one: `torch.manual_seed` would also reseed the GPUs', for good.
+        # The CPU's generator alone: `torch.manual_seed` would also reseed those of the
+        # GPUs, which this context does not restore.
         torch.default_generator.manual_seed(seed)
         return STRONG(image)
 
@@ -178,7 +179,7 @@ def strong_views(images: list[Tensor], items: list[dict]) -> list[Tensor]:
     return [strong_view(image, item["seed"]) for image, item in pairs]
 
 
-# Of an instance that is less than this part still to be seen, nothing is taught.
+# An instance of which less than this fraction is still visible is dropped.
 VISIBLE = 0.1
 
 
@@ -199,11 +200,11 @@ def arp(
         Images and targets of the same sizes; those outside of the pairs are the same
         objects.
     """
-    # A random order cut into pairs: each image is in one pair at most, so nothing that
-    # was pasted is pasted on.
+    # A random order cut into pairs: each image is in one pair at most, so nothing is
+    # pasted twice.
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator).tolist()
-    # New lists, old tensors: what is not in a pair is handed on untouched.
+    # New lists, old tensors: an image that is in no pair stays the same object.
     made_images, made_targets = list(images), list(targets)
     # S4M: max(1, B // 4) pairs; no image is in two of them.
     for k in range(max(1, len(images) // 4) if len(images) > 1 else 0):
@@ -249,8 +250,8 @@ def place(
     left = (like.shape[-1] - size[1]) // 2
     right, bottom = like.shape[-1] - size[1] - left, like.shape[-2] - size[0] - top
     room = (left, right, top, bottom)
-    # Image and maps are moved alike; boxes are left as they were, for `paste` makes
-    # them anew from what can be seen of the masks.
+    # Image and maps are moved alike. Boxes are left as they were: `paste` derives new
+    # ones from the visible parts of the masks.
     kept = {k: pad(maps, room) for k, maps in target.items() if k.startswith("mask")}
     return pad(image, room), {**target, **kept}
 
@@ -261,22 +262,22 @@ def paste(
     """The instances of one image in front of another's.
 
     Args:
-        image, target: what is pasted onto.
-        above, source: what is pasted, in the same frame (`place`).
+        image, target: the image below, and its instances.
+        above, source: the image that is pasted, in the same frame (`place`).
         min_area: smallest mask that is pasted, as a fraction of the frame.
 
     Returns:
         The new image and its target: disjoint masks, their boxes, nothing degenerate.
     """
-    # Areas are those of the source's masks in this frame: what is cut off by it does
-    # not count, what is hidden by others does.
+    # The area within this frame: pixels that are cut off by it do not count, pixels
+    # that others hide do.
     masks = source["masks"].bool()
-    # S4M: tiny pieces are not pasted; mostly they are wrong.
+    # S4M: tiny instances are not pasted; most of them are wrong.
     big = masks.flatten(1).sum(dim=1) >= min_area * image.shape[-2] * image.shape[-1]
     source = {key: value[big] for key, value in source.items()}
     stack = torch.cat([source["masks"], target["masks"]]).bool()  # (N, H, W)
-    # In front comes first: what is pasted before what was there, best ones first.
-    # A pixel belongs to the first instance that has it.
+    # From front to back: pasted instances first, the best of them in front. A pixel
+    # belongs to the first instance that has it, where the running count is 1.
     visible = stack & (stack.cumsum(dim=0, dtype=torch.int16) == 1)
     # M of the equation: every pixel that some pasted instance owns.
     pasted = visible[: len(source["labels"])].any(dim=0)
@@ -286,15 +287,17 @@ def paste(
     )
     if "mask_weights" in target:
         weights = torch.cat([source["mask_weights"], target["mask_weights"]])
-        # What was around a pasted instance has stayed behind, and where something was
-        # pasted nothing else is: there the masks are as sure as they are anywhere.
+        # Two kinds of pixels are certain whatever the teacher thought: for a pasted
+        # instance all that it does not cover (its old surroundings are not in this
+        # image), and for the others all that was pasted over. They get the largest
+        # weight of their instance.
         number = torch.arange(len(weights), device=weights.device)[:, None, None]
         sure = torch.where(number < len(source["labels"]), ~visible, pasted)
         most = weights.amax(dim=(1, 2), keepdim=True) if len(weights) else 1.0
         both["mask_weights"] = torch.where(sure, most, weights)
-    # An instance of which a sliver is left is not worth a box around the sliver.
+    # A sliver of an instance is no good example of its class.
     area = stack.flatten(1).sum(dim=1)
     seen = visible.flatten(1).sum(dim=1) >= VISIBLE * area
     both = {key: value[seen] for key, value in both.items()}
-    # S4M Eq. (ARP). What has no pixel left, or no box, is no instance any more.
+    # S4M Eq. (ARP). Instances without a visible pixel are dropped by `sanitize`.
     return torch.where(pasted, above, image), data.sanitize(both)

@@ -1,15 +1,15 @@
 r"""PL-DC, category level: CLIP as the category classifier (optional, needs open_clip).
 
-CLIP has seen a billion images with captions, so it may name what a teacher trained on
-a few hundred cannot. It was never trained to outline anything; that is the
-teacher's part. For each pseudo-label the two meet:
+CLIP has seen a billion images with captions, so it can name things that a teacher
+trained on a few hundred images cannot. But it was never trained to find or outline
+anything. So the teacher's mask says where, and CLIP says what:
 
-1. CLIP's convolutional tower turns the image into a feature map of stride 32;
-2. the features under the instance's mask are averaged (mask pooling) and go through the
-   tower's own head, as the average over the whole image would:
+1. CLIP's convolutional image tower turns the image into a feature map of stride 32;
+2. the features under the instance's mask are averaged (mask pooling), and the average
+   goes through the tower's own head, as the average over the whole image would:
    $v = \mathrm{head}(\mathrm{mean}_{xy \in M} F_{xy})$;
-3. each class is the mean of the embeddings of its prompts, $e_k$;
-4. the opinion is their similarity, s being CLIP's own logit scale:
+3. a class is represented by the mean of the embeddings of its prompts, $e_k$;
+4. the opinion follows from their similarity, with s CLIP's own logit scale:
 
 $$p_{\mathrm{category}} = \mathrm{softmax}_k(s \cdot \cos(v, e_k))$$ PL-DC Eq. (CLIP)
 
@@ -17,12 +17,14 @@ The paper has ConvNeXt-L trained on LAION-2B and five prompts with descriptions 
 class. Here the prompts are made of the dataset's class names, or come from a JSON file:
 {"class name": ["a prompt", "another", ...], ...}.
 
-Difference from the released code: that passes images to CLIP without CLIP's own
+CLIP stays frozen. It learns nothing in a run, so it has no memory and is in no
+checkpoint: of the interface `correction.CategoryClassifier` it overrides the call alone.
+
+Difference from the released code: there, images go to CLIP without CLIP's own
 normalization. Here they are normalized with the mean and deviation that belong to the
 weights.
 
-Chain: 10 of 16. Read next: `ssis/losses.py`, where the student learns from what came
-out.
+Chain: 10 of 16. Read next: `ssis/losses.py`, which teaches the result to the student.
 """
 
 import json
@@ -36,6 +38,8 @@ from ssis.io.checkpoint import short
 from ssis.correction import CategoryClassifier
 from ssis.teacher import PseudoLabels
 
+# Without descriptions, a class gets these prompts. Captions are sentences, so a bare
+# name would be unlike anything that CLIP was trained on.
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "there is a {} in the scene.")
 INSTALL = (
     "--correction clip: open_clip is not installed; pip install open_clip_torch, or "
@@ -48,7 +52,10 @@ def prompts_of(names: list[str], descriptions: str) -> list[list[str]]:
 
     Args:
         names: class names.
-        descriptions: path of a JSON file {name: [prompt, ...]}; empty: templates.
+        descriptions: path of a JSON file {name: [prompt, ...]}; empty: `TEMPLATES`.
+
+    Returns:
+        C lists of texts.
 
     Raises:
         UserError: no such file, not of that form, or a class is missing.
@@ -62,6 +69,8 @@ def prompts_of(names: list[str], descriptions: str) -> list[list[str]]:
         raise UserError(
             f"--descriptions {descriptions}: cannot be read as JSON ({short(error)})"
         ) from error
+    # Every class needs a list of texts. Names in the file that are no class are ignored,
+    # so one file can serve several datasets.
     for name in names:
         prompts = given.get(name) if isinstance(given, dict) else None
         if not (prompts and isinstance(prompts, list)) or not all(
@@ -75,7 +84,7 @@ def prompts_of(names: list[str], descriptions: str) -> list[list[str]]:
 
 
 class Clip(CategoryClassifier):
-    """CLIP's opinion on the class of an instance; frozen, so it is in no checkpoint.
+    """CLIP's opinion on the class of an instance; it never learns.
 
     Args:
         source: "architecture:weights" of open_clip; weights are a tag or a path.
@@ -93,10 +102,11 @@ class Clip(CategoryClassifier):
             import open_clip
         except ImportError as error:
             raise UserError(INSTALL) from error
+        # Mistakes in the description file are reported before gigabytes are loaded.
         prompts = prompts_of(names, descriptions)
         architecture, _, weights = source.partition(":")
         if not weights:
-            # open_clip would go on with random ones.
+            # open_clip would go on with random weights.
             raise UserError(
                 f"--clip-model {source}: names no weights; give architecture:TAG or "
                 "architecture:PATH"
@@ -104,12 +114,14 @@ class Clip(CategoryClassifier):
         try:
             model = open_clip.create_model(architecture, weights)
             tokenizer = open_clip.get_tokenizer(architecture)
-        # Whatever it raises without network, file or architecture.
+        # Every exception: without network, file or architecture it raises any of many.
         except Exception as error:
             raise UserError(
                 f"--clip-model {source}: cannot be loaded ({short(error)[:160]}); give "
                 "architecture:PATH of weights fetched elsewhere"
             ) from error
+        # Mask pooling needs a feature map with places. ConvNeXt has one; open_clip's
+        # ConvNeXts come from timm, as a `trunk` with `stages` and a head of its own.
         trunk = getattr(model.visual, "trunk", None)
         if not hasattr(trunk, "stages") or not hasattr(trunk, "forward_head"):
             raise UserError(
@@ -117,13 +129,22 @@ class Clip(CategoryClassifier):
                 "map could be pooled; give one of open_clip's convnext models"
             )
         self.model = model.eval().requires_grad_(False).to(device)
+        # The class names never change, so their embeddings are computed once.
         self.classes = torch.stack(
             [self._text(tokenizer(texts).to(device)) for texts in prompts]
         )  # (C, E)
 
     @torch.no_grad()
     def _text(self, tokens: Tensor) -> Tensor:
-        """The embedding of a class: the mean over its prompts, of length 1."""
+        """The embedding of a class.
+
+        Args:
+            tokens: (T, L) int64, its prompts.
+
+        Returns:
+            (E,), of length 1: the mean over the prompts.
+        """
+        # Length 1 before the mean, so that every prompt counts the same.
         each = F.normalize(self.model.encode_text(tokens), dim=1)
         return F.normalize(each.mean(dim=0), dim=0)
 
@@ -139,31 +160,37 @@ class Clip(CategoryClassifier):
             (N, E), each of length 1.
         """
         visual = self.model.visual
-        # The short side that CLIP was trained with, both sides multiples of the stride.
+        # CLIP was trained at one size. The short side gets that size, the other one
+        # keeps the shape of the image; both become multiples of the stride, 32.
         size = visual.image_size
         short = min(size) if isinstance(size, (tuple, list)) else size
         scale = short / min(image.shape[-2:])
         sides = [max(32, round(side * scale / 32) * 32) for side in image.shape[-2:]]
+        # CLIP's own normalization; the views are in [0, 1].
         mean, std = (
             torch.tensor(value, device=image.device)[:, None, None]
             for value in (visual.image_mean, visual.image_std)
         )
         resized = F.interpolate(image[None], sides, mode="bilinear", antialias=True)
         maps = visual.trunk.forward_features((resized - mean) / std)  # (1, D, h, w)
-        # How much of each cell the mask covers: a small instance is part of one cell.
+        # The fraction of each cell that the mask covers ("area" averages the pixels of
+        # the cell). A small instance may be a part of a single cell; a threshold would
+        # leave nothing of it.
         cover = F.interpolate(masks[None].float(), maps.shape[-2:], mode="area")[0]
         cover = cover / cover.flatten(1).sum(dim=1).clamp(min=1e-6)[:, None, None]
         pooled = torch.einsum("dhw,nhw->nd", maps[0].float(), cover)  # (N, D)
-        # The head expects maps; one of a single cell is its own average.
+        # The head begins with an average over the map. Of a map of one cell that is the
+        # cell itself, so the pooled features go on unchanged.
         return F.normalize(
             visual.head(visual.trunk.forward_head(pooled[:, :, None, None])), dim=1
         )
 
     @torch.no_grad()
     def __call__(self, image: Tensor, pseudo: PseudoLabels) -> Tensor:
-        """Class distributions of the instances of one image: (N, C), rows sum to 1."""
+        """Class distributions (N, C); see `CategoryClassifier.__call__`."""
         if not len(pseudo):
             return torch.zeros_like(pseudo.distribution)
-        # PL-DC Eq. (CLIP)
+        # PL-DC Eq. (CLIP). Both sides have length 1, so the product is the cosine. CLIP
+        # was trained with its logit scale; without it all classes would look alike.
         cosine = self.embed(image, pseudo.masks) @ self.classes.T
         return (self.model.logit_scale.exp() * cosine).softmax(dim=1)

@@ -1,40 +1,39 @@
 r"""PL-DC, category level: dynamic instance category correction.
 
 A teacher trained on few images finds and outlines objects far better than it names
-them, and it is sure of its wrong names: no threshold on the class score takes them out.
-So a second one, the *category classifier*, which makes other mistakes, is asked about
-each kept instance, and the two class distributions are mixed:
+them, and it is confident of its wrong names, so no threshold on the class score removes
+them. PL-DC therefore asks another classifier, the *category classifier*, about each
+kept instance. It makes other mistakes. The two class distributions are mixed:
 
 $$p = w(t) \, p_{\mathrm{category}} + (1 - w(t)) \, p_{\mathrm{teacher}}$$
 PL-DC Eq. (DICC)
 
-The label becomes argmax p, the class quality max p. The category classifier counts less
-and less, for the teacher learns more than it does:
+The label becomes argmax p, the class quality max p. The weight of the category
+classifier falls as the teacher becomes better:
 
 $$w(t) = \frac{1}{4} \left(\cos \pi \frac{t - t_{\mathrm{burn}}}
   {t_{\mathrm{max}} - t_{\mathrm{burn}}} + 1\right)$$ PL-DC Eq. (w)
 
-so it is one half until the end of the burn-in, and falls to 0 at the end.
+from one half, until the end of the burn-in, to 0 at the end of the run.
 
-Why a mixture and not a vote? How sure each side is counts, times its weight. And the
-weight fades on purpose: an opinion that never changes would in the end hold back a
-teacher that has become better than it.
+Why a mixture and not a vote? In a mixture the confidence of each side counts. And the
+weight falls on purpose: an opinion that never changes would in the end hold back a
+teacher that has become better.
 
 Two category classifiers (`--correction`):
 
-*prototypes.* The labeled instances themselves, as a memory: the teacher's features of
-up to 64 instances of each class. An instance is compared with all of them; the class
-whose three nearest are nearest on average wins. What is compared is the feature map in
-the box, with everything outside of the mask set to 0, and beside it the silhouette, the
-soft mask itself in a 16 x 16 grid. So it sees what the teacher's own classifier
-cannot see: where the object ends and what is only next to it. Why not the class means,
-pooled features, other views: they were measured and are no better than the teacher
-(docs/log.md). As training goes on the oldest instances are replaced by
-newer looks of the EMA teacher at the labeled images; where the student started afresh
-(`--burnin-init fresh`) the first teacher's are thrown away with it, since the features
-of two networks have nothing to do with each other.
+*prototypes.* A memory of the labeled instances: the teacher's features of up to 64
+instances of each class. A pseudo-label is compared with all of them; a class is as
+likely as its three nearest instances are near. Two things are compared: the feature map
+in the box, set to 0 outside of the mask, and the silhouette, which is the soft mask in a
+16 x 16 grid. So this classifier sees what the teacher's own cannot: where the object
+ends, and what is only next to it. (Class means, pooled features and other views were
+measured too, and are no better than the teacher: docs/log.md.) During the run the
+oldest instances are replaced by newer ones, as the EMA teacher sees the labeled images.
+If the student started afresh (`--burnin-init fresh`), the first teacher's instances are
+thrown away with it: the features of two networks cannot be compared.
 
-*clip* (`ssis/clip.py`). What the paper has: CLIP on mask-pooled features, against the
+*clip* (`ssis/clip.py`). The paper's: CLIP on mask-pooled features, against the
 embeddings of described class names. For photographs of things that have names.
 
 Chain: 9 of 16. Read next: `ssis/clip.py`, the paper's own category classifier.
@@ -52,48 +51,49 @@ from ssis import data, distributed
 from ssis import teacher as teacher_module
 from ssis.teacher import PseudoLabels
 
-# Labeled views that fill the memory at first, and steps between its refreshes: each
-# is a forward pass of the teacher's backbone over a labeled batch.
+# Labeled views that fill the memory at first, and steps between its updates. An update
+# costs one forward pass of the teacher's backbone over a labeled batch.
 START_VIEWS = 128
 REFRESH_EVERY = 10
-# Cells of a silhouette, nearest instances asked, sharpness of the softmax.
+# Cells on a side of a silhouette, and nearest instances of each class.
 SILHOUETTE = 16
 NEAREST = 3
-# So sharp that a cosine that is higher by 0.02 is nearly all: with w = 0.5 the category
-# classifier mostly decides alone.
+# Divides the cosines before the softmax. It is so small that a cosine that is higher by
+# 0.02 takes nearly all: with w = 0.5 the category classifier mostly decides alone.
 TEMPERATURE = 0.005
 
 
-def weight(step: int, burn: int, last: int) -> float:
+def weight(step: int, burnin_end: int, last: int) -> float:
     """How much the category classifier counts, from 0.5 down to 0.
 
     Args:
         step: t, steps done.
-        burn: t_burn, the step at which the guided burn-in ends.
+        burnin_end: t_burn, the step at which the guided burn-in ends.
         last: t_max, the last step.
     """
-    # While the teacher is frozen it learns nothing, so its weight does not grow.
-    if step <= burn:
+    # The teacher is frozen in the burn-in. It does not become better, so its weight
+    # does not grow.
+    if step <= burnin_end:
         return 0.5
     # PL-DC Eq. (w)
-    return 0.25 * (math.cos(math.pi * (step - burn) / (last - burn)) + 1)
+    angle = math.pi * (step - burnin_end) / (last - burnin_end)
+    return 0.25 * (math.cos(angle) + 1)
 
 
 class CategoryClassifier:
-    """What both category classifiers offer.
+    """The interface of both category classifiers.
 
-    A classifier with a memory (`Prototypes`) overrides all of it; one that never learns
-    (`clip.Clip`) overrides the call alone: it has nothing to forget, to learn or to
-    save.
+    `Prototypes` has a memory and overrides all of it. `clip.Clip` never learns and
+    overrides the call alone: it has nothing to forget, to learn or to save.
     """
 
     def forget(self) -> None:
-        """Empty the memory, if there is one."""
+        """Empty the memory. Without a memory this does nothing."""
 
     def learn(self, teacher: nn.Module, items: list[dict]) -> None:
-        """Remember labeled instances as the teacher sees them, if there is a memory.
+        """Remember labeled instances as the teacher sees them.
 
-        Every process must call this.
+        Every process must call this. Without a memory it does nothing.
 
         Args:
             teacher: the network, in evaluation mode.
@@ -101,20 +101,21 @@ class CategoryClassifier:
         """
 
     def state_dict(self) -> dict:
-        """What a checkpoint must keep: nothing without a memory."""
+        """What a checkpoint must keep; {} without a memory."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """The counterpart of `state_dict`."""
+        """Take up what `state_dict` gave."""
 
     def __call__(self, image: Tensor, pseudo: PseudoLabels) -> Tensor:
-        """Class distributions (N, C) of the instances of one image.
-
-        A row of zeros means that there is no opinion.
+        """Class distributions of the instances of one image.
 
         Args:
             image: a weak view, (3, H, W) float in [0, 1].
             pseudo: its N instances.
+
+        Returns:
+            (N, C) in [0, 1]; rows sum to 1. An all-zero row means no opinion.
         """
         raise NotImplementedError
 
@@ -136,8 +137,9 @@ def fuse(pseudo: PseudoLabels, opinion: Tensor, w: float) -> PseudoLabels:
     asked = opinion.sum(dim=1) > 0  # (N,)
     # PL-DC Eq. (DICC)
     mixed = w * opinion + (1 - w) * pseudo.distribution  # (N, C)
-    # The argmax may be another class now; boxes and masks are those of the old one, for
-    # there are no others. Column k is class k + 1: column 0, background, is not in it.
+    # The argmax may be another class now. Box and mask stay those of the old class; the
+    # mask head was not asked for others. Column k is class k + 1, since background has
+    # no column.
     quality, index = mixed.max(dim=1)
     return dataclasses.replace(
         pseudo,
@@ -181,7 +183,7 @@ def make_classifier(
         kind: "none", "prototypes" or "clip".
         names: class names.
         channels: D, of the feature pyramid.
-        size: prototypes remembered of each class.
+        size: K, instances remembered of each class.
         clip_model, descriptions: of `clip.Clip`.
         device: where it is to be.
 
@@ -193,7 +195,7 @@ def make_classifier(
     if kind == "prototypes":
         return Prototypes(len(names), channels, size).to(device)
     if kind == "clip":
-        # Imported here: without CLIP nobody needs to have open_clip installed.
+        # Imported here: ssis/clip.py imports this file for the interface.
         from ssis.clip import Clip
 
         return Clip(clip_model, names, descriptions, device)
@@ -207,7 +209,7 @@ def fill(
     rank: int,
     world_size: int,
 ) -> None:
-    """Fill the classifier's memory anew; every process must call this.
+    """Empty the classifier's memory and fill it; every process must call this.
 
     Args:
         classifier: or None, and then there is nothing to do.
@@ -215,12 +217,13 @@ def fill(
         labeled: the labeled `data.Stream`; each process takes its part of it.
         rank, world_size: of this process.
     """
+    # A classifier that never learns need not wait for 128 views to be made.
     if classifier is None or type(classifier).learn is CategoryClassifier.learn:
         return
-    # What another network saw means something else.
+    # The features of another network cannot be compared with this one's.
     classifier.forget()
-    # Eight views at a time, as in a training batch; with several processes, each looks
-    # at eight of its own and `learn` puts them together.
+    # Eight views at a time, as in a training batch. Each of several processes takes
+    # eight of its own; `learn` exchanges them.
     chunk = 8
     for first in range(0, START_VIEWS, chunk * world_size):
         mine = range(first + rank * chunk, first + (rank + 1) * chunk)
@@ -238,16 +241,16 @@ class Prototypes(nn.Module, CategoryClassifier):
 
     def __init__(self, classes: int, channels: int, size: int):
         super().__init__()
-        # A ring of K places for each class: the newest instance replaces the oldest. As
-        # buffers they are in the checkpoint, and a resumed run remembers the same.
+        # A ring of K slots for each class: the newest instance replaces the oldest.
+        # Buffers are saved in the checkpoint, so a resumed run remembers the same.
         length = channels * teacher_module.CELLS**2 + SILHOUETTE**2
         self.register_buffer("bank", torch.zeros(classes, size, length))
-        # How many instances of each class were ever put in; the k-th lies at k mod K.
+        # How many instances of each class were ever put in; number k is in slot k mod K.
         self.register_buffer("seen", torch.zeros(classes, dtype=torch.int64))
 
     @staticmethod
     def describe(features: Tensor, masks: Tensor, boxes: Tensor) -> Tensor:
-        """What is compared of some instances of one image.
+        """The vectors that are compared, for some instances of one image.
 
         Args:
             features: (N, D, 7, 7), the feature maps in their boxes.
@@ -257,34 +260,38 @@ class Prototypes(nn.Module, CategoryClassifier):
         Returns:
             (N, 49 D + 256), each row of length 1.
         """
-        # One map for each instance, and so one box in each map: number n of the boxes
-        # belongs to map n.
+        # One mask for each instance, and one box in each mask: box n belongs to mask n,
+        # which `roi_align` wants to be told in its first column.
         masks = masks.float()
         number = torch.arange(len(boxes), device=boxes.device)[:, None]
-        # What lies in the box but not on the object is not asked.
+        # The mask at the resolution of the feature map. Times it, cells in the box that
+        # are not on the object become 0.
         rois = torch.cat([number.to(boxes), boxes], dim=1)
         inside = roi_align(masks[:, None], rois, teacher_module.CELLS, aligned=True)
-        # All 49 places apart, not their average: where in the box a part lies (the
-        # points of a star, the hole of a ring) says what it is.
+        # All 49 cells, not their average: where in the box a part lies (the points of
+        # a star, the hole of a ring) says what the object is.
         appearance = F.normalize((features * inside).flatten(1))
-        # The shape alone, in its own box: where a loose box puts it does not matter.
+        # The silhouette, in the mask's own box: a loose predicted box would move it.
         tight = data.boxes_of(masks > 0.5) if len(masks) else boxes
         rois = torch.cat([number.to(boxes), tight], dim=1)
         cells = roi_align(masks[:, None], rois, SILHOUETTE, 1.0, 2, aligned=True)
-        # Less one half: the outside says as much about a shape as the inside.
+        # Minus one half: inside positive, outside negative. Then the outside says as
+        # much about a shape as the inside.
         shape = F.normalize((cells - 0.5).flatten(1))
-        # Each half has length 1, so together the square root of 2: the cosine of two
-        # instances is the mean of what their looks and their shapes say.
+        # Each part has length 1, both together the square root of 2. Divided by it, the
+        # cosine of two instances is the mean of the cosines of their two parts.
         return torch.cat([appearance, shape], dim=1) / math.sqrt(2)
 
     def forget(self) -> None:
-        """Empty the memory; what lies in it will be overwritten."""
+        """Empty the memory."""
+        # With `seen` at 0 no slot counts; what is in it will be overwritten.
         self.seen.zero_()
 
     @torch.no_grad()
     def learn(self, teacher: nn.Module, items: list[dict]) -> None:
         """Put labeled instances into the memory; see `CategoryClassifier.learn`."""
-        # Under the true box and the true mask: no mistake of the teacher gets in.
+        # In the ground-truth box, under the ground-truth mask: no mistake of the teacher
+        # gets into the memory.
         device = self.bank.device
         views = [item["image"].to(device) for item in items]
         targets = [{k: v.to(device) for k, v in i["target"].items()} for i in items]
@@ -295,42 +302,43 @@ class Prototypes(nn.Module, CategoryClassifier):
             self.describe(features.float(), target["masks"], target["boxes"])
             for features, target in zip(pooled, targets, strict=True)
         ]
-        # From here on it does not matter any more which image an instance is of.
+        # From here on it does not matter which image an instance comes from.
         labels = torch.cat([target["labels"] for target in targets])
-        # Every process puts in everybody's, so that all have the same memory.
-        # Through the CPU: objects gathered from GPUs would stay on the sender's.
+        # Every process stores the instances of all, so all have the same memory. They
+        # are exchanged on the CPU: gathered GPU tensors would stay on the sender's GPU.
         mine = (torch.cat(described).cpu(), labels.cpu())
         for rows, classes in distributed.gather(mine):
             for row, label in zip(rows, classes.tolist(), strict=True):
-                place = self.seen[label - 1] % self.bank.shape[1]
-                self.bank[label - 1, place] = row.to(device)
+                slot = self.seen[label - 1] % self.bank.shape[1]
+                self.bank[label - 1, slot] = row.to(device)
                 self.seen[label - 1] += 1
 
     @torch.no_grad()
     def forward(self, image: Tensor, pseudo: PseudoLabels) -> Tensor:
-        """Class distributions of the instances of one image: (N, C), rows sum to 1."""
+        """Class distributions (N, C); see `CategoryClassifier.__call__`."""
+        # No opinion with an empty memory: all-zero rows.
         if not len(pseudo) or not self.seen.any():
             return torch.zeros_like(pseudo.distribution)
-        # The features are of the box that the teacher saw, the mask may be SAM's by
-        # now.
+        # The features belong to the box that the teacher predicted; the mask may be
+        # SAM's.
         query = self.describe(pseudo.features, pseudo.mask_probs, pseudo.feature_boxes)
-        # Cosine similarity with all that is in the memory, -1 where a place is empty.
+        # Cosine with every instance in the memory; all vectors have length 1.
         similar = torch.einsum("nf,ckf->nck", query, self.bank)
-        # A place that was never filled must not be anybody's neighbor.
-        places = torch.arange(self.bank.shape[1], device=query.device)
-        similar[:, places >= self.seen[:, None]] = -1
-        # The mean of the nearest few of each class: one alone may be a mistake, and the
-        # mean of all is no longer the shape of any. A class with fewer instances is
+        # An empty slot has cosine 0, which is more than that of an unlike instance. At
+        # -1 it is nobody's neighbor.
+        slots = torch.arange(self.bank.shape[1], device=query.device)
+        similar[:, slots >= self.seen[:, None]] = -1
+        # The mean of the nearest three of each class: a single one may be an odd case,
+        # and the mean of all resembles no instance. A class with fewer instances is
         # judged by those that it has.
-        nearest = similar.topk(
-            min(NEAREST, similar.shape[2]), dim=2
-        ).values  # (N, C, 3)
+        count = min(NEAREST, similar.shape[2])
+        nearest = similar.topk(count, dim=2).values  # (N, C, 3)
         present = torch.arange(nearest.shape[2], device=query.device)
         present = (present < self.seen[:, None].clamp(min=1)).to(nearest)
         mean = (nearest * present).sum(dim=2) / present.sum(dim=1)  # (N, C)
-        # Of a class that was never seen there is no opinion: it keeps the probability
-        # that the teacher gives it, and the others share the rest.
+        # A class that was never seen keeps the teacher's probability: there is nothing
+        # to compare with. The other classes divide the rest among them.
         unseen = self.seen == 0
         kept = pseudo.distribution * unseen
-        shares = (mean / TEMPERATURE).masked_fill(unseen, -torch.inf).softmax(dim=1)
-        return kept + (1 - kept.sum(dim=1, keepdim=True)) * shares
+        others = (mean / TEMPERATURE).masked_fill(unseen, -torch.inf).softmax(dim=1)
+        return kept + (1 - kept.sum(dim=1, keepdim=True)) * others

@@ -1,15 +1,18 @@
 r"""Targets and streams: what the model is trained on, and in which order.
 
-*Contracts.* Labels are 1..C, for 0 is background; boxes xyxy, absolute pixels, float32,
-`x2 > x1`, `y2 > y1`; a box is the box of its mask.
+*Targets* are torchvision's dicts: `boxes` (N, 4) float32, xyxy in absolute pixels with
+`x2 > x1` and `y2 > y1`; `labels` (N,) int64, 1..C, since 0 is background; `masks`
+(N, H, W) uint8. A box is always the box of its mask. Targets made of pseudo-labels may
+have `mask_weights` (N, H, W) float in [0, 1] as well.
 
-*The stream of batches is a pure function of the seed and the step.* Item k of a stream
-knows its image and the seed of its augmentation. So resuming needs only the number of
-the step, and neither the number of loader workers nor that of processes changes what
-is trained on.
+*The batches are a pure function of the seed and the step.* Item k of a stream decides
+which image it is and the seed of its augmentation. So a resumed run needs nothing but
+the number of the step, and neither the number of loader workers nor that of processes
+changes what is trained on.
 
-*Only two of the three streams know any ground truth.* That of the unlabeled images does
-not read their annotations at all, so nothing can leak.
+*Only two of the three streams know any ground truth.* The labeled stream trains the
+student, and the audit's measures the pseudo-labels. The unlabeled stream does not even
+read the annotations of its images, so nothing can leak.
 
 Chain: 2 of 16. Read next: `ssis/augment.py`, the views of an image.
 """
@@ -31,9 +34,11 @@ def boxes_of(masks: Tensor) -> Tensor:
     itself, which is degenerate for a mask one pixel wide. (It also lists the pixels of
     every mask, which takes six times as long: docs/performance.md.)
     """
-    # The columns and rows in which a mask has a pixel.
+    # The columns and rows in which a mask has a pixel: looking along one side answers
+    # for the other.
     across, down = (masks.amax(dim=k).ne(0).int() for k in (1, 2))  # (N, W), (N, H)
-    # `argmax` finds the first one; from the other side, the last.
+    # `argmax` gives the first of several largest values, so the first such column; of
+    # the reversed row it gives the last one, counted from the other end.
     left, top = across.argmax(dim=1), down.argmax(dim=1)
     right = masks.shape[2] - across.flip(1).argmax(dim=1)
     bottom = masks.shape[1] - down.flip(1).argmax(dim=1)
@@ -61,9 +66,14 @@ def sanitize(target: dict) -> dict:
 
     Called after everything that moves or hides pixels: torchvision's Mask R-CNN raises
     on a degenerate box, and a box that is looser than its mask teaches the wrong thing.
+
+    Args:
+        target: `masks` (N, H, W) and other tensors of length N; not changed.
     """
+    # The largest value of a mask: 0 if nothing of it is left.
     masks = target["masks"]
     keep = masks.amax(dim=2).amax(dim=1) != 0
+    # Old boxes are dropped for all: a mask that has lost pixels has another box.
     kept = {key: value[keep] for key, value in target.items() if key != "boxes"}
     return {**kept, "boxes": boxes_of(kept["masks"])}
 
@@ -99,16 +109,25 @@ class Stream(torch.utils.data.Dataset):
         self._epoch, self._order = -1, np.zeros(0, np.int64)
 
     def __getitem__(self, k: int) -> dict:
-        """A weak view: image (3, h, w) in [0, 1], index, seed, geometry, any target."""
-        epoch, place = divmod(k, len(self.indices))
+        """Item k, a weak view.
+
+        Returns:
+            `image` (3, h, w) float in [0, 1]; `index` of the image in the dataset;
+            `seed` of the view; `geometry`, an `augment.Geometry`; and `target`, if this
+            stream has targets.
+        """
+        # Each epoch has a permutation of its own, drawn from (seed, epoch). The latest
+        # one is remembered; asking for items in another order only costs time.
+        epoch, position = divmod(k, len(self.indices))
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
             order = torch.randperm(len(self.indices), generator=generator).numpy()
             self._epoch, self._order = epoch, order
-        index = int(self.indices[self._order[place]])
+        index = int(self.indices[self._order[position]])
         target = self.dataset.target(index) if self.with_target else None
-        # ~k = -1 - k: no item has the number of an epoch, so no view has the seed of a
-        # permutation.
+        # Epochs and items are both numbered 0, 1, 2, ...; with k itself, item 1 would
+        # have the seed of epoch 1's permutation. ~k is -1 - k, so items have -1, -2, ...
+        # and no view shares a seed with a permutation.
         seed = _mix(self.seed, ~k)
         image, target, geometry = augment.weak_view(
             self.dataset.image(index), target, self.size, seed
@@ -118,13 +137,17 @@ class Stream(torch.utils.data.Dataset):
 
 
 def _mix(seed: int, number: int) -> int:
-    """One 63-bit seed from two numbers, unrelated for neighboring numbers."""
+    """One 63-bit seed from two numbers.
+
+    A sum or a product would give equal seeds to different pairs, and neighboring seeds
+    to neighboring items. A hash does neither, and is the same on every machine.
+    """
     digest = hashlib.blake2b(f"{seed},{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 class Streams(NamedTuple):
-    """The three streams of a run. Only `labeled` and `audit` know any truth."""
+    """The three streams of a run. Only `labeled` and `audit` know any ground truth."""
 
     labeled: Stream
     unlabeled: Stream
@@ -162,30 +185,38 @@ def make_streams(
             "--unlabeled-images has none; leave one of the two out"
         )
     audited = [i for i in sorted(hidden) if i < train_set.annotated]
-    # A seed for each stream, and no two runs share one: 3 seed, 3 seed + 1, 3 seed + 2.
+    # Three seeds for each run: run 0 has 0, 1, 2; run 1 has 3, 4, 5. With seed + i the
+    # unlabeled stream of run 0 would be shuffled as the labeled one of run 1 is, and
+    # the runs of a study would not be independent.
     return Streams(
         Stream(train_set, labeled, size, seed * 3, True),
-        # The one exception: an oracle is told the ground truth, and says so.
+        # The one exception: an oracle replaces pseudo-labels by the ground truth.
         Stream(train_set, unlabeled, size, seed * 3 + 1, oracle != "none"),
         Stream(train_set, audited, size, seed * 3 + 2, True) if audited else None,
     )
 
 
 class Shard(torch.utils.data.Sampler):
-    """Positions of one process: its part of each global batch, from a step on.
+    """The numbers of the items of one process: its part of each global batch.
 
-    The global batch of step s is items s * B to (s + 1) * B of the stream, whatever the
-    number of processes; process r of n takes the r-th n-th of it.
+    The global batch of step s is items s * B to (s + 1) * B - 1 of the stream, whatever
+    the number of processes n; process r takes the r-th of n equal parts of it. So two
+    processes see together what one process would see alone.
+
+    Args:
+        batch: B, images in a global batch; a multiple of `world_size`.
+        start, stop: steps; a resumed run starts where it was stopped.
+        rank, world_size: r and n.
     """
 
     def __init__(self, batch: int, start: int, stop: int, rank: int, world_size: int):
         self.batch, self.start, self.stop = batch, start, stop
-        self.rank, self.share = rank, batch // world_size
+        self.rank, self.size = rank, batch // world_size
 
     def __iter__(self):
         for step in range(self.start, self.stop):
-            begin = step * self.batch + self.rank * self.share
-            yield list(range(begin, begin + self.share))
+            begin = step * self.batch + self.rank * self.size
+            yield list(range(begin, begin + self.size))
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start)

@@ -1,10 +1,11 @@
 r"""PL-DC, instance level: decoupled dual-threshold filtering.
 
-A wrong pseudo-label teaches the student a mistake that it then hands back to the
-teacher; a missing one teaches that an object is background. The filter stands between.
+A wrong pseudo-label teaches the student a mistake, which the EMA then hands back to the
+teacher. A missing one teaches that an object is background. The filter decides between
+the two risks.
 
-Each predicted instance has two qualities, which fail independently: a clean mask of the
-wrong class, a right class with a ragged mask:
+Each predicted instance has two qualities. They fail independently: a clean mask may
+have the wrong class, and the right class may have a ragged mask.
 
 $$c = \max_k P(k), \qquad
   m = \mathrm{mean}\{p_{xy} : p_{xy} > 0.5\}$$ PL-DC Eq. (quality)
@@ -14,21 +15,21 @@ can be a candidate for two classes; then c is P of the candidate's own class, wh
 the largest one whenever it is above one half.) Four rules (`--filter`) say
 what is kept:
 
-* `score`, Guided Distillation's: the mask is not asked.
+* `score`, Guided Distillation's: the mask quality plays no part.
 
 $$c > \tau_{\mathrm{class}}$$ GD Eq. (filter)
 
-* `coupled`, the usual practice: one number, in which a good class makes up for a bad
-  mask, and the other way round.
+* `coupled`, the usual practice: one number, in which a high class quality makes up for
+  a low mask quality, and the other way round.
 
 $$c \cdot m \ge \tau_{\mathrm{class}}$$ PL-DC Eq. (coupled)
 
-* `dual`, PL-DC as on arXiv: decoupled, each quality has to pass a threshold of its own.
+* `dual`, PL-DC as on arXiv: each quality has to pass a threshold of its own.
 
 $$c \ge \tau_{\mathrm{class}} \;\wedge\; m \ge \tau_{\mathrm{mask}}$$ PL-DC Eq. (dual)
 
 * `adaptive`, PL-DC at AAAI: thresholds for each class k that follow the teacher, so
-  that a class in which the teacher is never sure is not lost altogether.
+  that a class on which the teacher is never confident is not lost altogether.
 
 $$c \ge T^{\mathrm{class}}_k \;\wedge\; m \ge T^{\mathrm{mask}}_k$$ PL-DC Eq. (adaptive)
 
@@ -40,8 +41,9 @@ PL-DC Eq. (init)
 
 $$T_k \leftarrow a T_k + (1 - a) \, \bar q_k$$ PL-DC Eq. (adapt)
 
-With one class alone n / N is 1, so the start is T_max: a teacher that is not yet so
-sure keeps nothing at first (the run warns). Lower `--tau-max`, or take `--filter dual`.
+With a single class n / N is 1, so the thresholds start at T_max: a teacher that is less
+confident keeps nothing at first (the run warns). Lower `--tau-max`, or take
+`--filter dual`.
 
 Differences from the released code: it averages all of the 100 best predictions, most of
 them background, so the thresholds sink; each process has its own; a resumed run starts
@@ -50,10 +52,12 @@ processes, T stays within [T_min, T_max], and the thresholds are in the checkpoi
 
 All rules also ask for a mask of more than `min_area` pixels.
 
-What a missing pseudo-label teaches: in an image that has others, the object that was
-dropped is trained as background, as any place without an instance is. An image without
-any pseudo-label is left out of the step, so it teaches nothing
-(`train.unlabeled_pass`).
+What a missing pseudo-label teaches depends on the image. If the image has others, the
+dropped object is trained as background, at full weight: to Mask R-CNN, an anchor or
+proposal that matches no instance *is* background. If the image has none, it is left out
+of the step and teaches nothing (`train.unlabeled_pass`); otherwise an unsure teacher
+would teach that the world is empty. The papers' models differ here: they teach "no
+object" at a tenth of the weight (`docs/differences.md`).
 
 Chain: 6 of 16. Read next: `ssis/sam.py`, which redraws the masks of what is kept.
 """
@@ -84,9 +88,10 @@ class Thresholds(nn.Module):
         """Set all to their first values.
 
         Args:
-            frequency: (C,) share n_k / N of each class among the labeled instances.
+            frequency: (C,) in [0, 1], the fraction n_k / N of each class among the
+                labeled instances.
         """
-        # PL-DC Eq. (init)
+        # PL-DC Eq. (init). The same for both rows, class quality and mask quality.
         first = self.lowest + (self.highest - self.lowest) * frequency.float()
         self.values.copy_(first.expand_as(self.values))
 
@@ -100,8 +105,8 @@ class Thresholds(nn.Module):
         classes = self.values.shape[1]
         sums = self.values.new_zeros(3, classes)
         for image in predictions:
-            # Candidates: what could pass at the lowest threshold. Without this limit
-            # the many detections of low confidence would pull every threshold down.
+            # Candidates: what could pass at T_min. Without this limit the many
+            # detections of low confidence would pull every threshold down.
             candidates = image[image.class_quality >= self.lowest]
             qualities = torch.stack([candidates.class_quality, candidates.mask_quality])
             ones = torch.ones_like(qualities[:1])
@@ -110,8 +115,9 @@ class Thresholds(nn.Module):
             # twice only once; `index_add_` adds every column.
             columns = torch.cat([qualities, ones]).float()  # (3, N)
             sums.index_add_(1, candidates.labels - 1, columns)
+        # The mean over all processes: sums and counts are added up, never means.
         sums = distributed.all_sum(sums)
-        # A class that nobody saw in this step keeps its thresholds.
+        # A class without a candidate in this step keeps its thresholds.
         seen = sums[2] > 0
         means = sums[:2] / sums[2].clamp(min=1)
         # PL-DC Eq. (adapt)
@@ -121,7 +127,10 @@ class Thresholds(nn.Module):
 
 
 def lowest_score(rule: str, tau_class: float, tau_min: float) -> float:
-    """Class score under which a rule keeps nothing: the teacher need not paste it."""
+    """The class score below which a rule keeps nothing, in [0, 1].
+
+    Detections below it are dropped before their masks are pasted, which saves memory.
+    """
     return tau_min if rule == "adaptive" else tau_class
 
 
@@ -157,7 +166,7 @@ def keep(
         # PL-DC Eq. (dual)
         good = (c >= tau_class) & (m >= tau_mask)
     elif rule == "adaptive":
-        # PL-DC Eq. (adaptive): the thresholds of each one's own class.
+        # PL-DC Eq. (adaptive): each instance against the thresholds of its own class.
         own_class, own_mask = thresholds.values[:, predictions.labels - 1]
         good = (c >= own_class) & (m >= own_mask)
     else:

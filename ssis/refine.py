@@ -1,42 +1,46 @@
 r"""S4M: pseudo-label refinement (PR) by prompting SAM.
 
-A teacher of few labels finds an object better than it outlines it. SAM outlines
+A teacher trained on few labels finds objects better than it outlines them. SAM outlines
 anything that it is pointed at. So SAM draws the mask again, and the teacher's class and
-score stay (S4M, section on pseudo-label refinement):
+class quality stay (S4M, section on pseudo-label refinement):
 
 1. *Points.* K = 3 pixels of each instance are drawn, without replacement, with
    probability
 
 $$P(x) \propto p(x) \; \text{inside} \; \{p > 0.5\}$$ S4M Eq. (PR sampling)
 
-   p being the teacher's mask probability: where it is surest, the object surely is. The
-   released code draws from a softmax over the logits of the whole map instead, which is
-   proportional to p / (1 - p): almost all points then lie where p is nearly 1.
+   with p the teacher's mask probability: points lie where the teacher is most confident
+   that the object is. The released code draws from a softmax over the logits of the
+   whole map instead, which is proportional to p / (1 - p): then almost all points lie
+   where p is nearly 1.
 
 2. *Candidates.* SAM is prompted with these points, all positive, and answers with three
-   masks (a point may mean a part or a whole), each with its *predicted IoU*.
+   masks, since a point may mean a part or a whole. For each it predicts its IoU with the
+   object that is meant: the *predicted IoU*.
 
 3. *Choice.* The paper takes the candidate k with the highest predicted IoU,
 
 $$k^* = \mathrm{argmax}_k \; \widehat{\mathrm{IoU}}_k$$ S4M Eq. (PR choice)
 
-   The alternative, instance-level matching, takes the one that agrees best with the
-   teacher's mask: SAM knows edges, but only the teacher knows which of part, object and
-   group is meant.
+   The alternative, instance-level matching, takes the candidate that agrees best with
+   the teacher's mask: SAM knows edges, but only the teacher knows whether a part, an
+   object or a group is meant.
 
 4. *Gate.* The candidate is taken only if its IoU with the teacher's mask reaches
-   `refine_gate`; otherwise the teacher's mask stays. 0 is the paper, which has no gate
-   and loses to its own baseline where the teacher is good already (COCO 10 %).
+   `refine_gate`; otherwise the teacher's mask stays. With a gate of 0 it is the paper's
+   method, which has no gate, and which loses to its own baseline where the teacher is
+   already good (COCO 10 %).
 
-5. *Calibration.* How far two so different observers agree says how good the mask is:
+5. *Calibration.* Two models as different as SAM and the teacher seldom make the same
+   mistake, so their agreement says how good the mask is:
 
 $$m' = m \cdot \mathrm{IoU}(M_{SAM}, M_T)$$ S4M Eq. (calibration)
 
-   and the mask loss of the instance is weighted by m'. The paper's summary speaks of
+   The mask loss of the instance is then weighted by m'. The paper's summary mentions
    confidence calibration; the formula is this project's.
 
-SAM works in the original frame, on the one embedding of the image; the points travel
-there and the masks travel back (`augment.Geometry`).
+SAM works in the original frame, on the one embedding of the image. The points are
+mapped to that frame, and the masks back to the view (`augment.Geometry`).
 
 Chain: 8 of 16. Read next: `ssis/correction.py`, which doubts the classes.
 """
@@ -64,6 +68,9 @@ def sample_points(
 
     Returns:
         (N, K, 2) float32, x and y in the view; the first pixel's center is 0.5.
+
+    Raises:
+        ValueError: an unknown rule.
     """
     if rule == "paper":
         # S4M Eq. (PR sampling)
@@ -73,18 +80,19 @@ def sample_points(
         weights = mask_probs / (1 - mask_probs).clamp(min=1e-6)
     else:
         raise ValueError(f"no sampling rule {rule!r}: paper or code")
-    # One distribution over all pixels for each instance; multinomial scales it itself.
+    # One distribution over all pixels for each instance; `multinomial` scales each to a
+    # sum of 1, and draws without replacement.
     weights = weights.flatten(1)  # (N, H * W)
     if not len(weights):
         return torch.zeros(0, count, 2, device=weights.device)
-    # A tiny probability for every pixel, so that K can be drawn even if the mask has
-    # fewer pixels. A pixel of probability 0 that was drawn in this way is replaced by
-    # the first draw, or, if that one is of probability 0 too, by the likeliest pixel.
+    # A mask may have fewer than K pixels, and `multinomial` cannot draw three of two. So
+    # every pixel gets a tiny probability. If a pixel outside of the mask is drawn, the
+    # first draw takes its place, or the likeliest pixel if that is outside as well.
     index = torch.multinomial(weights + 1e-12, count, generator=generator)  # (N, K)
     empty = weights.gather(1, index) == 0
     best = weights.argmax(dim=1, keepdim=True)
     index = torch.where(empty, torch.where(empty[:, :1], best, index[:, :1]), index)
-    # Pixel number to the center of the pixel, x before y as SAM wants it.
+    # From the number of a pixel to its center, x before y as SAM wants it.
     width = mask_probs.shape[2]
     return torch.stack([index % width, index // width], dim=2).float() + 0.5
 
@@ -102,12 +110,15 @@ def choose(
 
     Returns:
         logits (N, H, W) of the chosen one, and its IoU with the teacher's mask (N,).
+
+    Raises:
+        ValueError: an unknown rule.
     """
+    if rule not in ("iou", "agreement"):
+        raise ValueError(f"no rule of choice {rule!r}: iou or agreement")
     # A logit above 0 is a probability above one half.
     agreement = data.mask_iou(logits > 0, masks[:, None])  # (N, 3)
     # S4M Eq. (PR choice), or this project's instance-level matching.
-    if rule not in ("iou", "agreement"):
-        raise ValueError(f"no rule of choice {rule!r}: iou or agreement")
     best = (predicted_iou if rule == "iou" else agreement).argmax(dim=1)
     rows = torch.arange(len(best), device=best.device)
     return logits[rows, best], agreement[rows, best]
@@ -125,21 +136,21 @@ def refine(
     calibrate: bool,
     min_area: int,
 ) -> PseudoLabels:
-    """Pseudo-labels whose masks SAM has redrawn; classes and order stay.
+    """Pseudo-labels with masks redrawn by SAM; classes and order stay.
 
     Args:
         pseudo: of one image, in its weak view.
-        embeddings: SAM's, of the dataset that the image is of.
-        item: the image's, of `data.Stream`: `index`, `geometry`, and the `seed` from
-            which the points follow.
+        embeddings: SAM's, of the image's dataset.
+        item: the image's item of `data.Stream`: `index`, `geometry`, and `seed`, which
+            decides the points.
         rule, sampling: of `choose` and of `sample_points`.
         points: K, prompts of each instance.
         gate, calibrate, min_area: of `apply_gate`.
     """
     if not len(pseudo):
         return pseudo
-    # The points follow from the seed of the view alone: the same in a resumed run, and
-    # whatever other images are in the batch.
+    # The points depend on the seed of the view alone. So they are the same in a resumed
+    # run, and whatever other images are in the batch.
     sam, geometry, device = embeddings.sam, item["geometry"], pseudo.masks.device
     embedding = embeddings[item["index"]]
     generator = torch.Generator(device).manual_seed(item["seed"])
@@ -149,8 +160,8 @@ def refine(
         pseudo.mask_probs.split(CHUNK), pseudo.masks.split(CHUNK), strict=True
     ):
         prompts = geometry.to_original(sample_points(soft, points, sampling, generator))
-        # Candidates come back in the size of the view, so that they can be compared
-        # with the teacher's mask; mirrored where the view is.
+        # Candidates have the size of the view, to be compared with the teacher's masks;
+        # `to_view` mirrors them if the view is mirrored.
         answer = sam.candidates(embedding, prompts, geometry.original, geometry.view)
         parts.append(choose(geometry.to_view(answer[0]), answer[1], masks, rule))
     logits, agreement = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -176,17 +187,17 @@ def apply_gate(
         min_area: pixels; SAM's mask needs more.
     """
     redrawn = logits.sigmoid()
-    # The gate; and a few pixels are no mask, whatever the gate (see `filters.keep`).
+    # The gate. And a mask of a few pixels is not taken, as in `filters.keep`.
     enough = (redrawn > 0.5).flatten(1).sum(dim=1) > min_area
     taken = (agreement >= gate) & enough
-    # Mask, quality and box change together or not at all: a box that is not its mask's
-    # would teach the student two different objects.
+    # Mask, quality and box change together or not at all: a box that does not fit its
+    # mask would teach the student two different objects.
     soft = torch.where(taken[:, None, None], redrawn, pseudo.mask_probs)
     masks = soft > 0.5
     quality = torch.where(taken, mask_quality(soft), pseudo.mask_quality)
     if calibrate:
-        # S4M Eq. (calibration): of all, also of those that kept the teacher's mask.
-        # That SAM sees something else there is a reason for doubt as well.
+        # S4M Eq. (calibration): for all instances. Where the teacher's mask was kept,
+        # SAM saw something else, which is a reason for doubt too.
         quality = pseudo.mask_quality * agreement
     boxes = torch.where(taken[:, None], data.boxes_of(masks), pseudo.boxes)
     return dataclasses.replace(

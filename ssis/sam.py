@@ -1,27 +1,34 @@
 r"""Segment Anything: official checkpoints, the tiny built-in one, the embedding cache.
 
 SAM (Kirillov et al., arXiv 2304.02643) turns a point into a mask: it knows where things
-end, and not what they are. It comes in two halves of very different cost. The *image
-encoder* sees the image once and takes seconds on a CPU (a tenth of a second on a large
-GPU); the *prompt encoder* and *mask decoder* take a small part of that. Hence the rule
-of this file:
+end, but not what they are. It has three parts:
+
+    image encoder      the image into an embedding of 64 x 64 cells; seconds on a CPU, a
+                       tenth of a second on a large GPU
+    prompt encoder     points into tokens; next to nothing
+    mask decoder       embedding and tokens into three masks; milliseconds
+
+Only the first one is slow, and it sees no prompt. Hence the rule of this file:
 
 *One encoding per image.* SAM always sees the original image, never a view of it. So
-there is one embedding per image, which `Embeddings` keeps: in memory, then on disk. On
-disk (`--sam-cache`) it is there for all processes and all runs; in memory each process
-has its own, of the images that came to it.
-It is rounded to 16 bits in either place, and also where there is no room and it is
-computed anew each time, so what is trained does not depend on the cache.
+there is one embedding per image, which `Embeddings` keeps, in memory and on disk. The
+cache on disk (`--sam-cache`) serves all processes and all runs; in memory each process
+keeps those of the images that came to it. An embedding is rounded to 16 bits, even if
+it is kept nowhere and computed again each time, so the cache does not change what is
+trained.
 
-*Frames.* Prompts are given in the original frame, continuous coordinates: the center
+*Frames.* Prompts are given in the original frame, in continuous coordinates: the center
 of the first pixel is 0.5. SAM's own frame is a square of `side` pixels (1024; the tiny
-one 96) into which the image is resized by its long side, and padded below and to the
-right.
+one 96). The image is resized to it by its long side, and padded below or to the right.
 
-The models (`--sam`): `vit_b`, `vit_l`, `vit_h`, from Meta's files (`CHECKPOINTS`), by
+*What the method takes from SAM.* Refinement (`ssis/refine.py`) uses the masks
+(`candidates`). Structural distillation (`ssis/sam_distill.py`) uses the image features
+inside of the mask decoder (`features`).
+
+The models (`--sam`): `vit_b`, `vit_l`, `vit_h`, from Meta's files, by
 `segment_anything` itself; and `tiny`, which belongs to the built-in dataset
-(`ssis/tools/train_tiny_sam.py`) and comes with the project. S4M's released code has SAM
-2.
+(`ssis/tools/train_tiny_sam.py`) and comes with the project. Their files are read in
+`ssis/io/sam_weights.py`. S4M's released code has SAM 2.
 
     python -m ssis sam --out FILE        trains another tiny one (--help says more)
 
@@ -29,25 +36,18 @@ Chain: 7 of 16. Read next: `ssis/refine.py`, the first of its two uses.
 """
 
 import hashlib
-import io
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from segment_anything import sam_model_registry
-from segment_anything.modeling import (
-    ImageEncoderViT,
-    MaskDecoder,
-    PromptEncoder,
-    Sam,
-    TwoWayTransformer,
-)
 from segment_anything.utils.transforms import ResizeLongestSide
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssis import UserError
+from ssis.io.checkpoint import check_fits
 from ssis.io.embedding_file import read_entry, write_entry
+from ssis.io.sam_weights import build_tiny, find, read
 
 # Prompts decoded together: 16 at 64 x 64 x 256 are 64 MB a tensor.
 CHUNK = 16
@@ -74,22 +74,19 @@ class SegmentAnything:
     """
 
     def __init__(self, kind: str, checkpoint: str, device):
-        path, state = weights(kind, checkpoint)
+        path = find(kind, checkpoint)
+        state = read(kind, path)
+        # The tiny one says in its file how large it is; the official ones have names.
         self.net = (
             build_tiny(state["side"], state["patch"])
             if kind == "tiny"
             else sam_model_registry[kind]()
         )
-        own, given = self.net.state_dict(), state["model"]
-        misfit = sorted(own.keys() ^ given.keys()) or [
-            name for name in own if own[name].shape != given[name].shape
-        ]
-        if misfit:
-            raise UserError(
-                f"--sam-checkpoint {path}: not of --sam {kind}: {misfit[0]!r} does "
-                "not fit"
-            )
-        self.net.load_state_dict(given)
+        # vit_b's weights in vit_l would be a wall of missing keys; one line says it.
+        message = f"--sam-checkpoint {path}: not of --sam {kind}"
+        check_fits(self.net.state_dict(), state["model"], message)
+        self.net.load_state_dict(state["model"])
+        # Frozen: S4M asks SAM, and never trains it.
         self.net.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.side = self.net.image_encoder.img_size
@@ -111,7 +108,9 @@ class SegmentAnything:
             image.permute(1, 2, 0).numpy()
         )
         pixels = torch.as_tensor(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+        # Normalized, and padded with 0 to the square.
         frame = self.net.preprocess(pixels.to(self.device).float())
+        # 16 bits and the CPU: half the size, and no GPU memory for thousands of images.
         return self.net.image_encoder(frame[None])[0].half().cpu()
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -119,16 +118,22 @@ class SegmentAnything:
         return ResizeLongestSide.get_preprocess_shape(*size, self.side)
 
     def prompt(self, points: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """What the prompt encoder makes of points: sparse (N, K + 1, D), dense maps.
+        """What the prompt encoder makes of points.
 
         Args:
             points: (N, K, 2) float, x and y in the original frame; all on the object.
             size: of the original, height and width.
+
+        Returns:
+            sparse (N, K + 1, D): a token for each point, and one that says "no box".
+            dense (N, D, cells, cells): what is added to the image, here "no mask".
         """
+        # The two sides are scaled separately: each is rounded to whole pixels.
         height, width = self.resized(size)
         scale = torch.tensor([width / size[1], height / size[0]], device=points.device)
         # The prompt encoder counts from pixel centers and adds the half pixel itself.
         coordinates = (points * scale - 0.5).to(self.device)
+        # Label 1 is a point on the object, 0 would be one beside it. S4M has only ones.
         positive = torch.ones(points.shape[:2], dtype=torch.int64, device=self.device)
         return self.net.prompt_encoder((coordinates, positive), None, None)
 
@@ -153,6 +158,9 @@ class SegmentAnything:
             logits (N, 3, H, W) float32, above 0 on the object; predicted IoU (N, 3).
         """
         sparse, dense = self.prompt(points, size)
+        # One embedding for all N prompts: the decoder repeats it, not the encoder.
+        # `multimask_output`: three masks, since a point on a wheel may mean the wheel,
+        # the car or the row of cars.
         low, iou = self.net.mask_decoder(
             embedding.to(self.device).float()[None],
             self.net.prompt_encoder.get_dense_pe(),
@@ -160,6 +168,8 @@ class SegmentAnything:
             dense,
             multimask_output=True,
         )
+        # The decoder's masks have a quarter of the frame's side. Enlarged to the frame,
+        # cut to the image (the rest is padding), resized to `out`.
         return self.net.postprocess_masks(low, self.resized(size), out), iou
 
     @torch.no_grad()
@@ -179,22 +189,28 @@ class SegmentAnything:
         Returns:
             (Q, cells * cells, D) float32.
         """
-        # The core of structural distillation. `MaskDecoder.forward` gives masks alone,
-        # so its first half is spelled out here, up to the transformer.
+        # The core of structural distillation. `MaskDecoder.forward` returns masks only,
+        # so its first half, up to the transformer, is written out here.
         sparse, dense = self.prompt(points[:, None], size)
         decoder = self.net.mask_decoder
-        # The tokens: SAM's learned ones, which ask for the predicted IoU and for each
-        # of
-        # the masks, and then those of the prompt: its point, and "no box".
+        # The tokens of one prompt, in the order that the weights were trained with:
+        #   1 learned token, from which SAM predicts the IoUs of its masks;
+        #   4 learned tokens, one for each mask that it can give: one for a prompt that
+        #     is clear, three for one that is not;
+        #   2 from the prompt encoder: where the point is, and "no box".
+        # The first five are the same for every prompt; the point is what differs.
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([own.expand(len(points), -1, -1), sparse], dim=1)
-        # The image's side: the embedding, plus the prompt's dense part ("no mask
-        # given").
+        # The image's side: the embedding plus the dense part of the prompt, a learned
+        # vector that says "no mask was given"; and where each cell is.
         image = embedding.to(self.device).float()[None] + dense
-        place = self.net.prompt_encoder.get_dense_pe().expand(len(points), -1, -1, -1)
-        # Two-way: tokens attend to the image, and the image to the tokens. The first
-        # output is the tokens, from which masks would be made; the second is the image.
-        return decoder.transformer(image, place, tokens)[1]
+        position = self.net.prompt_encoder.get_dense_pe()
+        position = position.expand(len(points), -1, -1, -1)
+        # Two-way: the tokens attend to the image, and the image to the tokens. So the
+        # transformer has two outputs: first the tokens, from which the masks and IoUs
+        # would be made, then the image. The second one is S4M's feature: in it, the
+        # cells know which object was meant.
+        return decoder.transformer(image, position, tokens)[1]
 
 
 class Embeddings:
@@ -206,13 +222,16 @@ class Embeddings:
 
     Args:
         sam: `SegmentAnything`.
-        dataset: `data.Dataset`.
+        dataset: `datasets.dataset.Dataset`.
         cache: folder for the embeddings; empty: none are kept on disk.
         cache_gb, memory_gb: limits of the folder and of the memory, 10^9 bytes.
-        world_size: number of processes, which share the limits equally.
+        world_size: number of processes; each may use its part of the limits.
 
     Attributes:
         encoded: how many images were encoded so far.
+
+    Raises:
+        UserError: the folder cannot be used.
     """
 
     def __init__(
@@ -227,10 +246,12 @@ class Embeddings:
         self.sam, self.dataset = sam, dataset
         self.memory: dict[int, Tensor] = {}
         self.folder = Path(cache) if cache else None
+        # Processes do not tell each other what they keep, so each has a part.
         self.room_in_memory = memory_gb * 1e9 / world_size
         self.room_on_disk = cache_gb * 1e9 / world_size
         self.encoded = 0
         if self.folder:
+            # What earlier runs have left in the folder counts towards its limit.
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 used = sum(f.stat().st_size for f in self.folder.glob("*.sam"))
@@ -252,28 +273,30 @@ class Embeddings:
     def takes(self, size: int) -> bool:
         """Whether there is room in memory for so many bytes, which are then taken.
 
-        No entry ever makes room for another: images come in random order, so the next
-        one needed is any, and throwing out only costs.
+        No entry ever makes room for another: images come in random order, so any other
+        one may be needed next, and replacing entries would only cost time.
         """
         fits = size <= self.room_in_memory
         self.room_in_memory -= size if fits else 0
         return fits
 
     def load(self, index: int) -> Tensor:
-        """From disk, or else from the encoder."""
+        """The embedding from disk, or else from the encoder."""
         path = self.entry(index)
         embedding = read_entry(path, self.sam.cells) if path else None
         if embedding is None:
             embedding = self.sam.encode(self.dataset.image(index))
             self.encoded += 1
+            # Where the folder is full, nothing is written and 0 bytes are taken.
             if path:
                 self.room_on_disk -= write_entry(path, embedding, self.room_on_disk)
         return embedding
 
     def entry(self, index: int) -> Path | None:
-        """The file of an entry, there or not."""
+        """The file of an entry, there or not; None without a cache on disk."""
         if self.folder is None:
             return None
+        # Both contents go into the name, so no entry is ever out of date.
         name = hashlib.blake2b(self.sam.fingerprint.encode(), digest_size=16)
         name.update(Path(self.dataset.path(index)).read_bytes())
         return self.folder / f"{name.hexdigest()}.sam"

@@ -223,7 +223,7 @@ class Words:
         if lost := re.search(r"\$[^$]{0,40}", re.sub(r"<code>.*?</code>", "", made, flags=re.S)):
             raise Mistake(f"{self.where}: a formula without its end: {lost.group()!r}")
         made = re.sub(r"<p>(\ue000\d+\ue001)</p>", r"\1", made)
-        made = re.sub(r"<code>(ssis/\w+\.py|train\.py|evaluate\.py)</code>", linked, made)
+        made = re.sub(r"<code>(ssis/(?:\w+/)?\w+\.py|train\.py|evaluate\.py)</code>", linked, made)
         # Twice: what was kept may stand in what was kept.
         for _ in range(2):
             made = re.sub("\ue000(\\d+)\ue001", lambda m: self.kept[int(m[1])], made)

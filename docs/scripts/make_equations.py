@@ -31,7 +31,7 @@ for; they are not the papers' numbers.
 
 
 def files() -> list[Path]:
-    """train.py first, then the concepts."""
+    """train.py first, then the method's files."""
     return [ROOT / "train.py", *sorted((ROOT / "ssis").glob("*.py"))]
 
 

@@ -153,12 +153,18 @@ def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
     Raises:
         UserError: they belong to another model; names the first misfit.
     """
-    own = model.state_dict()
-    misfit = sorted(own.keys() ^ weights.keys()) or [
-        name for name in own if own[name].shape != weights[name].shape
+    check_fits(model.state_dict(), weights, f"{path}: checkpoint of another model")
+    model.load_state_dict(weights)
+
+
+def check_fits(own: dict, given: dict, message: str) -> None:
+    """Whether two state dicts have the same names and shapes.
+
+    Raises:
+        UserError: they have not; `message`, and the first name that does not fit.
+    """
+    misfit = sorted(own.keys() ^ given.keys()) or [
+        name for name in own if own[name].shape != given[name].shape
     ]
     if misfit:
-        raise UserError(
-            f"{path}: checkpoint of another model: {misfit[0]!r} does not fit"
-        )
-    model.load_state_dict(weights)
+        raise UserError(f"{message}: {misfit[0]!r} does not fit")

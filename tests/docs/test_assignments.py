@@ -81,7 +81,7 @@ def test_every_listed_test_exists_and_nothing_is_marked_elsewhere():
             path, name = test.split("::")
             text = (ROOT / path).read_text("utf-8")
             assert task_list.find(text, name), f"tasks.toml, {task.id}: {test} does not exist"
-    for path in (*ROOT.glob("ssis/*.py"), *ROOT.glob("tests/test_*.py")):
+    for path in (*ROOT.glob("ssis/**/*.py"), *ROOT.glob("tests/*/test_*.py")):
         assert "mark.task" not in path.read_text("utf-8").replace('"mark.task" not', "")
 
 

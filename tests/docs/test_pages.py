@@ -15,7 +15,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "docs" / "scripts"))
 import annotate
-import make_architecture
+import make_dataflow
 import make_equations
 
 from ssis import config
@@ -65,7 +65,8 @@ def read(path) -> Reader:
 
 def test_every_file_is_a_page_and_every_link_leads_somewhere(pages):
     found = {path.name: read(path) for path in pages.glob("*.html")}
-    assert len(found) == len(list(ROOT.glob("ssis/*.py"))) - 1 + 2 + 1  # no __init__; an index
+    files = [path for path in ROOT.glob("ssis/**/*.py") if not path.name.startswith("__")]
+    assert len(found) == len(files) + 2 + 1  # train, evaluate; an index
     for name, reader in found.items():
         for link in reader.links:
             target, _, place = link.partition("#")
@@ -152,15 +153,16 @@ def test_the_page_of_equations_is_generated_and_each_is_computed_somewhere():
         assert entry["uses"], f"{name} is computed nowhere"
 
 
-def test_the_picture_of_the_modules_is_drawn_from_the_imports():
-    done = subprocess.run(
-        [sys.executable, "docs/scripts/make_architecture.py", "--check"], cwd=ROOT
-    )
-    assert done.returncode == 0, "run python docs/scripts/make_architecture.py"
-    drawn = make_architecture.imports()
-    assert "filters" in drawn["train"] and "teacher" in drawn["filters"]
-    # Concepts do not import the loop.
-    assert not [name for name, used in drawn.items() if "train" in used]
+def test_the_data_flow_figure_names_files_functions_and_equations_that_exist():
+    done = subprocess.run([sys.executable, "docs/scripts/make_dataflow.py", "--check"], cwd=ROOT)
+    assert done.returncode == 0, "run python docs/scripts/make_dataflow.py"
+    known = make_equations.collect()
+    for box in make_dataflow.BOXES:
+        tree = annotate.ast.parse((ROOT / box.file).read_text(encoding="utf-8"))
+        assert box.function in annotate.starts(tree).values(), box
+        assert not box.equation or box.equation in known, box
+    names = {box.name for box in make_dataflow.BOXES}
+    assert all({start, end} <= names for start, end, _ in make_dataflow.ARROWS)
 
 
 PAPERS = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")

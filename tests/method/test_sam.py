@@ -12,6 +12,7 @@ from ssis.engine.build import build
 from ssis.engine.guard import Guard
 from ssis import UserError, config, data, distributed, refine, sam
 from ssis.datasets import coco_json, shapes
+from ssis.io import sam_weights
 from ssis.tools import train_tiny_sam
 
 fast = pytest.mark.fast
@@ -185,7 +186,7 @@ def measured(tiny, images: int, count: int) -> float:
 @fast
 def test_the_shipped_tiny_sam_knows_shapes_it_has_never_seen(tiny):
     """The README has the measured values, over more images (python docs/bench/bench_sam.py iou)."""
-    assert sam.TINY.stat().st_size < 5_000_000
+    assert sam_weights.TINY.stat().st_size < 5_000_000
     one, three = measured(tiny, 40, 1), measured(tiny, 40, 3)
     assert three > 0.87 and one > 0.85
 
@@ -205,10 +206,10 @@ def test_scenes_of_the_tiny_sam_have_disjoint_masks():
 @fast
 def test_a_tiny_sam_goes_on_in_another_frame():
     """All weights are taken over; positions are spread over the new cells."""
-    shipped = torch.load(sam.TINY, weights_only=True)["model"]
+    shipped = torch.load(sam_weights.TINY, weights_only=True)["model"]
     same, larger = sam.build_tiny(96, 6), sam.build_tiny(192, 6)
-    train_tiny_sam.start_from(same, sam.TINY)
-    train_tiny_sam.start_from(larger, sam.TINY)
+    train_tiny_sam.start_from(same, sam_weights.TINY)
+    train_tiny_sam.start_from(larger, sam_weights.TINY)
     place = "image_encoder.pos_embed"
     for name, value in shipped.items():
         torch.testing.assert_close(same.state_dict()[name], value.float())
@@ -221,9 +222,9 @@ def test_a_tiny_sam_goes_on_in_another_frame():
     old = shipped[place].float()
     assert (means - old).abs().mean() < 0.3 * old.abs().mean()
     with pytest.raises(UserError, match="add --patch 6"):
-        train_tiny_sam.start_from(sam.build_tiny(96, 8), sam.TINY)
+        train_tiny_sam.start_from(sam.build_tiny(96, 8), sam_weights.TINY)
     with pytest.raises(UserError, match="not a tiny SAM"):
-        train_tiny_sam.start_from(same, sam.TINY.with_name("sam.py"))
+        train_tiny_sam.start_from(same, sam_weights.TINY.with_name("sam.py"))
 
 
 def test_training_the_tiny_sam_lowers_its_loss(tmp_path):
@@ -234,7 +235,7 @@ def test_training_the_tiny_sam_lowers_its_loss(tmp_path):
     path = tmp_path / "tiny.pt"
     done = subprocess.run(
         [sys.executable, "-m", "ssis", "sam", "--out", str(path), "--minutes", "0.05"],
-        cwd=sam.TINY.parent.parent,
+        cwd=sam_weights.TINY.parent.parent,
         capture_output=True,
         text=True,
     )

@@ -18,7 +18,8 @@ class. Here the prompts are made of the dataset's class names, or come from a JS
 {"class name": ["a prompt", "another", ...], ...}.
 
 CLIP stays frozen. It learns nothing in a run, so it has no memory and is in no
-checkpoint: of the interface `correction.CategoryClassifier` it overrides the call alone.
+checkpoint: of the interface `correction.CategoryClassifier` it overrides the call
+alone.
 
 Difference from the released code: there, images go to CLIP without CLIP's own
 normalization. Here they are normalized with the mean and deviation that belong to the
@@ -69,8 +70,8 @@ def prompts_of(names: list[str], descriptions: str) -> list[list[str]]:
         raise UserError(
             f"--descriptions {descriptions}: cannot be read as JSON ({short(error)})"
         ) from error
-    # Every class needs a list of texts. Names in the file that are no class are ignored,
-    # so one file can serve several datasets.
+    # Every class needs a list of texts. Names in the file that are no class are
+    # ignored, so one file can serve several datasets.
     for name in names:
         prompts = given.get(name) if isinstance(given, dict) else None
         if not (prompts and isinstance(prompts, list)) or not all(

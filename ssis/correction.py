@@ -25,8 +25,8 @@ Two category classifiers (`--correction`):
 *prototypes.* A memory of the labeled instances: the teacher's features of up to 64
 instances of each class. A pseudo-label is compared with all of them; a class is as
 likely as its three nearest instances are near. Two things are compared: the feature map
-in the box, set to 0 outside of the mask, and the silhouette, which is the soft mask in a
-16 x 16 grid. So this classifier sees what the teacher's own cannot: where the object
+in the box, set to 0 outside of the mask, and the silhouette, which is the soft mask in
+a 16 x 16 grid. So this classifier sees what the teacher's own cannot: where the object
 ends, and what is only next to it. (Class means, pooled features and other views were
 measured too, and are no better than the teacher: docs/log.md.) During the run the
 oldest instances are replaced by newer ones, as the EMA teacher sees the labeled images.
@@ -245,7 +245,8 @@ class Prototypes(nn.Module, CategoryClassifier):
         # Buffers are saved in the checkpoint, so a resumed run remembers the same.
         length = channels * teacher_module.CELLS**2 + SILHOUETTE**2
         self.register_buffer("bank", torch.zeros(classes, size, length))
-        # How many instances of each class were ever put in; number k is in slot k mod K.
+        # How many instances of each class were ever put in; number k is in slot k mod
+        # K.
         self.register_buffer("seen", torch.zeros(classes, dtype=torch.int64))
 
     @staticmethod
@@ -290,8 +291,8 @@ class Prototypes(nn.Module, CategoryClassifier):
     @torch.no_grad()
     def learn(self, teacher: nn.Module, items: list[dict]) -> None:
         """Put labeled instances into the memory; see `CategoryClassifier.learn`."""
-        # In the ground-truth box, under the ground-truth mask: no mistake of the teacher
-        # gets into the memory.
+        # In the ground-truth box, under the ground-truth mask: no mistake of the
+        # teacher gets into the memory.
         device = self.bank.device
         views = [item["image"].to(device) for item in items]
         targets = [{k: v.to(device) for k, v in i["target"].items()} for i in items]

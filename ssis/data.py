@@ -126,8 +126,8 @@ class Stream(torch.utils.data.Dataset):
         index = int(self.indices[self._order[position]])
         target = self.dataset.target(index) if self.with_target else None
         # Epochs and items are both numbered 0, 1, 2, ...; with k itself, item 1 would
-        # have the seed of epoch 1's permutation. ~k is -1 - k, so items have -1, -2, ...
-        # and no view shares a seed with a permutation.
+        # have the seed of epoch 1's permutation. ~k is -1 - k, so items have -1, -2,
+        # ... and no view shares a seed with a permutation.
         seed = _mix(self.seed, ~k)
         image, target, geometry = augment.weak_view(
             self.dataset.image(index), target, self.size, seed

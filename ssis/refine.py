@@ -15,7 +15,8 @@ $$P(x) \propto p(x) \; \text{inside} \; \{p > 0.5\}$$ S4M Eq. (PR sampling)
    where p is nearly 1.
 
 2. *Candidates.* SAM is prompted with these points, all positive, and answers with three
-   masks, since a point may mean a part or a whole. For each it predicts its IoU with the
+   masks, since a point may mean a part or a whole. For each it predicts its IoU with
+   the
    object that is meant: the *predicted IoU*.
 
 3. *Choice.* The paper takes the candidate k with the highest predicted IoU,
@@ -85,9 +86,9 @@ def sample_points(
     weights = weights.flatten(1)  # (N, H * W)
     if not len(weights):
         return torch.zeros(0, count, 2, device=weights.device)
-    # A mask may have fewer than K pixels, and `multinomial` cannot draw three of two. So
-    # every pixel gets a tiny probability. If a pixel outside of the mask is drawn, the
-    # first draw takes its place, or the likeliest pixel if that is outside as well.
+    # A mask may have fewer than K pixels, and `multinomial` cannot draw three of two.
+    # So every pixel gets a tiny probability. If a pixel outside of the mask is drawn,
+    # the first draw takes its place, or the likeliest pixel if that is outside as well.
     index = torch.multinomial(weights + 1e-12, count, generator=generator)  # (N, K)
     empty = weights.gather(1, index) == 0
     best = weights.argmax(dim=1, keepdim=True)
@@ -143,8 +144,9 @@ def refine(
         embeddings: SAM's, of the image's dataset.
         item: the image's item of `data.Stream`: `index`, `geometry`, and `seed`, which
             decides the points.
-        rule, sampling: of `choose` and of `sample_points`.
+        rule: of `choose`.
         points: K, prompts of each instance.
+        sampling: of `sample_points`.
         gate, calibrate, min_area: of `apply_gate`.
     """
     if not len(pseudo):

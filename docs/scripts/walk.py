@@ -36,7 +36,6 @@ Cells are in the percent format: `# %% [markdown]` begins a text, `# %%` a piece
 
 # %%
 import copy
-import dataclasses
 import math
 import os
 import shlex
@@ -55,10 +54,13 @@ import train
 from ssis import augment, config, correction, data, filters, losses
 from ssis.engine import loader
 from ssis.report import audit
-from ssis import refine, teacher
-from ssis.datasets import split
-from ssis.engine.run import Run
+from ssis import refine
+from ssis.datasets import parts, split
+from ssis.engine.build import build
+from ssis.teacher import ema_update
+from ssis.engine.guard import Guard
 from ssis.engine import resume
+from ssis.datasets import parts
 
 # %% [markdown]
 # ## 1. The run
@@ -71,8 +73,8 @@ FLAGS = "--method full --seed 0 --pretrain-steps 900 --mutual-steps 600 --device
 FLAGS = shlex.split(FLAGS + " " + os.environ.get("WALK_FLAGS", ""))
 settings = config.parse([*FLAGS, "--output", str(pictures.OUT / "run")])
 
-parts = (settings.refine, settings.correction, settings.arp)
-if settings.filter != "adaptive" or "none" in parts or not settings.uncertainty:
+switches = (settings.refine, settings.correction, settings.arp)
+if settings.filter != "adaptive" or "none" in switches or not settings.uncertainty:
     raise SystemExit("the walk shows every part of --method full; switch none of them off")
 names = "filter tau_min tau_max correction uncertainty refine refine_points refine_gate arp"
 table("setting  value", [(name, getattr(settings, name)) for name in names.split()])
@@ -103,11 +105,11 @@ if not first_teacher:
 # ## 3. The burn-in begins
 #
 # What `train.train` does before its loop: data, split, streams, models. `restore` puts the first
-# teacher's weights, its optimizer and the random state back. Then `begin_burnin`:
+# teacher's weights, its optimizer and the random state back. Then, as at the end of pretraining:
 #
 # * teacher := student, frozen (GD);
-# * the memory of PL-DC's second classifier is filled with labeled instances, as the teacher sees
-#   them;
+# * the memory of PL-DC's category classifier is filled with labeled instances, as the teacher
+#   sees them;
 # * the adaptive thresholds start at the frequency of each class among the labeled instances,
 #
 # $$T_k^0 = T_{\mathrm{min}} + (T_{\mathrm{max}} - T_{\mathrm{min}}) \, \frac{n_k}{N}$$
@@ -119,25 +121,43 @@ parts.prepare(settings)
 train_set, _, _ = parts.open_parts(settings)
 settings.run_folder.mkdir(parents=True, exist_ok=True)
 labeled, unlabeled = split.split(train_set, settings, settings.run_folder / "labeled.json")
-streams = data.streams(train_set, labeled, unlabeled, settings)
+streams = data.make_streams(
+    train_set, labeled, unlabeled, settings.view_size, settings.seed, settings.oracle
+)
 
-run = Run(settings, train_set, start=(0, 1, torch.device("cpu")))
-state = resume.restore(run, train_set.names, Path(first_teacher), first_teacher=True)
-train.begin_burnin(run, streams.labeled, train_set.class_shares(labeled))
+device = torch.device("cpu")
+student, labeler, structure, optimizer, schedule, scaler = build(settings, train_set, 0, 1, device)
+teacher, thresholds, classifier, embeddings = labeler
+parts_of_run = dict(
+    student=student,
+    teacher=teacher,
+    thresholds=thresholds,
+    classifier=classifier,
+    sam=embeddings,
+    optimizer=optimizer,
+    schedule=schedule,
+    scaler=scaler,
+)
+state = resume.restore(Path(first_teacher), parts_of_run, settings, train_set.names, 0, True)
+# As in `train.train`.
+teacher.load_state_dict(student.state_dict())
+thresholds.start(train_set.class_shares(labeled))
+correction.fill(classifier, teacher, streams.labeled, 0, 1)
+t = state["step"]
 
 share = train_set.class_shares(labeled)  # (C,) n_k / N
 start = settings.tau_min + (settings.tau_max - settings.tau_min) * share
-assert torch.allclose(start.float(), run.thresholds.values[0])
+assert torch.allclose(start.float(), thresholds.values[0])
 
-print(f"step {run.schedule.last_epoch}: {len(labeled)} labeled, {len(unlabeled)} unlabeled images")
+print(f"step {t}: {len(labeled)} labeled, {len(unlabeled)} unlabeled images")
 table(
-    "class  share n_k / N  T_class  T_mask  remembered",
+    "class  fraction n_k / N  T_class  T_mask  remembered",
     list(
         zip(
             train_set.names,
             share.tolist(),
-            *run.thresholds.values.tolist(),
-            run.second.seen.clamp(max=settings.prototypes).tolist(),
+            *thresholds.values.tolist(),
+            classifier.seen.clamp(max=settings.prototypes).tolist(),
             strict=True,
         )
     ),
@@ -146,11 +166,11 @@ table(
 # %% [markdown]
 # ## 4. A batch, and the image to follow
 #
-# The stream gives unlabeled images without their truth. We look through the batches that would
-# come next in training, and compute the pseudo-labels of each (`train.pseudo_labels`, which the
-# step calls too) without training on them. We stop at the first image with all of this: at least
-# two pseudo-labels, a candidate that the filter drops, a class that is corrected, a mask that SAM
-# redraws, one whose redrawing the gate refuses, and a partner for copy-paste. So the image is
+# The stream gives unlabeled images without their ground truth. We look through the batches that
+# would come next in training, and compute the pseudo-labels of each (`train.pseudo_labels`, which
+# the step calls too) without training on them. We stop at the first image with all of this: at
+# least two pseudo-labels, a candidate that the filter drops, a class that is corrected, a mask that
+# SAM redraws, one whose redrawing the gate refuses, and a partner for copy-paste. So the image is
 # *chosen*, and does not say how often each of these things happens; the table does. The walk
 # then takes that batch as if it were the first one of the burn-in.
 
@@ -188,11 +208,13 @@ def events(stages: dict, i: int, pairs: list) -> dict[str, bool]:
     }
 
 
-batches = loader.batches(streams.unlabeled, settings.unlabeled_batch, run.schedule.last_epoch, run)
+t_max = settings.stage_ends[-1]
+batches = loader.batches(streams.unlabeled, settings.unlabeled_batch, t, t_max, 0, 1, 0)
 seen, best, chosen = [], -1, None
 for number in range(BATCHES):
     candidates = next(batches)
-    stages = train.pseudo_labels(run, [i["image"] for i in candidates], candidates, audit.PREDICTED)
+    weak = [i["image"] for i in candidates]
+    stages = train.pseudo_labels(labeler, weak, candidates, settings, t, audit.PREDICTED)
     pairs = paired(stages["final"], candidates[0]["seed"])
     for i in range(len(candidates)):
         seen.append(events(stages, i, pairs))
@@ -242,7 +264,8 @@ if geometry.view == geometry.original:
 # on; the step itself asks only for what could pass the filter.
 
 # %%
-stages = train.pseudo_labels(run, [i["image"] for i in batch], batch, audit.PREDICTED)
+weak_views = [i["image"] for i in batch]
+stages = train.pseudo_labels(labeler, weak_views, batch, settings, t, audit.PREDICTED)
 predicted = stages["predicted"][chosen]
 c, m = predicted.class_quality, predicted.mask_quality  # (N,), (N,)
 
@@ -290,7 +313,7 @@ pictures.show(
 # PL-DC Eq. (adaptive)
 
 # %%
-T_class, T_mask = run.thresholds.values[:, predicted.labels - 1]  # (N,), (N,)
+T_class, T_mask = thresholds.values[:, predicted.labels - 1]  # (N,), (N,)
 area = filters.area(predicted)
 passes = (c >= T_class) & (m >= T_mask) & (area > settings.min_area)
 # By hand and by the filter: the same instances.
@@ -315,8 +338,8 @@ table("#  class  c  T_class  m  T_mask  area  kept", rows)
 
 # %%
 for rule in ("score", "coupled", "dual", "adaptive"):
-    other = dataclasses.replace(settings, filter=rule)
-    good = [k for k in range(len(predicted)) if filters.keep(predicted[[k]], other, run.thresholds)]
+    limits = (rule, settings.tau_class, settings.tau_mask, settings.min_area, thresholds)
+    good = [k for k in range(len(predicted)) if filters.keep(predicted[[k]], *limits)]
     print(f"{rule:9}", *(f"#{k}" for k in good))
 k = ids[0]
 print(f"#{k}: c * m = {c[k]:.3f} * {m[k]:.3f} = {c[k] * m[k]:.3f}, tau_class {settings.tau_class}")
@@ -325,7 +348,7 @@ print(f"#{k}: c * m = {c[k]:.3f} * {m[k]:.3f} = {c[k] * m[k]:.3f}, tau_class {se
 # ## 8. SAM redraws the masks
 #
 # The teacher finds objects better than it outlines them; SAM outlines what it is pointed at. First
-# the points: K pixels of each mask, without replacement, with chance
+# the points: K pixels of each mask, without replacement, with probability
 #
 # $$P(x) \propto p(x) \; \text{inside} \; \{p > 0.5\}$$
 #
@@ -355,8 +378,8 @@ for k, (view, file) in enumerate(zip(places, prompts, strict=True)):
 table("#  points in the view (x, y)  in the original  p there", rows)
 
 # %% [markdown]
-# SAM answers each prompt with three masks (a point may mean a part or a whole), and with the IoU
-# that it expects of each. The paper takes the one of which SAM expects most,
+# SAM answers each prompt with three masks (a point may mean a part or a whole), and with a
+# predicted IoU for each. The paper takes the one with the highest predicted IoU,
 #
 # $$k^* = \mathrm{argmax}_k \; \widehat{\mathrm{IoU}}_k$$
 #
@@ -366,17 +389,17 @@ table("#  points in the view (x, y)  in the original  p there", rows)
 # *agreement*, passes the gate; otherwise the teacher's mask stays.
 
 # %%
-embedding = run.embeddings[item["index"]]
-logits, expected = run.embeddings.sam.candidates(
+embedding = embeddings[item["index"]]
+logits, predicted_iou = embeddings.sam.candidates(
     embedding, prompts, geometry.original, geometry.view
 )
 logits = geometry.to_view(logits)  # (N, 3, H, W), in the view again
-agreement = refine.overlap(logits > 0, part.masks[:, None])  # (N, 3)
+agreement = data.mask_iou(logits > 0, part.masks[:, None])  # (N, 3)
 # By hand: IoU of the first instance and SAM's first candidate.
 a, b = logits[0, 0] > 0, part.masks[0]
 assert agreement[0, 0] == (a & b).sum() / (a | b).sum().clamp(min=1)
 
-score = expected if settings.refine == "iou" else agreement
+score = predicted_iou if settings.refine == "iou" else agreement
 best = score.argmax(dim=1)  # (N,)
 which = torch.arange(len(best))
 redrawn = logits[which, best].sigmoid()  # (N, H, W)
@@ -388,11 +411,11 @@ soft = torch.where(taken[:, None, None], redrawn, part.mask_probs)
 assert torch.equal(refined.masks[: len(part)], soft > 0.5)
 
 rows = [
-    (f"#{ids[k]}", expected[k], agreement[k], best[k] + 1, taken[k].item())
+    (f"#{ids[k]}", predicted_iou[k], agreement[k], best[k] + 1, taken[k].item())
     + (part.mask_quality[k], refined.mask_quality[k])
     for k in range(len(part))
 ]
-table("#  SAM expects  agreement  best  taken  m before  m after", rows)
+table("#  predicted IoU  agreement  best  taken  m before  m after", rows)
 
 # %%
 count = min(len(part), pictures.INSTANCES)
@@ -413,17 +436,18 @@ pictures.show(figure, "2-sam", "For each instance: points, SAM's three candidate
 # %% [markdown]
 # *In this run* SAM gives the star its points and the cross its arms. The points of #3, whose mask
 # lies on two objects, all fall on the cross; so SAM draws the cross, which the teacher's mask
-# hardly agrees with, and the gate refuses. SAM expects an IoU of 0.86 of that very mask: it
+# hardly agrees with, and the gate refuses. SAM predicts an IoU of 0.86 for that very mask: it
 # outlines well, and does not know what was meant.
 #
 # ## 9. The classes are corrected
 #
-# After SAM, for a better silhouette is easier to name. The second classifier compares each instance
+# After SAM, for a better silhouette is easier to name. The category classifier compares each
+# instance
 # with the remembered labeled ones: the teacher's features inside the mask, and the silhouette.
 # The cosines of the three nearest of each class are averaged, and a softmax makes them a
-# distribution. Then both opinions are mixed:
+# distribution. Then its opinion and the teacher's are mixed:
 #
-# $$p = w(t) \, p_{\mathrm{second}} + (1 - w(t)) \, p_{\mathrm{teacher}}$$
+# $$p = w(t) \, p_{\mathrm{category}} + (1 - w(t)) \, p_{\mathrm{teacher}}$$
 #
 # PL-DC Eq. (DICC)
 #
@@ -433,7 +457,7 @@ pictures.show(figure, "2-sam", "For each instance: points, SAM's three candidate
 # PL-DC Eq. (w)
 
 # %%
-t, (_, t_burn, t_max) = run.schedule.last_epoch, settings.stage_ends
+_, t_burn, t_max = settings.stage_ends
 w = correction.weight(t, t_burn, t_max)
 rows = []
 for step in (t, t_burn, *(t_burn + (t_max - t_burn) * k // 4 for k in range(1, 5))):
@@ -444,8 +468,8 @@ for step in (t, t_burn, *(t_burn + (t_max - t_burn) * k // 4 for k in range(1, 5
 table("step t  w(t)", rows)
 
 # %%
-second = run.second(weak, refined)  # (N, C)
-mixed = w * second + (1 - w) * refined.distribution
+opinion = classifier(weak, refined)  # (N, C)
+mixed = w * opinion + (1 - w) * refined.distribution
 quality, index = mixed.max(dim=1)
 final = stages["corrected"][chosen]
 # By hand and by `correction.correct`: the same labels, the same class qualities.
@@ -453,7 +477,7 @@ assert torch.equal(final.labels, index + 1) and torch.allclose(final.class_quali
 
 rows = []
 for k, label in enumerate(refined.labels):
-    for who, P in dict(teacher=refined.distribution, second=second, mixed=mixed).items():
+    for who, P in {"teacher": refined.distribution, "category": opinion, "mixed": mixed}.items():
         says, was = train_set.names[P[k].argmax()], train_set.names[label - 1]
         note = f" (was {was})" if who == "mixed" and says != was else ""
         rows.append((f"#{ids[k]}", who, *P[k].tolist(), says + note))
@@ -465,7 +489,7 @@ figure, axes = pictures.sheet(count, 3, 0.5)
 for k, row in enumerate(axes):
     opinions = {
         f"#{ids[k]}: the teacher": refined.distribution[k],
-        "the second classifier": second[k],
+        "the category classifier": opinion[k],
         f"mixed, w = {w:.2f}": mixed[k],
     }
     for axis, (title, P) in zip(row, opinions.items(), strict=True):
@@ -473,25 +497,25 @@ for k, row in enumerate(axes):
 pictures.show(figure, "3-classes", "For each instance: class distributions of both, and mixed")
 
 # %% [markdown]
-# By hand for one of them, a corrected one if there is any; and below it what the second classifier
-# sees: its silhouette in a 16 x 16 grid, beside the nearest remembered instance of each class, with
-# the cosine of the whole description, features and silhouette.
+# By hand for one of them, a corrected one if there is any; and below it what the category
+# classifier sees: its silhouette in a 16 x 16 grid, beside the nearest remembered instance of each
+# class, with the cosine of the whole description, features and silhouette.
 
 # %%
 changed = torch.where(final.labels != refined.labels)[0].tolist()
 one = changed[0] if changed else 0
-query = run.second.describe(refined.features, refined.mask_probs, refined.feature_boxes)[one]
+query = classifier.describe(refined.features, refined.mask_probs, refined.feature_boxes)[one]
 nearest, means = [], []
 for k in range(len(train_set.names)):
-    memory = run.second.bank[k, : run.second.seen[k]]  # (remembered, 49 D + 256)
+    memory = classifier.bank[k, : classifier.seen[k]]  # (remembered, 49 D + 256)
     cosines, order = (memory @ query).sort(descending=True)
     means.append(cosines[: correction.NEAREST].mean())
     nearest.append((cosines[0].item(), memory[order[0]]))
 by_hand = (torch.stack(means) / correction.TEMPERATURE).softmax(dim=0)
-assert torch.allclose(by_hand, second[one], atol=1e-3)
+assert torch.allclose(by_hand, opinion[one], atol=1e-3)
 rows = list(zip(train_set.names, means, by_hand, strict=True))
 print(f"#{ids[one]}")
-table("class  mean of the 3 nearest  p_second", rows)
+table("class  mean of the 3 nearest  p_category", rows)
 
 # %%
 figure, [axes] = pictures.sheet(1, 1 + len(nearest))
@@ -501,10 +525,11 @@ for axis, name, (cosine, described) in zip(axes[1:], train_set.names, nearest, s
 pictures.show(figure, "4-silhouettes", "A silhouette beside the nearest remembered of each class")
 
 # %% [markdown]
-# *In this run* the second opinion is nearly all or nothing: its softmax has a temperature of
-# 0.005, so a cosine that is higher by 0.1 is everything. At w = 0.5 it therefore decides alone,
-# against a teacher that is sure of 0.997; as w falls, it will no longer. #0 and #1 get their right
-# names. #3 is a square whose mask is half of one, and half a square looks like a triangle.
+# *In this run* the category classifier's opinion is nearly all or nothing: its softmax has a
+# temperature of 0.005, so a cosine that is higher by 0.1 is everything. At w = 0.5 it therefore
+# decides alone, against a teacher that is sure of 0.997; as w falls, it will no longer. #0 and #1
+# get their right names. #3 is a square whose mask is half of one, and half a square looks like a
+# triangle.
 #
 # The label changed, the mask and the order did not. The corrected instance is not filtered again.
 #
@@ -575,7 +600,9 @@ pseudo = stages["final"]
 usable = [i for i, found in enumerate(pseudo) if len(found)]
 weaks = [batch[i]["image"] for i in usable]
 targets = [pseudo[i].target(settings.uncertainty, settings.refine_calibrate) for i in usable]
-pasted, pasted_targets = augment.arp(weaks, targets, settings, batch[0]["seed"])
+pasted, pasted_targets = augment.arp(
+    weaks, targets, settings.arp_min_area, settings.arp_jitter, batch[0]["seed"]
+)
 
 pairs = paired(pseudo, batch[0]["seed"])
 partner = next((b if a == chosen else a for a, b in pairs if chosen in (a, b)), None)
@@ -661,19 +688,19 @@ pictures.show(figure, "7-strong", "Weak view, strong view, and the strong view w
 
 # %%
 labeled_batch = next(
-    loader.batches(streams.labeled, settings.labeled_batch, run.schedule.last_epoch + place, run)
+    loader.batches(streams.labeled, settings.labeled_batch, t + place, t_max, 0, 1, 0)
 )
 truths = [part["target"] for part in labeled_batch]
 labeled_strong = augment.strong_views([part["image"] for part in labeled_batch], labeled_batch)
 
 with torch.random.fork_rng():
     # The two passes in the step's order: the second draws after the first.
-    trial = copy.deepcopy(run.net)
+    trial = copy.deepcopy(student)
     loss_u, counts_u, _ = trial(strong, pasted_targets)
     loss_s, counts_s, _ = trial(labeled_strong, truths)
 with torch.random.fork_rng():
     bare = [{k: v for k, v in t.items() if k != "mask_weights"} for t in pasted_targets]
-    loss_bare, _, _ = copy.deepcopy(run.net)(strong, bare)
+    loss_bare, _, _ = copy.deepcopy(student)(strong, bare)
 
 rows = []
 for name, column in losses.COUNT_OF.items():
@@ -704,18 +731,22 @@ pictures.show(figure, "8-labeled", "Strong views of labeled images, with their t
 #
 # ## 13. The step
 #
-# Now the real one: `train.step` does all of the above again, on the same batch, and then goes
+# Now the real one: `train.train_step` does all of the above again, on the same batch, and then goes
 # backward and takes one step of AdamW with clipped gradients. Its row of the loss table must show
 # the losses that were found by hand. One weight is followed: the middle of the first filter.
 
 # %%
 name, at = "backbone.body.conv1.weight", (0, 0, 3, 3)
-weight = dict(run.net.named_parameters())[name]
-group = next(g for g in run.optimizer.param_groups if any(p is weight for p in g["params"]))
-before, lr, thresholds = weight[at].item(), group["lr"], run.thresholds.values.clone()
-old_teacher = {key: value.clone() for key, value in run.teacher.state_dict().items()}
+weight = dict(student.named_parameters())[name]
+group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
+before, lr, old_thresholds = weight[at].item(), group["lr"], thresholds.values.clone()
+old_teacher = {key: value.clone() for key, value in teacher.state_dict().items()}
 
-row = train.step(run, labeled_batch, batch)
+guard = Guard(student, train_set.files, settings.run_folder, False, 0)
+row, _ = train.train_step(
+    student, labeler, labeled_batch, batch, t, settings,
+    structure, optimizer, schedule, scaler, guard,
+)  # fmt: skip
 
 for prefix, by_hand in (("unlabeled/", loss_u), ("labeled/", loss_s)):
     for key, value in by_hand.items():
@@ -726,7 +757,7 @@ print(
 )
 
 # AdamW by hand, from its own averages of the gradient and of its square.
-memory = run.optimizer.state[weight]
+memory = optimizer.state[weight]
 first, square, steps = memory["exp_avg"][at], memory["exp_avg_sq"][at], memory["step"].item()
 (beta1, beta2), eps = group["betas"], group["eps"]
 direction = (first / (1 - beta1**steps)) / ((square / (1 - beta2**steps)).sqrt() + eps)
@@ -753,7 +784,7 @@ for k, name_k in enumerate(train_set.names):
         ],
         dim=1,
     )  # (2, candidates of class k)
-    old, new = thresholds[:, k], run.thresholds.values[:, k]
+    old, new = old_thresholds[:, k], thresholds.values[:, k]
     by_hand = a * old + (1 - a) * said.mean(dim=1) if said.numel() else old
     assert torch.allclose(by_hand.clamp(settings.tau_min, settings.tau_max), new, atol=1e-5)
     rows.append((name_k, said.shape[1], old, new))
@@ -772,17 +803,17 @@ table("class  candidates  T_class, T_mask before  after", rows)
 # over weights and float buffers. Here it is done once, as if the burn-in were over.
 
 # %%
-teacher.ema_update(run.teacher, run.net, settings.ema_decay)
-new_teacher, student = run.teacher.state_dict(), run.net.state_dict()
+ema_update(teacher, student, settings.ema_decay)
+new_teacher, new_student = teacher.state_dict(), student.state_dict()
 alpha = settings.ema_decay
 for key, old in old_teacher.items():
     if old.is_floating_point():
-        by_hand = alpha * old + (1 - alpha) * student[key]
+        by_hand = alpha * old + (1 - alpha) * new_student[key]
         assert torch.allclose(by_hand, new_teacher[key], atol=1e-6), key
 
 rows = []
 for key, where in ((name, at), ("backbone.body.bn1.running_mean", 0)):
-    values = [part[key][where].item() for part in (old_teacher, student, new_teacher)]
+    values = [part[key][where].item() for part in (old_teacher, new_student, new_teacher)]
     rows.append((key, *(f"{value:.8f}" for value in values)))
 table("entry  teacher before  student  teacher after", rows)
 print(f"alpha = {alpha}: {alpha} * {rows[0][1]} + {1 - alpha:.2f} * {rows[0][2]} = {rows[0][3]}")
@@ -790,11 +821,13 @@ print(f"alpha = {alpha}: {alpha} * {rows[0][1]} + {1 - alpha:.2f} * {rows[0][2]}
 # %% [markdown]
 # ## 15. Was it right?
 #
-# The truth of this image is on the disk, but training never reads it. Here it is, moved into the
-# weak view, so that you can judge what the stages did. An IoU is that of masks.
+# The ground truth of this image is on the disk, but training never reads it. Here it is, moved into
+# the weak view, so that you can judge what the stages did. An IoU is that of masks.
 
 # %%
-_, truth, _ = augment.weak_view(original, train_set.target(item["index"]), settings, item["seed"])
+_, truth, _ = augment.weak_view(
+    original, train_set.target(item["index"]), settings.view_size, item["seed"]
+)
 truth = data.sanitize(truth)
 true_masks, rows = truth["masks"].bool(), []
 for k, j in enumerate(audit.match(predicted.boxes, truth["boxes"]).tolist()):
@@ -804,16 +837,16 @@ for k, j in enumerate(audit.match(predicted.boxes, truth["boxes"]).tolist()):
     if k in ids:
         now = train_set.names[final.labels[ids.index(k)] - 1]
         masks = (predicted.masks[k], final.masks[ids.index(k)])
-        overlaps = [refine.overlap(mask, true_masks[j]).item() if j >= 0 else "" for mask in masks]
+        overlaps = [data.mask_iou(mask, true_masks[j]).item() if j >= 0 else "" for mask in masks]
     rows.append((f"#{k}", true, says, now, *overlaps))
-table("#  truth  teacher  taught  IoU teacher's mask  IoU mask taught", rows)
+table("#  ground truth  teacher  taught  IoU teacher's mask  IoU mask taught", rows)
 
 # %%
 figure, [axes] = pictures.sheet(1, 3)
 pictures.panel(axes[0], weak, "kept by the filter", kept, named(kept.labels))
 pictures.panel(axes[1], weak, "redrawn and corrected", final, named(final.labels))
-pictures.panel(axes[2], weak, "the truth (never seen)", truth, named(truth["labels"]))
-pictures.show(figure, "9-truth", "Pseudo-labels before and after, beside the truth")
+pictures.panel(axes[2], weak, "the ground truth (never seen)", truth, named(truth["labels"]))
+pictures.show(figure, "9-truth", "Pseudo-labels before and after, beside the ground truth")
 
 # %% [markdown]
 # "nothing" is also what lies on an instance that a better prediction has taken already, as in
@@ -828,9 +861,9 @@ pictures.show(figure, "9-truth", "Pseudo-labels before and after, beside the tru
 # ## What to do with it
 #
 # * Walk yourself: `python docs/scripts/walk.py`, or `docs/walk.ipynb` in Jupyter (`pip install
-# jupyter`);   the notebook is empty until it is run.
+#   jupyter`); the notebook is empty until it is run.
 # * Change a flag and walk again: `WALK_FLAGS="--refine iou --refine-gate 0"` chooses masks as S4M's
 #   paper does, without a gate; `--tau-min 0.7` filters more, `--prototypes 4` remembers less.
-# * Look at the same on many images: `pseudo_<step>.png` in each run's folder, and `run` in
+# * Look at the same on many images: `pseudo_<step>.png` in each run's folder, and `measure` in
 #   `ssis/report/audit.py`, which counts what section 15 shows.
 # * Read `unlabeled_pass` in `train.py` again: every line of it was on this page.

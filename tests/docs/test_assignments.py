@@ -25,8 +25,8 @@ sys.path.remove(str(HERE))
 
 TASKS = task_list.load()
 RAW = task_list.tomllib.loads((HERE / "tasks.toml").read_text("utf-8"))
-CONCEPTS = "model teacher filters correction losses augment refine sam_distill"
-CONCEPTS += " split audit checkpoint distributed"
+CONCEPTS = "model teacher filters correction losses augment refine sam_distill data"
+CONCEPTS += " datasets/split report/audit io/checkpoint distributed"
 
 
 def program(name: str, *arguments, status: int = 0) -> subprocess.CompletedProcess:

@@ -55,8 +55,8 @@ def test_a_failed_write_leaves_the_old_one_and_no_rubbish(tmp_path, monkeypatch)
     """The write breaks off in the middle, as a full disk makes it."""
     path = tmp_path / "c.pt"
 
-    def broken(state, file):
-        file.write(b"half of it")
+    def broken(state, path):
+        path.write_bytes(b"half of it")
         raise RuntimeError("unexpected pos 64 vs 0\nmore of the writer's text")
 
     monkeypatch.setattr(torch, "save", broken)

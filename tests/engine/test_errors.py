@@ -118,7 +118,7 @@ OPTIONS = {
     "jitter of all": (["--arp-jitter", 1], "--arp-jitter 1.0: must be from 0 to below 1"),
     "no points": (["--refine-points", 0], "--refine-points 0: must be at least 1"),
     "gate above one": (["--refine-gate", 1.1], "--refine-gate 1.1: must be from 0 to 1"),
-    "unknown method": (["--method", "magic"], "there is supervised, guided-distillation"),
+    "unknown method": (["--method", "magic"], "invalid choice: 'magic' (choose from"),
     "no steps": (["--pretrain-steps", 0, "--burnin-steps", 0], "all are 0"),
     "negative steps": (["--pretrain-steps", -1], "must be >= 0"),
     "share above one": (["--ema-decay", 1.5], "--ema-decay 1.5: must be from 0 to 1"),
@@ -199,7 +199,7 @@ def test_an_oracle_needs_the_truth_of_every_unlabeled_image(tmp_path, capsys):
     Image.new("RGB", (48, 32), "red").save(tmp_path / "more" / "images" / "new.png")
     more = ["--unlabeled-images", tmp_path / "more" / "images", "--oracle", "class"]
     line = error_of(capsys, train.main, [*arguments(tmp_path), *more])
-    assert "--oracle class: needs the truth" in line
+    assert "--oracle class: needs the ground truth" in line
 
 
 def test_a_class_that_training_does_not_know(tmp_path, capsys):
@@ -247,7 +247,7 @@ def test_evaluating_what_is_no_checkpoint_or_another_models(tmp_path, capsys):
     assert "checkpoint not found" in error_of(capsys, evaluate.main, [path, *data])
     # Weights of a model with other classes than the checkpoint says it has.
     settings = config.Config(short_side=32)
-    weights = model.build(settings, 9).state_dict()
+    weights = model.build("small", 9, 32, 160).state_dict()
     teacher = None
     names = ["cat", "dog", "unused"]
     state = dict(config=vars(settings), names=names, student=weights, teacher=teacher)

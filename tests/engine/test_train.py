@@ -4,7 +4,6 @@ Runs are a few steps of the small model on 48-pixel shapes, started as a user st
 them: as programs.
 """
 
-import dataclasses
 import json
 import os
 import signal
@@ -322,18 +321,6 @@ def test_a_first_teacher_of_another_pretraining_is_refused(whole, tmp_path, caps
     assert config.parse(begun)
     with pytest.raises(UserError, match="no such file"):
         config.parse([*begun, "--resume", "never"])
-
-
-def test_a_first_teacher_without_sam_serves_methods_with_it():
-    """What SAM is and where it lies does not matter to a pretraining that never asks it."""
-    saved = dataclasses.asdict(config.Config(method="guided-distillation", labeled="8"))
-    later = config.Config(method="full", labeled="8", sam="vit_b", sam_checkpoint="there.pth")
-    ignored = config.AFTER_PRETRAINING
-    assert config.differences(later, saved, ignored) == ["--sam was tiny, is vit_b"]
-    assert config.differences(later, saved, ignored + config.OF_STRUCTURE) == []
-    # A config of before those fields were there.
-    del saved["refine"], saved["sam"]
-    assert config.differences(later, saved, ignored + config.OF_STRUCTURE) == []
 
 
 def steps_done(folder) -> int:

@@ -87,12 +87,12 @@ def test_a_study_runs_what_is_missing_and_shares_the_first_teacher(
 
 def test_a_stopped_study_ends_with_the_same_results(whole, small, tmp_path, shapes_folder):
     code = (
-        "import pathlib, test_study\nfrom ssis import study\n"
+        "import pathlib, test_study\nfrom ssis.tools import study\n"
         "study.STUDIES = dict(small=test_study.SMALL)\n"
         "study.RESULTS = pathlib.Path('results')\n"
         f"study.main(['small', '--data', {str(shapes_folder)!r}])"
     )
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "tools")))
     began = subprocess.Popen(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path},
         stderr=subprocess.PIPE, text=True,

@@ -18,13 +18,10 @@ B = images in this process's batch, N = instances, C = classes.
 Chain: 1 of 16. Read next: `ssis/data.py`, where the batches come from.
 """
 
-import sys
-
 import torch
 from torch import Tensor, nn
 
-from ssis import UserError, augment, correction, distributed, filters, losses, model, refine
-from ssis import sam_distill
+from ssis import augment, correction, distributed, filters, losses, model, refine, sam_distill
 from ssis.config import Config, parse
 from ssis.engine.build import Labeler, autocast, build, model_of
 from ssis.engine.guard import Guard
@@ -38,17 +35,19 @@ def train(config: Config) -> None:
     rank, world_size, device = distributed.start(config.device)
     pretrain_end, burnin_end, total = config.stage_ends
     with open_session(config, rank, world_size, device) as session:
-        student, labeler, structure, optimizer, schedule, scaler = build(
-            config, session.train_set, rank, world_size, device
-        )
-        # Without DDP's wrapper: for the teacher, which follows it, and for whatever only looks.
-        net, teacher = distributed.unwrap(student), labeler.teacher
+        made = build(config, session.train_set, rank, world_size, device)
+        student, labeler, structure, optimizer, schedule, scaler = made
+        teacher, thresholds, classifier, embeddings = labeler
+        # The student without DDP's wrapper: for the teacher, which follows it, and for whatever
+        # only looks.
+        net = distributed.unwrap(student)
         guard = Guard(net, session.train_set.files, config.run_folder, config.amp == "fp16", rank)
+        # All that the next step depends on. If an earlier call was stopped, it is as it was then.
         session.restore(
-            student=net, teacher=teacher, thresholds=labeler.thresholds,
-            classifier=labeler.classifier, sam=labeler.embeddings,
-            optimizer=optimizer, schedule=schedule, scaler=scaler,
+            student=net, teacher=teacher, thresholds=thresholds, classifier=classifier,
+            sam=embeddings, optimizer=optimizer, schedule=schedule, scaler=scaler,
         )  # fmt: skip
+        memory = (classifier, teacher, session.streams.labeled, rank, world_size)
 
         def stages(items: list[dict], step: int):
             """Pseudo-labels of single images, one after the other, to be audited or drawn."""
@@ -65,12 +64,11 @@ def train(config: Config) -> None:
                 teacher.load_state_dict(net.state_dict())
                 # PL-DC: the thresholds start from the class frequencies, and the category
                 # classifier gets its memory, as this teacher sees the labeled instances.
-                labeler.thresholds.start(session.class_frequency)
-                correction.fill(
-                    labeler.classifier, teacher, session.streams.labeled, rank, world_size
-                )
+                thresholds.start(session.class_frequency)
+                correction.fill(*memory)
                 if config.burnin_init == "fresh":
-                    # GD: a new student, which is not biased towards its own teacher.
+                    # GD: a new student, which is not biased towards its own teacher. What the
+                    # optimizer remembers of gradients was another network's.
                     model.start_afresh(net, config.seed, *model_of(config))
                     optimizer.state.clear()
             if step == burnin_end:
@@ -80,10 +78,9 @@ def train(config: Config) -> None:
                 teacher.load_state_dict(net.state_dict())
                 if config.burnin_init == "fresh":
                     # Features of two networks cannot be compared: the memory starts anew.
-                    correction.fill(
-                        labeler.classifier, teacher, session.streams.labeled, rank, world_size
-                    )
+                    correction.fill(*memory)
 
+            # One step, on labeled images alone while the first teacher is made, then on both.
             lr = schedule.get_last_lr()[-1]
             unlabeled = next(session.unlabeled) if step >= pretrain_end else None
             row, kept = train_step(
@@ -91,25 +88,23 @@ def train(config: Config) -> None:
                 structure, optimizer, schedule, scaler, guard,
             )  # fmt: skip
             if step >= burnin_end:
-                # GD Eq. (EMA): the teacher follows the student slowly.
+                # GD Eq. (EMA): the teacher follows the student slowly. It is an average over
+                # many steps, smoother than any single student, and mistakes must persist to
+                # get into it.
                 ema_update(teacher, net, config.ema_decay)
 
-            # Log, warn, save and stop, where due.
+            # Log, warn, save and stop, where due; a checkpoint holds all of this step, or none.
             session.after(step, row, kept, lr)
             if session.evaluation_due:
-                done = step + 1
-                session.evaluate(
-                    net,
-                    teacher if step >= pretrain_end else None,
-                    stages(session.audit_items(), done),
-                    stages(session.drawn_items(), done),
-                )
+                # Until there is a teacher, the student is evaluated alone.
+                who = (net, teacher if step >= pretrain_end else None)
+                items = (session.audit_items(), session.drawn_items())
+                session.evaluate(*who, *(stages(some, step + 1) for some in items))
         if not session.stopped:
-            session.finish(
-                net,
-                teacher if total > pretrain_end else None,
-                stages(session.audit_items(), total),
-            )
+            # The table: AP of the first teacher, and of student and teacher after all.
+            who = (net, teacher if total > pretrain_end else None)
+            session.finish(*who, stages(session.audit_items(), total))
+    distributed.stop()
 
 
 # ---------------------------------------------------------------------------- one step
@@ -137,19 +132,20 @@ def train_step(
         labels (N,) of the pseudo-labels of each unlabeled image.
     """
     net, device = distributed.unwrap(student), next(student.parameters()).device
+    # Both passes add to the same gradients, so they are cleared here and nowhere else.
     optimizer.zero_grad(set_to_none=True)
     guard.begin()
     # The unlabeled pass comes first and is freed by its own backward pass before the labeled
     # one starts: the memory of a step is that of its larger half. The gradients add up.
-    row, kept = {}, []
-    if unlabeled is not None:
-        row, kept = unlabeled_pass(net, labeler, unlabeled, step, config, scaler)
+    both = unlabeled is not None
+    row, kept = unlabeled_pass(net, labeler, unlabeled, step, config, scaler) if both else ({}, [])
 
     # The labeled images get the strong view too. Otherwise a gain over supervised training
     # would in part be that of the augmentation, which supervised training can have as well.
     images = [item["image"].to(device) for item in labeled]
     targets = [{k: v.to(device) for k, v in item["target"].items()} for item in labeled]
-    if unlabeled is not None and config.arp == "both":
+    # Pasting between labeled images is this project's option; S4M pastes unlabeled ones.
+    if both and config.arp == "both":
         images, targets = augment.arp(
             images, targets, config.arp_min_area, config.arp_jitter, labeled[0]["seed"]
         )
@@ -162,8 +158,9 @@ def train_step(
     total_counts = distributed.all_sum(counts)
     objective = losses.total(loss_s, counts, total_counts, distributed.world_size())
     row |= losses.logged(loss_s, counts, "labeled/")
-    if unlabeled is None and structure:
-        # S4M Eq. (teacher), while pretraining: the teacher-to-be gets SAM's layout.
+    if structure and not both:
+        # S4M Eq. (teacher), while pretraining: the teacher-to-be gets SAM's layout. Later the
+        # pseudo-labels bring what SAM knows, through its masks.
         loss_sd = sam_distill.loss(features, labeled, structure)
         objective = objective + config.structure_weight * loss_sd
         row["labeled/loss_structure"] = torch.stack([loss_sd.detach(), loss_sd.new_ones(())])
@@ -172,6 +169,7 @@ def train_step(
     # Unscale before clipping: the limit is one for gradients, not for 65,536 times as much.
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
+    # The gradient of one bad box can be a thousand times the usual; clipped it does no harm.
     # A step with NaN in it is not taken, and ends the run if it is the third in a row.
     if guard.allows(norm, row, labeled + (unlabeled or []), step + 1):
         scaler.step(optimizer)
@@ -179,9 +177,12 @@ def train_step(
     # The learning rate moves on even if the step was skipped: it is a function of the number
     # of steps done, and so are the stages and the data.
     schedule.step()
+    # DDP averages gradients only. BatchNorm's statistics are not learned by gradient: without
+    # this, each process would have a student, and so a teacher, of its own.
     distributed.average_statistics(net)
-    # PL-DC: the category classifier's memory keeps up with the teacher.
-    if unlabeled is not None and labeler.classifier and (step + 1) % correction.REFRESH_EVERY == 0:
+    # PL-DC: the category classifier's memory keeps up with the teacher, whose features change
+    # as it follows the student.
+    if both and labeler.classifier and (step + 1) % correction.REFRESH_EVERY == 0:
         labeler.classifier.learn(labeler.teacher, labeled)
     return row, kept
 
@@ -194,7 +195,8 @@ def unlabeled_pass(
     Args as for `train_step`, but `net`: the student without DDP's wrapper. Returns as there.
     """
     device = next(net.parameters()).device
-    # 1. The teacher labels the weak view; its predictions are filtered and corrected.
+    # 1. The teacher labels the weak view, in which fewer mistakes are made; its predictions are
+    #    filtered and corrected.
     weak = [item["image"].to(device) for item in unlabeled]
     stages = pseudo_labels(labeler, weak, unlabeled, config, step)
     if config.filter == "adaptive":
@@ -205,15 +207,18 @@ def unlabeled_pass(
     # 2. An image without a pseudo-label is left out, never trained as background: the teacher
     #    may just not have been sure. In an image that has some, what is missing is background.
     chosen = [i for i, labels in enumerate(pseudo) if len(labels)]
-    # PL-DC Eq. (PMUA): with the certainty of each mask pixel, the teacher's or SAM's.
+    # PL-DC Eq. (PMUA): with the certainty of each mask pixel, the teacher's or SAM's, so that
+    # the doubtful edge of a mask is taught less than its inside.
     targets = [pseudo[i].target(config.uncertainty, config.refine_calibrate) for i in chosen]
     images, items = [weak[i] for i in chosen], [unlabeled[i] for i in chosen]
-    # 3. S4M: instances are pasted from image to image.
+    # 3. S4M: instances are pasted from image to image, before the strong view: what is pasted
+    #    and what was there are then distorted alike.
     if config.arp != "none":
         images, targets = augment.arp(
             images, targets, config.arp_min_area, config.arp_jitter, unlabeled[0]["seed"]
         )
-    # 4. The student must see the same in the strong view of the same pixels.
+    # 4. The student must see the same in the strong view of the same pixels: no pixel moves, so
+    #    the targets stay valid.
     strong = augment.strong_views(images, items)
     loss_u, counts = None, torch.zeros(losses.COUNTS, device=device)
     # Not through DDP's wrapper: a process with no pseudo-label skips this pass, so nothing in
@@ -252,14 +257,17 @@ def pseudo_labels(
     Returns:
         stage -> B `PseudoLabels`; the student is trained on the stage "final".
     """
+    # What no rule would keep is not even pasted into the image: a soft mask is H x W floats.
     passing = filters.lowest_score(config.filter, config.tau_class, config.tau_min)
     with autocast(config, weak[0].device):
         predicted = predict(labeler.teacher, weak, min(passing, min_score))
-    # PL-DC, instance level: class and mask quality decide what is kept.
+    # PL-DC, instance level: class and mask quality decide what is kept. A wrong pseudo-label
+    # teaches a mistake, which the student hands back to the teacher.
     rule = (config.filter, config.tau_class, config.tau_mask, config.min_area)
     latest = kept = [filters.keep(p, *rule, labeler.thresholds) for p in predicted]
     stages = dict(predicted=predicted, kept=kept)
-    # S4M: SAM, which sees the original image, redraws the masks.
+    # S4M: SAM, which sees the original image, redraws the masks; classes and scores stay the
+    # teacher's, for SAM knows no classes.
     if config.refine != "none":
         how = (config.refine, config.refine_points, config.refine_sampling)
         how += (config.refine_gate, config.refine_calibrate, config.min_area)
@@ -284,14 +292,7 @@ def pseudo_labels(
 
 def main(argv: list[str] | None = None) -> None:
     """One line and status 2 for what the user did wrong, a traceback for what we did."""
-    try:
-        train(parse(argv))
-        distributed.stop()
-    except UserError as error:
-        distributed.give_up(error)
-    except KeyboardInterrupt:  # during data preparation or the last evaluation
-        print("stopped; what was saved stays, the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    distributed.program(lambda given: train(parse(given)), argv)
 
 
 if __name__ == "__main__":

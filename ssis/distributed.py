@@ -185,11 +185,19 @@ def from_main(function, *args):
 
 
 def program(run, argv: list[str] | None) -> None:
-    """`run(argv)`; one line and status 2 for what the user did wrong."""
+    """`run(argv)`; one line and status 2 for what the user did wrong.
+
+    Ctrl-C is one line too, and status 130; a training run handles it itself while it
+    makes steps (`ssis/engine/signals.py`).
+    """
     try:
         run(argv)
     except UserError as error:
         give_up(error)
+    except KeyboardInterrupt:
+        said = "stopped; what was saved stays, the same command goes on"
+        print(said, file=sys.stderr)
+        sys.exit(130)
 
 
 def give_up(error: UserError) -> None:

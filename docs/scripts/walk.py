@@ -51,16 +51,13 @@ import walk_pictures as pictures
 from walk_pictures import table
 
 import train
-from ssis import augment, config, correction, data, filters, losses
-from ssis.engine import loader
-from ssis.report import audit
-from ssis import refine
+from ssis import augment, config, correction, data, filters, losses, refine
 from ssis.datasets import parts, split
+from ssis.engine import loader, resume
 from ssis.engine.build import build
-from ssis.teacher import ema_update
 from ssis.engine.guard import Guard
-from ssis.engine import resume
-from ssis.datasets import parts
+from ssis.report import audit
+from ssis.teacher import ema_update
 
 # %% [markdown]
 # ## 1. The run

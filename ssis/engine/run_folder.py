@@ -30,9 +30,7 @@ from ssis import UserError
 from ssis.config import Config, differences, save
 from ssis.io import checkpoint
 from ssis.io.files import write_text, writing
-
-# The models whose AP a run reports.
-MODELS = ("pretrained", "student", "teacher")
+from ssis.report.curves import MODELS, read_metrics
 
 
 @contextlib.contextmanager
@@ -172,16 +170,6 @@ def scalars(line: dict, prefix: str = "") -> list[tuple[str, float]]:
         elif isinstance(value, (int, float)) and name != "step":
             found.append((prefix + name, value))
     return found
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a `metrics.jsonl`; one that a kill cut in half is passed over."""
-    lines = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-    return lines
 
 
 def summary(config: Config, results: dict, counts: dict, test_set, seconds: float):

@@ -8,13 +8,29 @@ own mistakes.
 Read next: `ssis/report/page.py`, the page they are on.
 """
 
+import contextlib
+import json
+from pathlib import Path
+
 import matplotlib
 
 # No window: the pictures are files, also on a machine without a display.
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from ssis.engine.run_folder import read_metrics
+
+# The models whose AP a run reports.
+MODELS = ("pretrained", "student", "teacher")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a `metrics.jsonl`; one that a kill cut in half is passed over."""
+    lines = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines
 
 
 def draw(folder, panels: tuple[str, ...] = ("loss", "ap", "audit")):

@@ -33,7 +33,7 @@ from ssis import UserError, distributed
 from ssis.report import curves, pictures
 from ssis.config import Config, flag, from_saved
 from ssis.io.files import write_text, writing
-from ssis.engine.run_folder import MODELS
+from ssis.report.curves import MODELS
 
 # So many strips of pseudo-labels, from the first to the last.
 STRIPS = 6

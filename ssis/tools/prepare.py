@@ -270,9 +270,5 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`run`, with one line and status 2 for what the user did wrong."""
-    try:
-        distributed.program(run, argv)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    """`run`, with one line for what the user did wrong, and for Ctrl-C."""
+    distributed.program(run, argv)

@@ -41,7 +41,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from ssis import augment, config, data, teacher
+from ssis import augment, data, teacher
 from ssis.datasets import coco_json, shapes
 from ssis.engine import resume
 from ssis.report import ap
@@ -54,10 +54,10 @@ IMAGES, INSTANCES = 118_287, 860_001
 
 def pipeline(source: str, folder: str, size: int, items: int) -> None:
     """Weak and strong view of some images, with masks and boxes, in one process."""
-    settings = config.Config(short_side_min=size, short_side=size, long_side=10 * size)
+    view_size = data.ViewSize(size, size, 10 * size)
     dataset = coco_json.load_coco(source, folder)
     indices = [i for i in range(len(dataset)) if dataset.present_labels(i)]
-    ours = data.Stream(dataset, indices, settings, 0, with_target=True)
+    ours = data.Stream(dataset, indices, view_size, 0, with_target=True)
     with contextlib.redirect_stdout(io.StringIO()):
         plain = CocoDetection(folder, source)
     plain = wrap_dataset_for_transforms_v2(plain, target_keys=["masks", "boxes", "labels"])

@@ -20,7 +20,8 @@ from segment_anything import sam_model_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ssis import config, refine, sam, sam_distill
+from ssis import config, data, refine, sam, sam_distill
+from ssis.io import embedding_file
 from ssis.tools import train_tiny_sam
 from ssis.io.images import read_image
 from ssis.datasets import parts
@@ -34,9 +35,9 @@ def measure_iou(flags: list[str], count: int = 128) -> None:
     tiny = sam.SegmentAnything(made.sam, made.sam_checkpoint, "cpu")
     torch.manual_seed(0)
     count = min(count, len(val_set))
-    print(f"{count} images, IoU with the truth: mean (share of instances above 0.75)")
+    print(f"{count} images, IoU with the ground truth: mean (share of instances above 0.75)")
     for points in (1, 3, 5):
-        found: dict[str, list] = {"expected IoU": [], "best of three": []}
+        found: dict[str, list] = {"predicted IoU": [], "best of three": []}
         for index in range(count):
             image, masks = val_set.image(index), val_set.target(index)["masks"].bool()
             if not len(masks):
@@ -44,8 +45,8 @@ def measure_iou(flags: list[str], count: int = 128) -> None:
             size = tuple(image.shape[-2:])
             prompts = train_tiny_sam.draw_points(masks, points, blurred=False) + 0.5
             logits, iou = tiny.candidates(tiny.encode(image), prompts, size, size)
-            found["expected IoU"] += refine.choose(logits, iou, masks, "iou")[1].tolist()
-            every = refine.overlap(logits > 0, masks[:, None])
+            found["predicted IoU"] += refine.choose(logits, iou, masks, "iou")[1].tolist()
+            every = data.mask_iou(logits > 0, masks[:, None])
             found["best of three"] += every.amax(dim=1).tolist()
         for rule, values in found.items():
             share = sum(v > 0.75 for v in values) / len(values)
@@ -88,12 +89,12 @@ def measure_cache(prompts: int = 5) -> None:
         pictures = Photographs(Path(folder))
         size = (768, 1024)
         points = torch.rand(prompts, 3, 2) * torch.tensor([1024.0, 768.0])
-        none = dict(sam_memory_gb=0.0, sam_cache_gb=0.0)
-        disk = dict(sam_memory_gb=0.0, sam_cache=f"{folder}/cache")
+        none = dict(memory_gb=0.0, cache_gb=0.0)
+        disk = dict(memory_gb=0.0, cache=f"{folder}/cache")
         ways = {
-            "encoded in every step": sam.Embeddings(official, pictures, config.Config(**none)),
-            "cached on disk": sam.Embeddings(official, pictures, config.Config(**disk)),
-            "cached in memory": sam.Embeddings(official, pictures, config.Config()),
+            "encoded in every step": sam.Embeddings(official, pictures, **none),
+            "cached on disk": sam.Embeddings(official, pictures, **disk),
+            "cached in memory": sam.Embeddings(official, pictures),
         }
         for name in ("cached on disk", "cached in memory"):
             for index in range(2):
@@ -123,11 +124,10 @@ def measure_memory() -> None:
         path = Path(folder) / "sam_vit_b.pth"
         torch.save(sam_model_registry["vit_b"]().state_dict(), path)
         official = sam.SegmentAnything("vit_b", str(path), "cpu")
-        settings = config.Config(structure_queries=128, sam_cache=f"{folder}/cache")
-        embeddings = sam.Embeddings(official, Photographs(Path(folder)), settings)
+        embeddings = sam.Embeddings(official, Photographs(Path(folder)), f"{folder}/cache")
         # The rows alone: an embedding that is there already.
-        sam.write_entry(embeddings.entry(0), torch.randn(256, 64, 64).half(), 1e9)
-        structure = sam_distill.Structure(embeddings, settings)
+        embedding_file.write_entry(embeddings.entry(0), torch.randn(256, 64, 64).half(), 1e9)
+        structure = sam_distill.Structure(embeddings, 128, 0.0, 0)
         Path("/proc/self/clear_refs").write_text("5")
         before, began = kilobytes("VmRSS"), time.perf_counter()
         rows = structure[0][1]

@@ -27,23 +27,57 @@ from torch import nn
 from torchvision.models.detection.mask_rcnn import MaskRCNN as TorchvisionMaskRCNN
 
 import train
-from ssis import augment, config, distributed, filters, model, refine
-from ssis.io import checkpoint
-from ssis import teacher
-from ssis.datasets import split
-from ssis.presets import METHODS
+from ssis import augment, config, correction, data, model, refine, teacher
+from ssis.datasets import parts, split
 from ssis.engine import resume
-from ssis.datasets import parts
-from ssis import data
+from ssis.engine.build import build, model_of
+from ssis.engine.guard import Guard
+from ssis.io import checkpoint
+from ssis.presets import METHODS
 
 
-def setup(**settings) -> tuple[train.Run, list, list]:
-    """A run of the defaults on the built-in dataset, and batches of it."""
-    made = config.Config(device="cpu", tau_class=0.2, **settings)
+class Run:
+    """What `train.train` has in its hands: the parts of a run, and how many steps were made."""
+
+    def __init__(self, made: config.Config, train_set, step: int = 0):
+        self.config, self.step, self.device = made, step, torch.device("cpu")
+        parts = build(made, train_set, 0, 1, self.device)
+        self.net, self.labeler, self.structure, self.optimizer, self.schedule, self.scaler = parts
+        self.guard = Guard(self.net, train_set.files, made.run_folder, False, 0)
+
+    def make_step(self, labeled: list[dict], unlabeled: list[dict] | None) -> None:
+        """One step of `train.train`, without the EMA."""
+        train.train_step(
+            self.net, self.labeler, labeled, unlabeled, self.step, self.config,
+            self.structure, self.optimizer, self.schedule, self.scaler, self.guard,
+        )  # fmt: skip
+        self.step += 1
+
+    def begin_burnin(self, pretrained: str, names: list[str], labeled, frequency) -> None:
+        """From a first teacher on, as in `train.train`."""
+        teacher, thresholds, classifier, embeddings = self.labeler
+        state = dict(
+            student=self.net, teacher=teacher, thresholds=thresholds, classifier=classifier,
+            sam=embeddings, optimizer=self.optimizer, schedule=self.schedule, scaler=self.scaler,
+        )  # fmt: skip
+        self.step = resume.restore(Path(pretrained), state, self.config, names, 0, True)["step"]
+        teacher.load_state_dict(self.net.state_dict())
+        thresholds.start(frequency)
+        correction.fill(classifier, teacher, labeled, 0, 1)
+
+
+# Guided Distillation, supervised or not: what the two sides of `time` have in common.
+PLAIN = METHODS["guided-distillation"]
+
+
+def setup(**settings) -> tuple[Run, list, list]:
+    """Guided Distillation on the built-in dataset with a threshold of 0.2, and batches of it."""
+    made = config.Config(device="cpu", **{**PLAIN, "tau_class": 0.2, **settings})
     parts.prepare(made)
     train_set, _, _ = parts.open_parts(made)
-    streams = data.streams(train_set, list(range(64)), list(range(64, 1280)), made)
-    run = train.Run(made, train_set, distributed.start("cpu"))
+    labeled, unlabeled = list(range(64)), list(range(64, 1280))
+    streams = data.make_streams(train_set, labeled, unlabeled, made.view_size, made.seed, "none")
+    run = Run(made, train_set)
     size = made.labeled_batch
     batches = [
         [[stream[size * k + i] for i in range(size)] for k in range(4)]
@@ -52,9 +86,10 @@ def setup(**settings) -> tuple[train.Run, list, list]:
     return run, *batches
 
 
-def plain_net(run: train.Run) -> tuple[nn.Module, torch.optim.Optimizer]:
+def plain_net(run: Run) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A copy of the student with torchvision's own samplers (ours count), and AdamW."""
-    net = model.build(run.config, len(run.net.roi_heads.box_predictor.cls_score.bias)).train()
+    kind, *rest = model_of(run.config)
+    net = model.build(kind, len(run.net.roi_heads.box_predictor.cls_score.bias), *rest).train()
     net.load_state_dict(run.net.state_dict())
     for part in (net.rpn, net.roi_heads):
         ours = part.fg_bg_sampler
@@ -86,7 +121,7 @@ def measure_time(steps: int) -> None:
             torch.manual_seed(k)
             began = time.perf_counter()
             if side == "ssis":
-                train.step(run, labeled[k % 4], None)
+                run.make_step(labeled[k % 4], None)
             else:
                 plain_step(net, optimizer, labeled[k % 4], run.config.clip_norm)
             times[side].append(time.perf_counter() - began)
@@ -110,18 +145,18 @@ def measure_levels(pretrained: str, steps: int) -> None:
     runs, times, in_sam = {}, {}, {}
     for method in ("guided-distillation", "pl-dc", "s4m", "full"):
         # The first teacher is the same for all: what came before it costs nothing here.
-        parts = {name: getattr(config.Config, name) for name in config.LEVELS} | METHODS[method]
-        parts["structure_weight"] = saved.get("structure_weight", 0.0)
-        made = config.Config(**{**saved, "method": method, **parts})
+        own = METHODS[method] | dict(structure_weight=saved.get("structure_weight", 0.0))
+        made = config.from_saved({**saved, "method": method, **own})
         train_set, _, _ = parts.open_parts(made)
         # The split of the run itself, which lies beside the checkpoint.
         beside = str(Path(pretrained).parent / "labeled.json")
         labeled, _ = split.draw_split(train_set, beside, made.seed)
         rest = sorted(set(range(len(train_set))) - set(labeled))
-        streams = data.streams(train_set, labeled, rest, made)
-        run = train.Run(made, train_set, distributed.start("cpu"))
-        resume.restore(run, train_set.names, pretrained, first_teacher=True)
-        train.begin_burnin(run, streams.labeled, train_set.class_shares(labeled))
+        size, seed = made.view_size, made.seed
+        streams = data.make_streams(train_set, labeled, rest, size, seed, "none")
+        run = Run(made, train_set)
+        frequency = train_set.class_shares(labeled)
+        run.begin_burnin(pretrained, train_set.names, streams.labeled, frequency)
         runs[method], times[method], in_sam[method] = run, [], []
     # The floor has the images and the kept pseudo-labels of Guided Distillation.
     simple = runs["guided-distillation"]
@@ -142,16 +177,18 @@ def measure_levels(pretrained: str, steps: int) -> None:
             [stream[8 * k + i] for i in range(8)] for stream in (streams.labeled, streams.unlabeled)
         ]
         for method, run in runs.items():
-            if run.embeddings:
+            if run.labeler.embeddings:
                 for item in batches[1]:
-                    run.embeddings[item["index"]]
+                    run.labeler.embeddings[item["index"]]
             torch.manual_seed(k)
             spent[0], began = 0.0, time.perf_counter()
-            train.step(run, *batches)
+            run.make_step(*batches)
             times[method].append(time.perf_counter() - began)
             in_sam[method].append(spent[0])
         weak = [item["image"] for item in batches[1]]
-        found = train.pseudo_labels(simple, weak, batches[1])["final"]
+        found = train.pseudo_labels(simple.labeler, weak, batches[1], simple.config, simple.step)[
+            "final"
+        ]
         taught = [
             dict(item, target=pseudo.target())
             for item, pseudo in zip(batches[1], found, strict=True)
@@ -160,9 +197,9 @@ def measure_levels(pretrained: str, steps: int) -> None:
         torch.manual_seed(k)
         began = time.perf_counter()
         # No mask of what no method would keep.
-        looking = simple.teacher
+        looking = simple.labeler.teacher
         usual = looking.roi_heads.score_thresh
-        looking.roi_heads.score_thresh = filters.lowest_score(simple.config)
+        looking.roi_heads.score_thresh = simple.config.tau_class
         with torch.no_grad():
             TorchvisionMaskRCNN.forward(looking, weak)
         looking.roi_heads.score_thresh = usual
@@ -188,29 +225,29 @@ def one_variant(variant: str) -> None:
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for k in range(3):
         if variant == "labeled half":
-            train.step(run, labeled[k], None)
+            run.make_step(labeled[k], None)
         elif variant == "unlabeled half":
-            train.unlabeled_pass(run, unlabeled[k])
+            train.unlabeled_pass(
+                run.net, run.labeler, unlabeled[k], run.step, run.config, run.scaler
+            )
             run.optimizer.step()
         elif variant == "whole step":
-            train.step(run, labeled[k], unlabeled[k])
+            run.make_step(labeled[k], unlabeled[k])
         else:
             one_graph_step(run, labeled[k], unlabeled[k])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print((peak - start) // 1024)
 
 
-def one_graph_step(run: train.Run, labeled: list[dict], unlabeled: list[dict]) -> None:
+def one_graph_step(run: Run, labeled: list[dict], unlabeled: list[dict]) -> None:
     """The step as it must not be: both losses in one graph, one backward pass."""
     weak = [item["image"] for item in unlabeled]
-    kept = teacher.predict(run.teacher, weak, run.config.tau_class)
+    kept = teacher.predict(run.labeler.teacher, weak, run.config.tau_class)
     images = [image for image, pseudo in zip(weak, kept, strict=True) if len(pseudo)]
     targets = [pseudo.target() for pseudo in kept if len(pseudo)]
-    loss_u, *_ = run.student(images, targets)
+    loss_u, *_ = run.net(images, targets)
     del kept
-    loss_s, *_ = run.student(
-        [item["image"] for item in labeled], [item["target"] for item in labeled]
-    )
+    loss_s, *_ = run.net([item["image"] for item in labeled], [item["target"] for item in labeled])
     (sum(loss_u.values()) + sum(loss_s.values())).backward()
     run.optimizer.step()
 

@@ -16,16 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from second_opinion import first_teacher
+from category_classifiers import first_teacher
 
-from ssis import config, correction, filters, refine, sam, teacher
+from ssis import correction, filters, refine, sam, teacher
 from ssis.report import audit
 from ssis import data
 
 TRIALS = {
-    f"{rule}, gate {gate}, {count} points, {sampling}": config.Config(
-        refine=rule, refine_gate=gate, refine_points=count, refine_sampling=sampling
-    )
+    f"{rule}, gate {gate}, {count} points, {sampling}": (rule, count, sampling, gate, False, 5)
     for rule, gate, count, sampling in (
         ("iou", 0.0, 3, "paper"),
         ("iou", 0.5, 3, "paper"),
@@ -49,19 +47,17 @@ def main() -> None:
     parser.add_argument("--sam-checkpoint", default="", help="of a tiny SAM; empty: its own")
     args = parser.parse_args()
     net, dataset, settings, labeled, rest, names = first_teacher(args.checkpoint)
-    known = data.Stream(dataset, labeled, settings, 0, True)
-    asked = data.Stream(dataset, rest, settings, 1, True)
+    known = data.Stream(dataset, labeled, settings.view_size, 0, True)
+    asked = data.Stream(dataset, rest, settings.view_size, 1, True)
     second = correction.Prototypes(len(names), net.backbone.out_channels, 64)
     for k in range(0, correction.START_VIEWS, 8):
         second.learn(net, [known[i] for i in range(k, k + 8)])
     tiny = sam.SegmentAnything("tiny", args.sam_checkpoint, "cpu")
-    embeddings = sam.Embeddings(tiny, dataset, settings)
-    rule = config.Config(filter="score", tau_class=0.7)
-
+    embeddings = sam.Embeddings(tiny, dataset)
     sums: Counter = Counter()
     for k in range(args.images):
         item = asked[k]
-        found = filters.keep(teacher.predict(net, [item["image"]], 0.7)[0], rule)
+        found = filters.keep(teacher.predict(net, [item["image"]], 0.7)[0], "score", 0.7, 0.0, 5)
         partner = audit.match(found.boxes, item["target"]["boxes"])
         found, partner = found[partner >= 0], partner[partner >= 0]
         masks = item["target"]["masks"][partner].bool()
@@ -69,10 +65,10 @@ def main() -> None:
         sums["number"] += len(found)
         sums["class"] += (found.distribution.argmax(1) == true).sum().item() if len(found) else 0
         for name, trial in {"the teacher's masks": None, **TRIALS}.items():
-            made = refine.refine(found, embeddings, item, trial) if trial else found
+            made = refine.refine(found, embeddings, item, *trial) if trial else found
             if not len(found):
                 continue
-            sums[name, "iou"] += refine.overlap(made.masks, masks).sum().item()
+            sums[name, "iou"] += data.mask_iou(made.masks, masks).sum().item()
             said = second(item["image"], made)
             mixed = 0.5 * said + 0.5 * found.distribution
             sums[name, "second"] += (said.argmax(1) == true).sum().item()

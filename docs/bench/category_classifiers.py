@@ -1,6 +1,6 @@
 r"""Which second opinion on the class of a pseudo-label? The measurement behind `prototypes`.
 
-    python docs/bench/second_opinion.py runs/<name>/pretrained.pt [--images 300]
+    python docs/bench/category_classifiers.py runs/<name>/pretrained.pt [--images 300]
 
 On unlabeled images whose truth is known, the first teacher's pseudo-labels that lie on an
 instance are named again, by each candidate for a second classifier:
@@ -105,8 +105,7 @@ def collect(net, stream, count: int, truth: bool) -> tuple[dict, Tensor, Tensor]
             boxes, masks, true = target["boxes"], target["masks"].float(), target["labels"]
             more, distribution = {}, torch.zeros(len(true), 0)
         else:
-            settings = config.Config(filter="score", tau_class=0.7)
-            found = filters.keep(teacher.predict(net, [image], 0.7)[0], settings)
+            found = filters.keep(teacher.predict(net, [image], 0.7)[0], "score", 0.7, 0.0, 5)
             partner = audit.match(found.boxes, target["boxes"])
             found, true = found[partner >= 0], target["labels"][partner[partner >= 0]]
             boxes, masks, distribution = found.boxes, found.mask_probs, found.distribution
@@ -126,10 +125,11 @@ def first_teacher(path: str) -> tuple:
         network, dataset, settings, labeled and other indices, class names.
     """
     state = checkpoint.load(path)
-    settings = config.Config(**state["config"])
+    settings = config.from_saved(state["config"])
     dataset, _, _ = parts.open_parts(settings)
     labeled, _ = split.draw_split(dataset, settings.labeled, settings.seed)
-    net = model.build(settings, len(state["names"]) + 1).eval()
+    sides = (settings.short_side, settings.long_side)
+    net = model.build(settings.model, len(state["names"]) + 1, *sides).eval()
     net.load_state_dict(state["student"])
     rest = sorted(set(range(dataset.annotated)) - set(labeled))
     return net, dataset, settings, labeled, rest, state["names"]
@@ -144,10 +144,10 @@ def main() -> None:
     args = parser.parse_args()
     net, dataset, settings, labeled, rest, names = first_teacher(args.checkpoint)
     known, known_class, _ = collect(
-        net, data.Stream(dataset, labeled, settings, 0, True), 2 * len(labeled), True
+        net, data.Stream(dataset, labeled, settings.view_size, 0, True), 2 * len(labeled), True
     )
     asked, true, said = collect(
-        net, data.Stream(dataset, rest, settings, 1, True), args.images, False
+        net, data.Stream(dataset, rest, settings.view_size, 1, True), args.images, False
     )
     classes = len(names)
 
@@ -155,7 +155,7 @@ def main() -> None:
         return f"{(scores.argmax(1) == true).float().mean().item():.3f}"
 
     print(f"{len(true)} pseudo-labels on an instance; the teacher alone {right(said)}\n")
-    print(f"{'second classifier':48} alone  w=0.5  w=0.4")
+    print(f"{'category classifier':48} alone  w=0.5  w=0.4")
 
     def line(name: str, second: Tensor) -> None:
         mixed = [right(w * second + (1 - w) * said) for w in (0.5, 0.4)]

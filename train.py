@@ -258,7 +258,7 @@ def pseudo_labels(
         stage -> B `PseudoLabels`; the student is trained on the stage "final".
     """
     # What no rule would keep is not even pasted into the image: a soft mask is H x W floats.
-    passing = filters.lowest_score(config.filter, config.tau_class, config.tau_min)
+    passing = config.tau_min if config.filter == "adaptive" else config.tau_class
     with autocast(config, weak[0].device):
         predicted = predict(labeler.teacher, weak, min(passing, min_score))
     # PL-DC, instance level: class and mask quality decide what is kept. A wrong pseudo-label

@@ -168,40 +168,6 @@ def correct(
     return [fuse(labels, classifier(image, labels), w) for labels, image in pairs]
 
 
-def make_classifier(
-    kind: str,
-    names: list[str],
-    channels: int,
-    size: int,
-    clip_model: str,
-    descriptions: str,
-    device,
-) -> CategoryClassifier | None:
-    """The category classifier of a kind, or None.
-
-    Args:
-        kind: "none", "prototypes" or "clip".
-        names: class names.
-        channels: D, of the feature pyramid.
-        size: K, instances remembered of each class.
-        clip_model, descriptions: of `clip.Clip`.
-        device: where it is to be.
-
-    Raises:
-        ValueError: another kind.
-    """
-    if kind == "none":
-        return None
-    if kind == "prototypes":
-        return Prototypes(len(names), channels, size).to(device)
-    if kind == "clip":
-        # Imported here: ssis/clip.py imports this file for the interface.
-        from ssis.clip import Clip
-
-        return Clip(clip_model, names, descriptions, device)
-    raise ValueError(f"no category classifier {kind!r}: none, prototypes or clip")
-
-
 def fill(
     classifier: CategoryClassifier | None,
     teacher: nn.Module,

@@ -126,14 +126,6 @@ class Thresholds(nn.Module):
         self.values.clamp_(self.lowest, self.highest)
 
 
-def lowest_score(rule: str, tau_class: float, tau_min: float) -> float:
-    """The class score below which a rule keeps nothing, in [0, 1].
-
-    Detections below it are dropped before their masks are pasted, which saves memory.
-    """
-    return tau_min if rule == "adaptive" else tau_class
-
-
 def keep(
     predictions: PseudoLabels,
     rule: str,

@@ -153,17 +153,3 @@ def means(table: dict[str, Tensor]) -> dict[str, float]:
         name: round(value / count, 6) if count else 0.0
         for name, (value, count) in zip(table, sums.tolist(), strict=True)
     }
-
-
-def brief(means: dict[str, float]) -> dict[str, str]:
-    """What the progress bar has room for."""
-    result = {}
-    for prefix in ("labeled", "unlabeled"):
-        parts = [
-            value for name, value in means.items() if name.startswith(prefix + "/")
-        ]
-        if parts:
-            result[prefix] = f"{sum(parts):.2f}"
-    if "pseudo_per_image" in means:
-        result["pseudo/img"] = f"{means['pseudo_per_image']:.2f}"
-    return result

@@ -44,12 +44,10 @@ them are background, which would otherwise be all that is learned.
 Chain: 4 of 16. Read next: `ssis/teacher.py`, the second copy of this model.
 """
 
-import pickle
-
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet50_Weights, resnet
-from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights, mask_rcnn
+from torchvision.models import resnet
+from torchvision.models.detection import mask_rcnn
 from torchvision.models.detection._utils import (
     BalancedPositiveNegativeSampler,
     BoxCoder,
@@ -69,7 +67,8 @@ from torchvision.models.detection.roi_heads import (
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from ssis import UserError, losses
+from ssis import losses
+from ssis.io.backbone_weights import load_matching, read_weights
 
 
 class CountingSampler(BalancedPositiveNegativeSampler):
@@ -307,54 +306,12 @@ def build_resnet50(
         # does not say so; after fine-tuning the difference is gone.
         overwrite_eps(model, 0.0)
     if pretrained and fetch:
-        state = pretrained_state(weights)
+        state = read_weights(weights)
         if any(name.startswith("backbone.") for name in state):
             load_matching(model, state, weights)
         else:
             load_matching(model.backbone.body, state, weights)
     return model
-
-
-def pretrained_state(weights: str) -> dict[str, Tensor]:
-    """The state dict that `--backbone-weights` names; see `build_resnet50`."""
-    known = {
-        "imagenet": ResNet50_Weights.IMAGENET1K_V1,
-        "coco": MaskRCNN_ResNet50_FPN_Weights.COCO_V1,
-    }
-    if weights not in known:
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"--backbone-weights {weights}: not imagenet, coco, none or a "
-                "readable state dict"
-            ) from error
-        if not isinstance(state, dict) or not all(
-            isinstance(value, Tensor) for value in state.values()
-        ):
-            raise UserError(f"--backbone-weights {weights}: not a dict of tensors")
-        return state
-    try:
-        return known[weights].get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"--backbone-weights {weights}: {known[weights].url} cannot be "
-            "downloaded; fetch it elsewhere and pass its path, or pass none"
-        ) from error
-
-
-def load_matching(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load what has the same name and shape; UserError when the backbone does not."""
-    own = module.state_dict()
-    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    # `num_batches_tracked` has no counterpart in frozen norms. Anything else that is
-    # missing in the backbone means another architecture.
-    lacking = [k for k in own if k not in fits and "predictor" not in k]
-    if lacking:
-        raise UserError(
-            f"--backbone-weights {source}: not of this model, lacks {lacking[0]!r}"
-        )
-    module.load_state_dict(fits, strict=False)
 
 
 def build(

@@ -12,6 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from ssis import correction, distributed, filters, model, optimizer, sam, sam_distill
+from ssis.clip import Clip
 from ssis.config import Config
 from ssis.teacher import make_teacher
 
@@ -42,7 +43,7 @@ def build(
     thresholds = filters.Thresholds(
         len(names), config.tau_min, config.tau_max, config.threshold_decay
     ).to(device)
-    classifier = correction.make_classifier(
+    classifier = make_classifier(
         config.correction, names, net.backbone.out_channels, config.prototypes,
         config.clip_model, config.descriptions, device,
     )  # fmt: skip
@@ -76,6 +77,37 @@ def build(
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     labeler = Labeler(teacher, thresholds, classifier, embeddings)
     return student, labeler, structure, optim, schedule, scaler
+
+
+def make_classifier(
+    kind: str,
+    names: list[str],
+    channels: int,
+    size: int,
+    clip_model: str,
+    descriptions: str,
+    device,
+) -> correction.CategoryClassifier | None:
+    """The category classifier of a kind, or None.
+
+    Args:
+        kind: "none", "prototypes" or "clip".
+        names: class names.
+        channels: D, of the feature pyramid.
+        size: K, instances remembered of each class.
+        clip_model, descriptions: of `clip.Clip`.
+        device: where it is to be.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind == "none":
+        return None
+    if kind == "prototypes":
+        return correction.Prototypes(len(names), channels, size).to(device)
+    if kind == "clip":
+        return Clip(clip_model, names, descriptions, device)
+    raise ValueError(f"no category classifier {kind!r}: none, prototypes or clip")
 
 
 def model_of(config: Config) -> tuple:

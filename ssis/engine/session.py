@@ -190,7 +190,7 @@ class Session:
         if done % 10 == 0 or saving or evaluating:
             means, self.table = losses.means(self.table), {}
             self.metrics.add(step=done, stage=self.stage(step), lr=lr, **means)
-            self.bar.set_postfix(losses.brief(means), refresh=False)
+            self.bar.set_postfix(brief(means), refresh=False)
         if step >= self.pretrain_end:
             if done % audit.WATCH_EVERY == 0 or done == self.total:
                 write = self.bar.write if self.rank == 0 else lambda line: None
@@ -295,3 +295,17 @@ class Session:
             run_folder.write_summary(self.folder, summary)
             page.finish(self.folder, self.test_set, detections)
             print(run_folder.table(summary, self.folder))
+
+
+def brief(means: dict[str, float]) -> dict[str, str]:
+    """What the progress bar has room for."""
+    result = {}
+    for prefix in ("labeled", "unlabeled"):
+        parts = [
+            value for name, value in means.items() if name.startswith(prefix + "/")
+        ]
+        if parts:
+            result[prefix] = f"{sum(parts):.2f}"
+    if "pseudo_per_image" in means:
+        result["pseudo/img"] = f"{means['pseudo_per_image']:.2f}"
+    return result

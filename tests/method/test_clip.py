@@ -13,6 +13,7 @@ from conftest import made_labels
 from torch.nn import functional as F
 
 from ssis import UserError, correction
+from ssis.engine.build import make_classifier
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def tiny_clip(tmp_path_factory):
 
 
 def clip_of(source: str, names: list[str], descriptions: str = ""):
-    return correction.make_classifier("clip", names, 64, 8, source, descriptions, "cpu")
+    return make_classifier("clip", names, 64, 8, source, descriptions, "cpu")
 
 
 def test_a_classifier_without_memory_has_nothing_to_learn_or_to_save(tiny_clip):
@@ -46,7 +47,7 @@ def test_a_classifier_without_memory_has_nothing_to_learn_or_to_save(tiny_clip):
     # No labeled view is asked for, which would be the work of a hundred forward passes.
     correction.fill(classifier, None, None, 0, 1)
     with pytest.raises(ValueError, match="no category classifier 'clap'"):
-        correction.make_classifier("clap", ["cat"], 64, 8, "", "", "cpu")
+        make_classifier("clap", ["cat"], 64, 8, "", "", "cpu")
 
 
 def test_mask_pooling_over_everything_is_clips_own_embedding(tiny_clip):

@@ -11,8 +11,9 @@ What is known of a field stands with it: its reason, its choices or range, and
     scope    what depends on it: the whole run; only what comes after pretraining
              (LATER); pretraining too, but only with S4M's distillation (STRUCTURE);
              no result at all, for it says where and how fast (PLACE)
-    part     it switches a part of a method, and belongs into the run's name
-    absent   what a record means that was written before the field was there
+    part     it switches a part of a method, and belongs in the run's name
+    absent   what a record means that was written before the field was there; whoever
+             changes a default gives the old one here
 
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
@@ -89,7 +90,7 @@ class Config:
     preset: str = setting(
         "shapes",
         "a named set of defaults: a built-in dataset, or a paper's schedule",
-        choices=("shapes", "signs", "custom", "coco", "cityscapes", "voc"),
+        choices=tuple(PRESETS),
         group="What is trained, and where it goes",
     )
     method: str = setting(
@@ -498,11 +499,12 @@ class Config:
         if self.output:
             return Path(self.output)
         share = Path(self.labeled).name.replace("%", "pct").replace(".json", "")
-        # A level switched otherwise than the method has it is part of the name, and so
-        # is an oracle: its result must not be taken for a method's.
+        # A part switched otherwise than the method has it is in the name, and so is an
+        # oracle, which comes last: its result must not be taken for a method's.
         usual = {
             f.name: f.default for f in dataclasses.fields(self) if f.metadata["part"]
         }
+        usual["oracle"] = usual.pop("oracle")
         own = switches(self.preset, self.method, self.model)
         usual |= {name: value for name, value in own.items() if name in usual}
         names = [self.preset, self.method]
@@ -514,11 +516,7 @@ class Config:
         return Path("runs") / "-".join([*names, share, f"s{self.seed}"])
 
     def check(self) -> None:
-        """Raise UserError for values that no run could use."""
-        if self.method not in METHODS:
-            raise UserError(
-                f"--method {self.method}: not there; there is {', '.join(METHODS)}"
-            )
+        """Raise UserError for values that no run could use; choices are argparse's."""
         self.check_numbers()
         self.check_combinations()
 
@@ -625,9 +623,8 @@ def make_parser() -> Parser:
         usage="%(prog)s [--flag VALUE ...]",
         description="Semi-supervised instance segmentation. Without arguments: S4M and "
         "PL-DC together on the built-in dataset, 5% labeled, in about 10 minutes on "
-        "two cores.\nIn brackets: what a run without arguments uses, and whether "
-        "--method or --preset set it too.",
-        formatter_class=argparse.RawTextHelpFormatter,
+        "two cores. In brackets: what a run without arguments uses, and whether "
+        "--method or --preset can set it to something else.",
         # A flag that is not given must not hide the preset's value.
         argument_default=argparse.SUPPRESS,
         # `--label` for `--labeled` would change its meaning when a field is added.
@@ -647,8 +644,8 @@ def make_parser() -> Parser:
             group = parser.add_argument_group(field.metadata["group"])
         by = [name for name, fields in sets.items() if field.name in fields]
         value = "none" if field.default == "" else str(field.default)
-        notes = [value, *([f"{' and '.join(by)} set it"] if by else [])]
-        text = f"{field.metadata['reason']} [{'; '.join(notes)}]".replace("%", "%%")
+        note = f"{value}; set by {' and '.join(by)}" if by else value
+        text = f"{field.metadata['reason']} [{note}]".replace("%", "%%")
         kind, choices = type(field.default), field.metadata["choices"]
         if kind is bool:
             group.add_argument(
@@ -685,9 +682,9 @@ def save(config: Config, path: Path) -> None:
 
 
 def completed(saved: dict) -> dict:
-    """A stored record, with the values that it means where it has none."""
+    """A stored record with every field there is or was, as it meant them."""
     absent = {f.name: f.metadata["absent"] for f in dataclasses.fields(Config)}
-    return absent | saved
+    return GONE | absent | saved
 
 
 def from_saved(saved: dict) -> Config:
@@ -707,7 +704,7 @@ def differences(
         ignored: fields that may differ; None: those that change no result.
     """
     ignored = not_in_result() if ignored is None else ignored
-    now, before = dataclasses.asdict(config) | GONE, GONE | completed(saved)
+    now, before = dataclasses.asdict(config) | GONE, completed(saved)
     return [
         f"{flag(name)} was {before[name]}, is {value}"
         for name, value in now.items()

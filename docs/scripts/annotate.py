@@ -356,13 +356,25 @@ def title(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def room(path: Path) -> str:
+    """The heading under which the index has a file: the method, a command, a folder."""
+    folder = path.relative_to(ROOT).parts[:-1]
+    if path.name == "evaluate.py":
+        return "The command evaluate.py"
+    return "The method, in reading order" if len(folder) < 2 else "/".join(folder) + "/"
+
+
 def index(pages: dict[str, Path], homes: dict[str, str]) -> str:
-    """The page that leads to all others: the files in reading order, the equations."""
-    rows = []
+    """The page that leads to all others: the files by room, the method first; the equations."""
+    rooms: dict[str, list[str]] = {}
     for name, path in pages.items():
         first = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).splitlines()[0]
         link = f'<a href="{name}"><code>{title(path)}</code></a>'
-        rows.append(f"<tr><td>{link}</td><td>{MARKDOWN.renderInline(first)}</td></tr>")
+        row = f"<tr><td>{link}</td><td>{MARKDOWN.renderInline(first)}</td></tr>"
+        rooms.setdefault(room(path), []).append(row)
+    files = "".join(
+        f"<h2>{heading}</h2><table>{''.join(rows)}</table>" for heading, rows in rooms.items()
+    )
     equations = "".join(
         f'<li><a href="{name}#{slug(label)}">{html.escape(label)}</a></li>'
         for label, name in sorted(homes.items())
@@ -372,7 +384,7 @@ def index(pages: dict[str, Path], homes: dict[str, str]) -> str:
         "<h1>ssis, line by line</h1><p>Semi-supervised instance segmentation: every file with "
         "its words on the left and its code on the right. Begin with <a href='train.html'>"
         "train.py</a>, the whole training loop; each file says what to read next.</p>"
-        f"<table>{''.join(rows)}</table><h2>Equations</h2><ul class='equations'>{equations}</ul>",
+        f"{files}<h2>Equations</h2><ul class='equations'>{equations}</ul>",
     )
 
 

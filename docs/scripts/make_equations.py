@@ -13,7 +13,7 @@ import ast
 import re
 from pathlib import Path
 
-from generated import write_or_check
+from generated import reflow, write_or_check
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "equations.md"
@@ -104,7 +104,7 @@ def text() -> str:
             f"## {name}\n\n$${entry['formula']}$$\n\n"
             f"Defined in [`{where}`](../{where}); computed in {', '.join(uses)}.\n"
         )
-    return "\n".join(parts)
+    return reflow("\n".join(parts))
 
 
 if __name__ == "__main__":

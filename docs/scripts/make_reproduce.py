@@ -9,7 +9,7 @@ The estimates are computed here from the presets, so that they cannot drift from
 import sys
 from pathlib import Path
 
-from generated import write_or_check
+from generated import reflow, write_or_check
 
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE.parent))
@@ -167,7 +167,7 @@ def page() -> str:
         "of `s4m` in S4M's commands, with PL-DC's filter, schedule and batches."
     )
     outro = OUTRO.format(command=TRIED, measured=MEASURED)
-    return "\n\n".join([intro.strip(), *(section(*cell) for cell in PAPER), both, outro]) + "\n"
+    return reflow("\n\n".join([intro.strip(), *(section(*cell) for cell in PAPER), both, outro]))
 
 
 if __name__ == "__main__":

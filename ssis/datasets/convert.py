@@ -26,10 +26,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
 from ssis import UserError
+from ssis.datasets import rle
 from ssis.io.files import write_text, writing
 
 # The eight classes of Cityscapes' instance task, by their id in the files.
@@ -183,14 +183,7 @@ def pixels(path: str) -> np.ndarray:
 
 def annotation(mask: np.ndarray, category: int, crowd: int) -> dict:
     """A COCO annotation of a mask (H, W) bool, in columns."""
-    rle = mask_utils.encode(mask.view(np.uint8))
-    return dict(
-        category_id=category,
-        iscrowd=crowd,
-        area=int(mask_utils.area(rle)),
-        bbox=mask_utils.toBbox(rle).tolist(),
-        segmentation=dict(size=list(mask.shape), counts=rle["counts"].decode()),
-    )
+    return rle.annotation(rle.encode(mask), category, crowd)
 
 
 def convert(task: tuple[str, Job]) -> dict | str:

@@ -21,6 +21,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from ssis import UserError
+from ssis.datasets import rle
 from ssis.data import sanitize
 from ssis.io import images
 
@@ -157,22 +158,14 @@ class Dataset:
         for index in indices:
             height, width = self.sizes[index].tolist()
             records.append(dict(id=int(index), height=height, width=width))
-            for row, rle in enumerate(self.rles(index), self.first[index]):
+            for row, mask in enumerate(self.rles(index), self.first[index]):
                 # A polygon may be so thin that it has no pixel: nobody can find it.
-                if not mask_utils.area(rle):
+                if not mask_utils.area(mask):
                     continue
-                annotations.append(
-                    # Ids from 1: pycocotools takes a match with id 0 for none.
-                    dict(
-                        id=len(annotations) + 1,
-                        image_id=int(index),
-                        segmentation=rle,
-                        category_id=int(self.labels[row]),
-                        iscrowd=int(self.crowd[row]),
-                        area=float(mask_utils.area(rle)),
-                        bbox=mask_utils.toBbox(rle).tolist(),
-                    )
-                )
+                # Ids from 1: pycocotools takes a match with id 0 for none.
+                ids = dict(id=len(annotations) + 1, image_id=int(index))
+                label, crowd = self.labels[row], self.crowd[row]
+                annotations.append(rle.annotation(mask, label, crowd, **ids))
         categories = [dict(id=k, name=name) for k, name in enumerate(self.names, 1)]
         coco = COCO()
         # `info` must be there: loadRes of some versions copies it without asking.

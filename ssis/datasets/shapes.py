@@ -34,9 +34,9 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as mask_utils
 
 from ssis import UserError
+from ssis.datasets import rle
 from ssis.io.files import write_text
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -233,18 +233,8 @@ def write_part(folder: Path, part: str, seed: int, images: int, scenes: Scenes) 
         side = scenes.size
         records.append(dict(id=index + 1, file_name=name, width=side, height=side))
         for mask, label in zip(masks, labels, strict=True):
-            rle = mask_utils.encode(np.asfortranarray(mask, np.uint8))
-            annotations.append(
-                dict(
-                    id=len(annotations) + 1,
-                    image_id=index + 1,
-                    category_id=int(label),
-                    iscrowd=0,
-                    area=int(mask.sum()),
-                    bbox=mask_utils.toBbox(rle).tolist(),
-                    segmentation=dict(size=[side, side], counts=rle["counts"].decode()),
-                )
-            )
+            ids = dict(id=len(annotations) + 1, image_id=index + 1)
+            annotations.append(rle.annotation(rle.encode(mask), label, **ids))
     categories = [dict(id=k, name=name) for k, name in enumerate(scenes.classes, 1)]
     info = dict(description=describe(scenes, part, seed, images))
     path = folder / f"instances_{part}.json"

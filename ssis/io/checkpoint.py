@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from ssis import UserError
-from ssis.io.files import whole
+from ssis.io.files import force_to_disk, whole
 
 # Raised when the meaning of a field changes.
 FORMAT = 2
@@ -61,6 +61,8 @@ def save(path: Path, state: dict) -> None:
     try:
         with whole(path) as temporary:
             torch.save(dict(state, format=FORMAT), temporary)
+            # Before the old one moves to its other name, the new one is complete.
+            force_to_disk(temporary)
             if path.exists():
                 keep(path)
     # torch.save reports a full disk as a RuntimeError of its zip writer.

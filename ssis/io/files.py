@@ -24,13 +24,20 @@ def whole(path: Path):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        # Rename first, power cut, data never written: a complete name on an empty file.
-        # fsync forbids that order.
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        force_to_disk(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def force_to_disk(path: Path) -> None:
+    """Wait until a file's content is on the disk.
+
+    Rename first, power cut, data never written: a complete name on an empty file. fsync
+    forbids that order.
+    """
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

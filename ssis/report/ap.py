@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from tqdm import tqdm
 
 from ssis import UserError, augment, distributed, teacher
+from ssis.datasets import rle
 
 
 # The order of COCOeval's twelve numbers.
@@ -131,8 +131,7 @@ def encode(
         # Fortran order is what pycocotools reads without copying.
         whole = np.zeros(frame, np.uint8, order="F")
         whole[rows, columns] = (soft > 0.5).cpu().numpy()
-        rle = mask_utils.encode(whole)
-        rles.append(dict(rle, counts=rle["counts"].decode()))
+        rles.append(rle.encode(whole))
     return rles
 
 

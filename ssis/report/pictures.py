@@ -71,18 +71,19 @@ def overlay(
     # Of several classes for one object the highest score is drawn last, on top.
     order = torch.arange(len(labels)) if scores is None else scores.cpu().argsort()
     shown = torch.zeros(len(labels), *size, dtype=torch.bool)
+    edges = shown.clone()
     for row, k in enumerate(order.tolist()):
         # One at a time: a hundred float masks of a large picture would be gigabytes.
-        shown[row] = F.interpolate(masks[k].cpu().float()[None, None], size)[0, 0] > 0
-    labels = labels.cpu().long()[order]
-    colors = [COLORS[(label - 1) % len(COLORS)] for label in labels.tolist()]
-    # One after the other, for a mask is to cover those under it, their edges too.
-    for mask, color in zip(shown, colors, strict=True):
-        pixels = draw_segmentation_masks(pixels, mask, 0.35, color)
+        mask = F.interpolate(masks[k].cpu().float()[None, None], size)[0] > 0
         # Its edge: what is lost if the mask shrinks by two pixels.
-        outside = F.pad((~mask).float()[None], (2, 2, 2, 2), value=1.0)
-        inner = F.max_pool2d(outside, 5, 1)[0] == 0
-        pixels = draw_segmentation_masks(pixels, mask & ~inner, 1.0, color)
+        outside = F.pad((~mask).float(), (2, 2, 2, 2), value=1.0)
+        shown[row], edges[row] = mask[0], (mask & (F.max_pool2d(outside, 5, 1) > 0))[0]
+    labels = labels.cpu().long()[order]
+    for mask, edge, label in zip(shown, edges, labels.tolist(), strict=True):
+        # One call for each: given together, masks that overlap would be left black.
+        color = COLORS[(label - 1) % len(COLORS)]
+        pixels = draw_segmentation_masks(pixels, mask, 0.35, color)
+        pixels = draw_segmentation_masks(pixels, edge, 1.0, color)
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     pen, pen_size = ImageDraw.Draw(picture), max(10, side // 60)
     # In a crowd the names would hide what they name.

@@ -25,14 +25,12 @@ import inspect
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
-from pycocotools import mask as mask_utils
 from torch import nn
 from tqdm import tqdm
 
 from ssis import UserError, distributed, model
-from ssis.datasets import coco_json
+from ssis.datasets import coco_json, rle
 from ssis.io.files import whole, write_text, writing
 from ssis.engine import resume
 from ssis.datasets import parts
@@ -192,9 +190,9 @@ def detect(plain: nn.Module, image: torch.Tensor) -> list[dict]:
         found["masks"],
     )
     for box, label, score, mask in zip(*columns, strict=True):
-        rle = mask_utils.encode(np.asfortranarray(mask[0].numpy() > 0.5).view(np.uint8))
-        rle = dict(rle, counts=rle["counts"].decode())
-        results.append(dict(bbox=box, category_id=label, score=score, segmentation=rle))
+        encoded = rle.encode(mask[0].numpy() > 0.5)
+        row = dict(bbox=box, category_id=label, score=score, segmentation=encoded)
+        results.append(row)
     return results
 
 

@@ -31,6 +31,7 @@ from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
 from ssis import UserError, distributed
+from ssis.datasets import rle
 from ssis.io import images
 from ssis.report import pictures
 from ssis.io.files import writing
@@ -151,10 +152,11 @@ def save(out: Path, names: list[str], records: list[dict], results: list[dict]) 
     """Write `results.json` and `coco.json`."""
     annotations = []
     for result in results:
-        area = float(mask_utils.area(result["segmentation"]))
-        if area:
-            number = len(annotations) + 1
-            annotations.append(dict(result, id=number, iscrowd=0, area=area))
+        if mask_utils.area(result["segmentation"]):
+            mask, label = result["segmentation"], result["category_id"]
+            more = dict(id=len(annotations) + 1, image_id=result["image_id"])
+            more["score"] = result["score"]
+            annotations.append(rle.annotation(mask, label, **more))
     categories = [dict(id=k, name=name) for k, name in enumerate(names, 1)]
     dataset = dict(
         info={}, images=records, annotations=annotations, categories=categories

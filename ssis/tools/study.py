@@ -228,7 +228,7 @@ def load(name: str) -> list[dict]:
 
 
 def flags_of(study: Study, row: str) -> str:
-    """What train.py is told for a row, but for the seed."""
+    """The flags of train.py for a row, without the seed."""
     return f"{study.common} {study.rows[row]}".strip()
 
 
@@ -244,8 +244,8 @@ def current(name: str) -> list[dict]:
     ]
 
 
-def keep(name: str, record: dict) -> None:
-    """Write a raw result into its study's file, in place of an older one of its row.
+def store(name: str, record: dict) -> None:
+    """Write a raw result into its study's file; it replaces an older one of its row.
 
     The file is read again first, and replaced in one go: a kill, or another study
     running beside this one, loses nothing.
@@ -262,20 +262,17 @@ def comparable(settings: dict) -> dict:
     """Settings without what differs from machine to machine.
 
     Args:
-        settings: of a run, by field. What is missing came after it was made: there
-            the default, which switches it off.
+        settings: of a run, by field. A field that came later, or is gone, has the
+            value that its absence means (`config.completed`).
 
     Returns:
-        Those that change the result; of the dataset's folder and SAM's weights the
-        names alone.
+        Those that change the result; only the names of the dataset's folder and of
+        SAM's weights.
     """
     settings = config.completed(settings)
-    # An option that is gone counts only where it was used.
-    gone = [k for k, value in config.GONE.items() if settings.get(k, value) == value]
-    ignored = {*config.not_in_result(), *gone}
+    ignored = config.not_in_result()
     kept = {k: v for k, v in settings.items() if k not in ignored}
-    named = {k: Path(settings[k]).name for k in ("data", "sam_checkpoint")}
-    return kept | named
+    return kept | {k: Path(settings[k]).name for k in ("data", "sam_checkpoint")}
 
 
 def matches(job: Job, record: dict) -> bool:
@@ -283,38 +280,38 @@ def matches(job: Job, record: dict) -> bool:
     return comparable(asdict(job.settings)) == comparable(record["settings"])
 
 
-def read(path: Path) -> dict | None:
-    """A JSON of a run's folder; None where there is none, or half of one."""
+def read_json(path: Path) -> dict | None:
+    """A JSON of a run's folder; None if it is missing or incomplete."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text())
 
 
-def result(job: Job, where: str) -> dict | None:
-    """The raw result that a finished run left in its folder.
+def read_result(job: Job, machine: str) -> dict | None:
+    """The raw result that a finished run left in its folder; None if there is none.
 
     Args:
         job: the run.
-        where: the kind of machine, see `machine`.
+        machine: what it ran on, see `describe_machine`.
     """
-    settings = read(job.folder / "config.json")
-    summary = read(job.folder / "summary.json")
+    settings = read_json(job.folder / "config.json")
+    summary = read_json(job.folder / "summary.json")
     if not settings or not summary or not matches(job, dict(settings=settings)):
         return None
-    # The folder's name says which dataset; where it lay is nobody's concern.
+    # The folder's name says which dataset; where it is differs between machines.
     source = Path(summary["evaluated_on"])
     summary["evaluated_on"] = f"{source.parent.name}/{source.name}"
     settings = comparable(settings)
-    return named(job, dict(settings=settings, machine=where, summary=summary))
+    return relabel(job, dict(settings=settings, machine=machine, summary=summary))
 
 
-def named(job: Job, record: dict) -> dict:
-    """A raw result under the name that a job has in its study."""
+def relabel(job: Job, record: dict) -> dict:
+    """A raw result with the row, seed and flags that a job has in its study."""
     flags = flags_of(STUDIES[job.study], job.row)
-    name = dict(row=job.row, seed=job.seed, flags=flags)
-    return name | {k: v for k, v in record.items() if k not in name}
+    labels = dict(row=job.row, seed=job.seed, flags=flags)
+    return labels | {k: v for k, v in record.items() if k not in labels}
 
 
-def machine(threads: int, processes: int) -> str:
+def describe_machine(threads: int, processes: int) -> str:
     """The kind of machine, in words, for the tables."""
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (
@@ -332,7 +329,7 @@ def jobs(name: str, data: str = "") -> list[Job]:
     Raises:
         UserError: no folder of a dataset where one is needed, or one too many.
     """
-    study, found = STUDIES[name], []
+    study, listed = STUDIES[name], []
     if study.data != bool(data):
         raise UserError(
             f"study {name}: "
@@ -353,8 +350,8 @@ def jobs(name: str, data: str = "") -> list[Job]:
             text = json.dumps(comparable(asdict(settings)), sort_keys=True)
             mark = hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
             folder = RUNS / name / f"{slug}-s{seed}-{mark}"
-            found.append(Job(name, row, seed, tuple(flags), settings, folder))
-    return found
+            listed.append(Job(name, row, seed, tuple(flags), settings, folder))
+    return listed
 
 
 def same_pretraining(job: Job, settings: dict) -> bool:
@@ -363,7 +360,7 @@ def same_pretraining(job: Job, settings: dict) -> bool:
     if "supervised" in (job.settings.method, settings["method"]):
         return False
     if job.settings.structure_weight > 0:
-        # It learned from SAM: from the same one, then.
+        # The first teacher learned from SAM, so SAM's weights must be the same.
         paths = (job.settings.sam_checkpoint, settings.get("sam_checkpoint", ""))
         if len({Path(path).name for path in paths}) > 1:
             return False
@@ -374,7 +371,7 @@ def same_pretraining(job: Job, settings: dict) -> bool:
 def first_teacher(job: Job) -> Path | None:
     """A `pretrained.pt` that this run can start from, of any study's run."""
     for path in sorted(RUNS.glob("*/*/pretrained.pt")):
-        saved = read(path.with_name("config.json"))
+        saved = read_json(path.with_name("config.json"))
         if saved and same_pretraining(job, saved):
             return path
     return None
@@ -395,7 +392,7 @@ def start(job: Job, threads: int) -> subprocess.Popen:
 
 
 def next_job(waiting: list[Job], running: list[Job]) -> Job | None:
-    """The first job that need not wait for a first teacher which another is making."""
+    """The first job whose first teacher is there, or which no running job makes."""
     for job in waiting:
         being_made = any(same_pretraining(job, asdict(r.settings)) for r in running)
         begun = (job.folder / "checkpoint.pt").exists()
@@ -416,16 +413,16 @@ def run(name: str, processes: int, threads: int, data: str) -> bool:
     Returns:
         Whether all results are there now.
     """
-    # What other studies have found counts too: the settings are the identity of a run.
+    # A result of another study counts too: its settings are what identifies a run.
     known = [record for other in (name, *STUDIES) for record in load(other)]
-    waiting, where = [], machine(threads, processes)
+    waiting, machine = [], describe_machine(threads, processes)
     for job in jobs(name, data):
-        found = next((named(job, r) for r in known if matches(job, r)), None)
-        found = found or result(job, where)
-        if not found:
+        record = next((relabel(job, r) for r in known if matches(job, r)), None)
+        record = record or read_result(job, machine)
+        if not record:
             waiting.append(job)
-        elif found not in load(name):
-            keep(name, found)
+        elif record not in load(name):
+            store(name, record)
 
     total = len(STUDIES[name].rows) * len(STUDIES[name].seeds)
     print(f"{name}: {total - len(waiting)} of {total} runs are there", flush=True)
@@ -446,11 +443,11 @@ def run(name: str, processes: int, threads: int, data: str) -> bool:
             ended = [pair for pair in running if pair[1].poll() is not None]
             for job, process in ended:
                 running.remove((job, process))
-                record = result(job, where) if process.returncode == 0 else None
+                record = read_result(job, machine) if process.returncode == 0 else None
                 if record:
-                    keep(name, record)
+                    store(name, record)
                 complete &= record is not None
-                left, line = len(waiting) + len(running), news(job, process, record)
+                left, line = len(waiting) + len(running), describe(job, process, record)
                 print(f"{name}: {line} ({left} to go)", flush=True)
             time.sleep(0.5)
     finally:
@@ -462,16 +459,16 @@ def run(name: str, processes: int, threads: int, data: str) -> bool:
     return complete
 
 
-def news(job: Job, process: subprocess.Popen, record: dict | None) -> str:
-    """One line on a run that has ended: its AP, or what it said last."""
+def describe(job: Job, process: subprocess.Popen, record: dict | None) -> str:
+    """One line on a run that has ended: its AP, or the last line of its output."""
     if record:
         ap = record["summary"]["mask_ap"]
         who = "student" if ap["teacher"] is None else "teacher"
         return f"{job.row}, seed {job.seed}: {who}'s mask AP {ap[who]:.1f}"
     lines = Path(f"{job.folder}.log").read_text().strip().splitlines()
-    said = lines[-1] if lines else "no output"
+    last = lines[-1] if lines else "no output"
     return (
-        f"{job.row}, seed {job.seed}: FAILED with status {process.returncode}: {said} "
+        f"{job.row}, seed {job.seed}: FAILED with status {process.returncode}: {last} "
         f"(all of it in {job.folder}.log)"
     )
 
@@ -480,17 +477,16 @@ def news(job: Job, process: subprocess.Popen, record: dict | None) -> str:
 
 
 def overview() -> str:
-    """A line for each study: what it is called, and how much of it is there."""
+    """A line for each study: its name, how many results it has, its title."""
     lines = []
     for name, study in STUDIES.items():
-        here = current(name)
-        total = len(study.rows) * len(study.seeds)
-        lines.append(f"{name:<10} {len(here):>3} of {total:>3} runs   {study.title}")
+        done, total = len(current(name)), len(study.rows) * len(study.seeds)
+        lines.append(f"{name:<10} {done:>3} of {total:>3} runs   {study.title}")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the studies that were named, or say which there are."""
+    """Run the named studies, or list all of them."""
     parser = argparse.ArgumentParser(
         prog="python -m ssis study",
         description=__doc__,
@@ -501,7 +497,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     parser.add_argument("--data", default="", help="folder of the study's dataset")
     args = parser.parse_args(argv)
-    # SIGTERM as Ctrl-C: the runs must be told, or they would go on alone.
+    # SIGTERM as Ctrl-C: the runs must be stopped too, or they would go on alone.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for name in args.names:

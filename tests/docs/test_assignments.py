@@ -108,7 +108,7 @@ def test_handouts_name_their_tasks_with_points_and_commands():
             assert f"`{task.function}`" in section and f"`{task.module}`" in section, task.id
             assert task.equation in section, task.id
             assert f"python -m pytest -m task{task.id}`" in section, task.id
-            needs = re.findall(r"Needs ([\d_, and]+)\.", section)
+            needs = re.findall(r"Needs ([\d_,\sand]+)\.", section)
             assert sorted(re.findall(r"\d_\d", " ".join(needs))) == sorted(task.needs), task.id
         for work in (work for work in RAW["open"] if work["assignment"] == entry["id"]):
             assert f"### Open: {work['title']} ({work['points']} points)" in text

@@ -7,11 +7,14 @@ import sys
 
 import pytest
 from conftest import ROOT
+from markdown_it import MarkdownIt
 
 from ssis import config
+from ssis.__main__ import COMMANDS
 
 pytestmark = pytest.mark.fast
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
 
 def test_the_file_map_is_made_of_the_docstrings():
@@ -57,46 +60,6 @@ def test_every_option_in_the_documents_exists():
         assert found <= own | others, (path.name, found - own - others)
 
 
-def test_help_shows_every_field_with_its_reason(capsys):
-    with pytest.raises(SystemExit) as stop:
-        config.parse(["--help"])
-    assert stop.value.code == 0
-    squeezed = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(config.Config):
-        assert config.flag(field.name) in squeezed
-        assert " ".join(field.metadata["reason"].replace("%%", "%").split()) in squeezed
-
-
-def test_presets_are_valid_and_the_papers_numbers_are_there():
-    for name in config.PRESETS:
-        for method in config.METHODS:
-            config.parse(["--preset", name, "--method", method, "--sam", "tiny"])
-    # PL-DC's own numbers, at Guided Distillation's number of steps.
-    pl_dc = config.parse(["--preset", "coco", "--method", "pl-dc"])
-    assert (pl_dc.tau_class, pl_dc.tau_mask, pl_dc.unsup_weight) == (0.85, 0.9, 1.0)
-    assert (pl_dc.burnin_steps, pl_dc.burnin_steps + pl_dc.mutual_steps) == (20_000, 368_750)
-    assert pl_dc.uncertainty and pl_dc.filter == "dual" and pl_dc.correction == "prototypes"
-    gd = ["--method", "guided-distillation"]
-    coco = config.parse(["--preset", "coco", *gd])
-    assert (coco.burnin_steps, coco.burnin_steps + coco.mutual_steps) == (50_000, 368_750)
-    cityscapes = config.parse(["--preset", "cityscapes", *gd])
-    assert (cityscapes.burnin_steps, cityscapes.mutual_steps) == (50_000, 40_000)
-    # PL-DC's filter alone has its thresholds, and they move as slowly as the teacher.
-    assert (coco.tau_mask, coco.threshold_decay) == (0.9, 0.9996)
-    assert (coco.ema_decay, coco.unsup_weight, coco.tau_class) == (0.9996, 2.0, 0.7)
-    # S4M's, and both together.
-    s4m = config.parse(["--preset", "coco", "--method", "s4m", "--sam", "tiny"])
-    assert (s4m.burnin_steps, s4m.burnin_steps + s4m.mutual_steps) == (25_000, 368_750)
-    assert (s4m.structure_weight, s4m.refine_points, s4m.structure_queries) == (1.0, 3, 128)
-    s4m = config.parse(["--preset", "cityscapes", "--method", "s4m", "--sam", "tiny"])
-    assert (s4m.burnin_steps, s4m.mutual_steps) == (15_000, 75_000)
-    full = config.parse(["--preset", "cityscapes", "--sam", "tiny"])
-    assert (full.burnin_steps, full.mutual_steps) == (20_000, 70_000)
-    assert full.method == "full" and full.refine != "none" and full.correction == "prototypes"
-    # A flag beats the preset, and the preset the default.
-    assert config.parse(["--preset", "coco", *gd, "--lr", "1"]).lr == 1.0 and coco.lr == 1e-4
-
-
 def test_ci_runs_the_readmes_test_command():
     block = re.search(r"<!-- tests -->\n```\n(.+)\n```\n<!-- end -->", README)
     assert block and block.group(1).count("\n") == 0
@@ -132,9 +95,54 @@ def test_every_training_command_of_the_documents_would_start():
 
 
 def test_links_between_the_documents_lead_somewhere():
-    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+    assert len(PAGES) > 20
+    for path in PAGES:
         for link in re.findall(r"\]\((?!http)([^)#]+)", path.read_text(encoding="utf-8")):
             assert (path.parent / link).exists(), (path.name, link)
+
+
+def test_scripts_and_commands_in_the_documents_exist():
+    """Paths of the repository's programs; `python -m ssis COMMAND`."""
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r"(?<![\w/.])((?:docs|ssis|tests)/[\w/]+\.(?:py|toml|svg))", text):
+            # The log tells of files that are gone, instructors of tests that they write.
+            if path.name not in ("log.md", "instructors.md"):
+                assert (ROOT / name).exists(), (path.name, name)
+        for command in re.findall(r"python -m ssis (\w+)", text):
+            assert command in COMMANDS, (path.name, command)
+
+
+def too_long(text: str) -> list[int]:
+    """Numbers of lines over 100 columns that could be shorter.
+
+    Code, formulas, comments and single words stay as they are; a row of a table is one line, of
+    at most 160.
+    """
+    free, tables = set(), set()
+    for token in MarkdownIt("commonmark").enable("table").parse(text):
+        if token.type in ("fence", "code_block", "html_block"):
+            free |= set(range(*token.map))
+        elif token.type == "table_open":
+            tables |= set(range(*token.map))
+    return [
+        number + 1
+        for number, line in enumerate(text.splitlines())
+        if len(line) > (160 if number in tables else 100)
+        and number not in free
+        and not line.startswith("$$")
+        and " " in line.strip(" *")
+    ]
+
+
+def test_the_documents_are_wrapped_at_100_columns():
+    words = "word " * 21
+    assert too_long(f"{words}\n\n* {words}\n") == [1, 3]
+    assert too_long(f"```\n{words}\n```\n\n    {words}\n\n[{'x' * 120}](y)\n") == []
+    assert too_long(f"| a |\n|---|\n| {words} |\n| {words}{words} |\n") == [4]
+    for path in PAGES:
+        wrong = too_long(path.read_text(encoding="utf-8"))
+        assert not wrong, (path.name, wrong)
 
 
 def test_the_loop_stays_readable_in_one_sitting():

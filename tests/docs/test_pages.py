@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -72,6 +73,17 @@ def test_every_file_is_a_page_and_every_link_leads_somewhere(pages):
             target, _, place = link.partition("#")
             assert not place or place in found[target or name].ids, (name, link)
             assert target in found or not target, (name, link)
+
+
+def test_the_index_has_the_files_by_room_the_method_first(pages):
+    made = (pages / "index.html").read_text(encoding="utf-8")
+    headings = re.findall(r"<h2>(.+?)</h2>", made)
+    rooms = {path.parent.name for path in ROOT.glob("ssis/*/*.py")}
+    assert headings[0] == "The method, in reading order" and headings[-1] == "Equations"
+    assert {f"ssis/{room}/" for room in rooms} == set(headings[2:-1])
+    method = made.split("<h2>")[1]
+    flat = {path.stem for path in ROOT.glob("ssis/*.py") if not path.name.startswith("__")}
+    assert set(re.findall(r'href="ssis-(\w+)\.html"', method)) == flat
 
 
 def test_no_line_of_code_and_no_word_is_lost(pages):
@@ -161,27 +173,33 @@ def test_the_data_flow_figure_names_files_functions_and_equations_that_exist():
         tree = annotate.ast.parse((ROOT / box.file).read_text(encoding="utf-8"))
         assert box.function in annotate.starts(tree).values(), box
         assert not box.equation or box.equation in known, box
-    names = {box.name for box in make_dataflow.BOXES}
-    assert all({start, end} <= names for start, end, _ in make_dataflow.ARROWS)
+        # The words fit into their box; 7.6 pixels are a wide letter of the titles' size.
+        lines = (box.title, f"{Path(box.file).name}: {box.function}", box.equation)
+        assert max(map(len, lines)) * 7.6 < make_dataflow.WIDTH, box
+    places = [(box.column, box.row) for box in make_dataflow.BOXES] + [make_dataflow.LEGEND]
+    assert len(set(places)) == len(places), "two boxes at one place"
+    joined = {name for arrow in make_dataflow.ARROWS for name in arrow[:2]}
+    assert joined == {box.name for box in make_dataflow.BOXES}
 
 
 PAPERS = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+# One text for each heading, on one line: a part of a paper, or a section and its method.
+PARTS = [" ".join(part.split()) for part in re.split(r"^#+ ", PAPERS, flags=re.MULTILINE)]
 
 
 def test_the_papers_page_names_files_functions_and_equations_that_exist():
-    rows = [line for line in PAPERS.splitlines() if line.startswith("| ")]
-    assert len(rows) > 40
+    assert PAPERS.count("\n### ") > 40
     known, named = make_equations.collect(), set()
-    for row in rows:
-        for path, after in re.findall(r"\]\(\.\./([\w/]+\.py)\)((?:,? `[\w.]+`)*)", row):
+    for part in PARTS:
+        for path, after in re.findall(r"\]\(\.\./([\w/]+\.py)\)((?:,? `[\w.]+`)*)", part):
             tree = annotate.ast.parse((ROOT / path).read_text(encoding="utf-8"))
             own = {name.rstrip(".") for name in annotate.starts(tree).values()}
             for function in re.findall(r"`([\w.]+)`", after):
                 assert function in own, (path, function)
-        for name in re.findall(make_equations.NAME, row):
+        for name in re.findall(make_equations.NAME, part):
             assert name in known, name
             named.add(name)
-    # Each equation of the sources has its row.
+    # Each equation of the sources has its place.
     assert named == set(known), set(known) - named
 
 
@@ -210,16 +228,16 @@ def test_the_notation_names_what_there_is():
 
 def test_the_papers_pages_values_are_the_settings():
     method, seen = "guided-distillation", 0
-    for line in PAPERS.splitlines():
-        if found := re.search(r"`--method ([\w-]+)`", line):
+    for part in PARTS:
+        if found := re.search(r"`--method ([\w-]+)`", part):
             method = found[1]
-        for flag, small, coco in re.findall(r"`--([\w-]+)` (\S+) / ([^\s;|]+)", line):
+        for flag, small, coco in re.findall(r"`--([\w-]+)` (\S+) / ([^\s;]+)", part):
             for preset, value in (("shapes", small), ("coco", coco)):
                 # With the tiny SAM, for the checkpoint of the preset's own is not here.
                 given = ["--preset", preset, "--method", method, "--sam", "tiny"]
                 found = getattr(config.parse(given), flag.replace("-", "_"))
                 if flag == "sam":
                     found = config.PRESETS[preset].get("sam", config.Config.sam)
-                assert str(found) == value, (line, preset)
+                assert str(found) == value, (part, preset)
                 seen += 1
     assert seen > 60

@@ -58,6 +58,7 @@ def main(out: str, folder: str) -> None:
         structure_queries=8,
         refine="agreement",
         refine_gate=0.0,
+        arp="none",
         short_side_min=64,
         short_side=64,
         long_side=64,

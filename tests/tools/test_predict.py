@@ -151,7 +151,7 @@ def test_what_was_found_is_kept_when_it_is_stopped(trained, tmp_path, monkeypatc
         return draw(*arguments)
 
     monkeypatch.setattr(pictures, "detections", stop_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         predict.main([str(trained), str(tmp_path), "--out", str(tmp_path / "out"), "--score", "0"])
     found = json.loads((tmp_path / "out" / "coco.json").read_text())
     assert [record["file_name"] for record in found["images"]] == ["0.png", "1.png", "2.png"]

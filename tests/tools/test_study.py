@@ -57,10 +57,10 @@ def small(monkeypatch, tmp_path, shapes_folder):
 
 def results(folder) -> list[dict]:
     """Raw results without their times."""
-    found = json.loads((folder / "results" / "small.json").read_text())
-    for record in found:
+    records = json.loads((folder / "results" / "small.json").read_text())
+    for record in records:
         record["summary"].pop("seconds")
-    return found
+    return records
 
 
 def test_a_study_runs_what_is_missing_and_shares_the_first_teacher(
@@ -98,16 +98,16 @@ def test_a_stopped_study_ends_with_the_same_results(whole, small, tmp_path, shap
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     # Wait until it has saved something.
-    while not (found := list(tmp_path.glob("runs/small/plain-s0-*/checkpoint.pt"))):
+    while not (saved := list(tmp_path.glob("runs/small/plain-s0-*/checkpoint.pt"))):
         assert began.poll() is None
         time.sleep(0.1)
     began.send_signal(signal.SIGTERM)
     _, said = began.communicate(timeout=60)
     assert began.returncode == 130 and "the same command goes on" in said
     assert not list(tmp_path.glob("runs/small/uncertainty-s0-*"))
-    folder = found[0].parent
+    folder = saved[0].parent
     assert not (folder / "summary.json").exists()
-    done = checkpoint.load(found[0])["step"]
+    done = checkpoint.load(saved[0])["step"]
     assert 0 < done < 8
     # The rest, in this process: each goes on where it was, and ends where it would have.
     assert small()
@@ -166,8 +166,8 @@ def test_the_command_line(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "blob_sam.pt").touch()
     for name, spec in study.STUDIES.items():
-        found = study.jobs(name, "folder" if spec.data else "")
-        assert len(spec.rows) * len(spec.seeds) == len({job.folder for job in found})
+        jobs = study.jobs(name, "folder" if spec.data else "")
+        assert len(spec.rows) * len(spec.seeds) == len({job.folder for job in jobs})
 
 
 def test_other_settings_are_due_again_and_leave_the_old_results_alone(
@@ -198,8 +198,8 @@ def test_other_settings_are_due_again_and_leave_the_old_results_alone(
         study.run("small", 1, 1, str(shapes_folder))
     assert (tmp_path / "results" / "small.json").read_text() == before
     # One result of two is replaced, the other stays.
-    record = study.named(new[0], json.loads(before)[0])
-    study.keep("small", record)
+    record = study.relabel(new[0], json.loads(before)[0])
+    study.store("small", record)
     assert [r["flags"] for r in study.load("small")] == [
         record["flags"], json.loads(before)[1]["flags"]
     ]  # fmt: skip

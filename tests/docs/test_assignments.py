@@ -276,12 +276,12 @@ def test_no_student_stops_the_grader(made, tmp_path):
             text, line = path.read_text("utf-8"), f'raise NotImplementedError("{task.error}")'
             assert text.count(line) == 1
             path.write_text(text.replace(line, MISHAPS[task.id]))
-    (copy / "ssis" / "split.py").unlink()
+    (copy / "ssis" / "datasets" / "split.py").unlink()
     with open(copy / "ssis" / "sam_distill.py", "ab") as file:
         file.write(b"CAFE = 'caf\xe9'\n")
     model = copy / "ssis" / "model.py"
     model.write_text(model.read_text("utf-8").replace("def __call__", "def call"))
-    audit = copy / "ssis" / "audit.py"
+    audit = copy / "ssis" / "report" / "audit.py"
     audit.write_text(audit.read_text("utf-8") + "\nimport os\nos._exit(0)\n")
     outputs = ["--json", tmp_path / "a.json", "--gradescope", tmp_path / "results.json"]
     done = program("grade.py", copy, "--timeout", 4, *outputs, "--task", *EXPECTED)

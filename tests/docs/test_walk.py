@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-WALK = ROOT / "docs" / "walk.py"
+WALK = ROOT / "docs" / "scripts" / "walk.py"
 
 
 @pytest.mark.fast

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from ssis import UserError, model
+from ssis import UserError, config, model
+from ssis.engine import resume
 from ssis.io import checkpoint
 
 pytestmark = pytest.mark.fast
@@ -164,3 +165,22 @@ def test_weights_of_another_model_are_refused(tmp_path):
     other = model.build_small(5, 64, 64)
     with pytest.raises(UserError, match=r"checkpoint of another model: 'roi_heads"):
         checkpoint.load_weights(net, other.state_dict(), tmp_path / "c.pt")
+
+
+def test_an_older_checkpoint_is_read_and_its_run_cannot_go_on(tmp_path):
+    """Format 1 held PyTorch's averaged model: weights under `module.`, and a counter."""
+    weights = dict(weight=torch.ones(2), bias=torch.zeros(2))
+    averaged = {f"module.{name}": value + 1 for name, value in weights.items()}
+    for updates, expected in ((0, None), (3, dict(weight=2.0, bias=1.0))):
+        state = dict(
+            format=1, config={}, names=["a"], step=9, student=weights,
+            teacher=averaged | dict(n_averaged=torch.tensor(updates)),
+        )  # fmt: skip
+        torch.save(state, tmp_path / "c.pt")
+        teacher = checkpoint.load(tmp_path / "c.pt")["teacher"]
+        assert teacher is None if expected is None else teacher.keys() == expected.keys()
+        for name, value in (expected or {}).items():
+            assert torch.equal(teacher[name], torch.full((2,), value))
+    saved = checkpoint.load(tmp_path / "c.pt")
+    with pytest.raises(UserError, match=r"of an older version.*give another --output"):
+        resume.check_same_run(tmp_path / "c.pt", saved, {}, config.Config(), ["a"], False)

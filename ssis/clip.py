@@ -87,6 +87,12 @@ def prompts_of(names: list[str], descriptions: str) -> list[list[str]]:
 class Clip(CategoryClassifier):
     """CLIP's opinion on the class of an instance; it never learns.
 
+    Not a module: its gigabyte of frozen weights belongs into no checkpoint.
+
+    Attributes:
+        model: open_clip's, in evaluation mode.
+        classes: (C, E), the embedding of each class, of length 1.
+
     Args:
         source: "architecture:weights" of open_clip; weights are a tag or a path.
         names: class names.
@@ -99,6 +105,7 @@ class Clip(CategoryClassifier):
     """
 
     def __init__(self, source: str, names: list[str], descriptions: str, device):
+        # Optional: imported when it is asked for, and not before.
         try:
             import open_clip
         except ImportError as error:
@@ -115,7 +122,7 @@ class Clip(CategoryClassifier):
         try:
             model = open_clip.create_model(architecture, weights)
             tokenizer = open_clip.get_tokenizer(architecture)
-        # Every exception: without network, file or architecture it raises any of many.
+        # Every exception: without network, file or architecture it raises one of many.
         except Exception as error:
             raise UserError(
                 f"--clip-model {source}: cannot be loaded ({short(error)[:160]}); give "
@@ -129,6 +136,7 @@ class Clip(CategoryClassifier):
                 f"--clip-model {source}: has no ConvNeXt image tower, whose feature "
                 "map could be pooled; give one of open_clip's convnext models"
             )
+        # Frozen: it gives opinions, and is never trained.
         self.model = model.eval().requires_grad_(False).to(device)
         # The class names never change, so their embeddings are computed once.
         self.classes = torch.stack(
@@ -160,6 +168,8 @@ class Clip(CategoryClassifier):
         Returns:
             (N, E), each of length 1.
         """
+        # `visual` is the image tower: a trunk that makes the feature map, and a head that
+        # maps its mean into the space of images and texts.
         visual = self.model.visual
         # CLIP was trained at one size. The short side gets that size, the other one
         # keeps the shape of the image; both become multiples of the stride, 32.
@@ -173,12 +183,15 @@ class Clip(CategoryClassifier):
             for value in (visual.image_mean, visual.image_std)
         )
         resized = F.interpolate(image[None], sides, mode="bilinear", antialias=True)
+        # The whole image goes through the tower once, not a crop for each instance: the
+        # surroundings help to recognize an object, and one pass is cheaper than N.
         maps = visual.trunk.forward_features((resized - mean) / std)  # (1, D, h, w)
         # The fraction of each cell that the mask covers ("area" averages the pixels of
         # the cell). A small instance may be a part of a single cell; a threshold would
         # leave nothing of it.
         cover = F.interpolate(masks[None].float(), maps.shape[-2:], mode="area")[0]
         cover = cover / cover.flatten(1).sum(dim=1).clamp(min=1e-6)[:, None, None]
+        # For each mask the weighted mean of the map's features.
         pooled = torch.einsum("dhw,nhw->nd", maps[0].float(), cover)  # (N, D)
         # The head begins with an average over the map. Of a map of one cell that is the
         # cell itself, so the pooled features go on unchanged.

@@ -12,32 +12,32 @@ $$L = L_{\mathrm{labeled}} + \lambda_u L_{\mathrm{unlabeled}}$$       GD Eq. (to
 
 with $\lambda_u$ = `unsup_weight`.
 
-*PL-DC's pixel level* (mask uncertainty awareness). A teacher's mask is good inside
-and doubtful along its edge, where its probability p is near one half. Made hard,
-p = 0.51 is taught as firmly as p = 0.99. So each unlabeled pixel is weighted by
-how sure the teacher was of it:
+*PL-DC's pixel level* (mask uncertainty awareness). A teacher's mask is good inside and
+doubtful along its edge, where its probability p is near one half. In a hard mask a
+pixel of p = 0.51 counts as much as one of p = 0.99. So each unlabeled pixel is weighted
+by the teacher's confidence in it:
 
 $$u = 1 - 2 |p - 0.5|$$       PL-DC Eq. (uncertainty)
 
 $$L_{\mathrm{mask}} = \mathrm{mean}[(1 - u) \cdot \mathrm{BCE}]$$       PL-DC Eq. (PMUA)
 
-1 - u is 1 where p is 0 or 1, and 0 where it is 0.5. Only the cross-entropy of the
-masks is weighted, only on unlabeled images. The mean stays over all pixels, not over
-the sum of the weights: where the teacher is unsure of all masks of a batch, the mask
-loss of the batch as a whole is small.
+1 - u is 1 where p is 0 or 1, and 0 where it is 0.5. Only the masks' cross-entropy is
+weighted, and only on unlabeled images. The mean is over all pixels; it is not divided
+by the sum of the weights. So if the teacher is unsure of all masks of a batch, the mask
+loss of the batch is small.
 
-*Averaging.* Each loss is a mean over what it was computed on: sampled anchors, sampled
-proposals, or foreground proposals. Of these a process with many instances has more than
-one with few. DDP takes the mean of the processes' gradients, which is the gradient of
-the global mean only if each process's loss is first multiplied by
+*Averaging.* Each loss is a mean over n things: sampled anchors, sampled proposals, or
+foreground proposals. n differs between processes: one with many instances has more
+foreground proposals. DDP takes the mean of the processes' gradients, in which each
+process counts the same. For the gradient of the mean over the *global* batch, each
+process's loss is first multiplied by
 
-$$\frac{n_{\mathrm{rank}} \cdot \mathrm{world}}{n_{\mathrm{total}}}$$
+$$\frac{n_{\mathrm{rank}} \cdot \mathrm{world\_size}}{n_{\mathrm{total}}}$$
 
-This also makes a process without pseudo-labels (n = 0) count for exactly nothing. On
-one process the factor is 1.
+With this factor a process without pseudo-labels (n = 0) counts for nothing. On one
+process the factor is 1.
 
-Chain: 11 of 16. Read next: `ssis/sam_distill.py`, the one loss that is not Mask
-R-CNN's.
+Chain: 11 of 16. Read next: `ssis/sam_distill.py`, the one loss beside these five.
 """
 
 import torch
@@ -46,7 +46,9 @@ from torch.nn import functional as F
 
 from ssis import distributed
 
-# Loss -> its place in the counts of `model.MaskRCNN` (anchors, proposals, foreground).
+# Loss -> the index of its n in the counts of `model.MaskRCNN`, which are the sampled
+# anchors, the sampled proposals and the foreground proposals. Both box losses sum over
+# foreground alone, but divide by all samples, so their n is that of the samples.
 COUNT_OF = {
     "loss_objectness": 0,
     "loss_rpn_box_reg": 0,
@@ -58,7 +60,7 @@ COUNTS = 3
 
 
 def certainty(mask_probs: Tensor) -> Tensor:
-    """How sure a teacher is of each pixel: 1 - u, the weight of the pixel's loss.
+    """A teacher's confidence in each pixel: 1 - u, the weight of the pixel's loss.
 
     Args:
         mask_probs: any shape, in [0, 1].
@@ -66,7 +68,7 @@ def certainty(mask_probs: Tensor) -> Tensor:
     Returns:
         The same shape, in [0, 1].
     """
-    # PL-DC Eq. (uncertainty), and 1 - u of it in one line: the two ones cancel.
+    # PL-DC Eq. (uncertainty): 1 - u = 1 - (1 - 2 |p - 0.5|), where the ones cancel.
     return 2 * (mask_probs - 0.5).abs()
 
 
@@ -78,20 +80,20 @@ def mask_loss(
     Args:
         logits: (P, C + 1, M, M) of the foreground proposals; M = 28.
         labels: (P,) int64, 1..C. Only the mask of this class is trained.
-        targets: (P, M, M) float in [0, 1], the true masks in the proposals' frames.
+        targets: (P, M, M) float in [0, 1], masks to learn, in the proposals' frames.
         weights: (P, M, M) float in [0, 1], aligned as `targets` are; None: all are 1.
 
     Returns:
         A scalar; 0 without any proposal.
     """
     if len(labels) == 0:
-        # Not a constant: every parameter must get a gradient, or DDP waits for it.
+        # 0, but not a constant: DDP waits for a gradient of every parameter.
         return logits.sum() * 0.0
-    # Mask R-CNN: a mask for each class, of which the true class's alone is trained.
-    # Which class it is the box head must know; the masks do not compete.
+    # Mask R-CNN predicts a mask for each class, and only the mask of the target's class
+    # is trained. Classes do not compete for pixels; the box head decides the class.
     own = logits[torch.arange(len(labels), device=logits.device), labels]
-    # PL-DC Eq. (PMUA). The mean is over all pixels: divided by the sum of the weights,
-    # a batch that the teacher is unsure of would count as much as one that it knows.
+    # PL-DC Eq. (PMUA). The mean is over all pixels. Divided by the sum of the weights,
+    # a batch of unsure masks would count as much as a batch of confident ones.
     return F.binary_cross_entropy_with_logits(own, targets, weights)
 
 
@@ -111,29 +113,34 @@ def total(
     """
     # A batch without any instance anywhere has n = 0 and loss 0: no 0 / 0.
     factor = counts * world_size / total_counts.clamp(min=1)
-    return sum(losses[name] * factor[place] for name, place in COUNT_OF.items())
+    return sum(losses[name] * factor[index] for name, index in COUNT_OF.items())
 
 
 def logged(
     losses: dict[str, Tensor] | None, counts: Tensor, prefix: str
 ) -> dict[str, Tensor]:
-    """The table's row of one pass on this process: sums, under fixed names.
+    """The row of one pass in the loss table: sums of this process, under fixed names.
 
-    A pass that was skipped gives zeros under the same names: in a step every process
-    has the same keys, which depend on the stage alone, so tables can be added up.
+    A pass that was skipped gives zeros under the same names. So all processes have the
+    same names in a step, and their tables can be added up.
+
+    Args:
+        losses: the five scalars; None: the pass was skipped.
+        counts: (3,) float, what they were averaged over.
+        prefix: "labeled/" or "unlabeled/".
 
     Returns:
         For each loss, a (2,) tensor [loss * n, n]; the sums over processes and steps
         give the mean.
     """
     row = {}
-    for name, place in COUNT_OF.items():
+    for name, index in COUNT_OF.items():
         value = (
             torch.zeros_like(counts[0])
             if losses is None
             else losses[name].detach().float()
         )
-        row[prefix + name] = torch.stack([value * counts[place], counts[place]])
+        row[prefix + name] = torch.stack([value * counts[index], counts[index]])
     return row
 
 
@@ -144,8 +151,8 @@ def means(table: dict[str, Tensor]) -> dict[str, float]:
         table: sums of rows: name -> (2,) tensor [loss * n, n] of this process.
 
     Returns:
-        name -> mean; 0 for a loss that was computed on nothing. All are finite: the
-        rows of steps that were not are set to nothing (`ssis/engine/guard.py`).
+        name -> mean; 0 for a loss that was computed on nothing. All are finite, since
+        the rows of steps that were not are removed (`ssis/engine/guard.py`).
     """
     # One collective call for the whole table.
     sums = distributed.all_sum(torch.stack([value.float() for value in table.values()]))

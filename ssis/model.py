@@ -1,9 +1,9 @@
 r"""Mask R-CNN: torchvision's, with the few things the papers need added.
 
-Both papers build on a query-based segmenter (Mask2Former); this project keeps to
+Both papers build on a query-based segmenter (Mask2Former). This project uses
 torchvision's Mask R-CNN, which everyone has, and which gives the methods the same three
-things: a class distribution, a soft mask, and a stride-4 feature map. The price and the
-differences are listed in `docs/differences.md`.
+things: a class distribution, a soft mask, and a stride-4 feature map. What this changes
+is listed in `docs/differences.md`.
 
 Two sizes:
 
@@ -15,31 +15,39 @@ Two sizes:
 
 What is added to torchvision's model:
 
-* no resizing in training: the views (`ssis/augment.py`) have resized the images, and
+* no resizing in training: the views (`ssis/augment.py`) are resized already, and
   pseudo-labels must stay in the frame that they were predicted in;
 * box arithmetic in float32, also under mixed precision: coordinates of hundreds of
-  pixels need more than the 8 bits that bf16 has;
+  pixels need more than the 8 significant bits of bf16;
 * the strides of the RoI pooling, stated instead of guessed;
 * a mask loss that takes a weight for each pixel (PL-DC);
 * counts: how many anchors, proposals and foreground proposals each loss was averaged
-  over. A batch spread over N processes can then be averaged like one batch on one
-  process; the mean of N means is something else (`ssis/losses.py`);
-* the stride-4 feature map, given out in training: S4M's distillation needs it.
+  over. With them the losses of N processes can be averaged as those of one process
+  would be; the mean of N means is something else (`ssis/losses.py`);
+* the stride-4 feature map as an output in training, for S4M's distillation.
 
-What happens to an image in training, and which of the five losses comes of it:
+What happens to an image in training, and where the five losses come from:
 
     backbone, FPN     the image as maps of stride 4, 8, 16 (and 32), D channels each
-    RPN               at every place some anchors: is there an object (loss_objectness),
-                      and how must the anchor move (loss_rpn_box_reg)? The best are the
-                      proposals
-    RoI pooling       the maps cut out at each proposal, 7 x 7 places
-    box head          of which class, or background (loss_classifier), and how must the
+    RPN               some anchors at every location: is there an object
+                      (loss_objectness), and how must the anchor move
+                      (loss_rpn_box_reg)? The best ones become the proposals
+    RoI pooling       the maps in each proposal's box, as 7 x 7 cells
+    box head          which class, or background (loss_classifier), and how must the
                       proposal move (loss_box_reg)?
-    mask head         of foreground proposals: 14 x 14 places into 28 x 28 pixels for
+    mask head         foreground proposals only: 14 x 14 cells into 28 x 28 pixels for
                       each class (loss_mask)
 
-Positive and negative anchors and proposals are sampled at random, since nearly all of
-them are background, which would otherwise be all that is learned.
+Nearly all anchors and proposals are background, and a network trained on all of them
+would learn nothing else. So both stages train on a random sample of foreground and
+background.
+
+*Mixed precision.* With `--amp` the forward pass of a training step, losses included,
+runs under autocast (`train.py`), which computes convolutions and matrix products in 16
+bits, and what needs more, such as softmax and cross-entropy, in float32. Outside of it
+are the backward pass (each gradient has the type of its forward operation), the sum of
+the losses, S4M's distillation loss, and the optimizer. The weights are always float32:
+a step of 1e-4 on a weight of 1 would be rounded away in 16 bits.
 
 Chain: 4 of 16. Read next: `ssis/teacher.py`, the second copy of this model.
 """
@@ -72,10 +80,11 @@ from ssis.io.backbone_weights import load_matching, read_weights
 
 
 class CountingSampler(BalancedPositiveNegativeSampler):
-    """torchvision's sampler of foreground and background, which counts its draw.
+    """torchvision's sampler of foreground and background, which counts what it draws.
 
-    After a call `positives` and `sampled` are what it drew over the whole batch, 0-dim
-    int64 tensors: a loss of this stage was a mean over so many anchors or proposals.
+    After a call, `positives` and `sampled` are the numbers of foreground and of all
+    drawn anchors (or proposals) in the batch, 0-dim int64 tensors. The losses of this
+    stage are means over as many.
     """
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -94,8 +103,8 @@ class BoxCoder32(BoxCoder):
     lose their width, and their regression target becomes infinite.
     """
 
-    # What the network regresses is relative (shifts in widths, logarithms of scales)
-    # and small, so 16 bits suffice for it. Pixels of an image are not.
+    # The network's own output is relative to the box (shifts in widths, logarithms of
+    # scales) and small, so 16 bits are enough for it. Pixel coordinates are not small.
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         return super().decode_single(rel_codes.float(), boxes.float())
 
@@ -103,12 +112,15 @@ class BoxCoder32(BoxCoder):
 def fix_scales(pool: MultiScaleRoIAlign) -> None:
     """Tell an RoI pooling the strides of its levels: 4, 8, 16, ...
 
-    Left alone, torchvision guesses them from the first batch that it sees, and keeps
-    the guess outside of the state dict. With small images, whose padding counts, it
-    guesses wrong, and a resumed model may guess otherwise.
+    By default torchvision guesses them from the first batch that it sees, and does not
+    save the guess in the state dict. With small images, in which the padding is a large
+    part, it guesses wrong, and a resumed model may guess something else.
     """
     levels = len(pool.featmap_names)
     pool.scales = [0.25 / 2**k for k in range(levels)]
+    # Which level a box is pooled from depends on its size, by FPN's rule: a box of 224
+    # pixels from stride 16, one of half the size from stride 8. 2^2 is the stride of
+    # the first level.
     pool.map_levels = initLevelMapper(
         2, levels + 1, pool.canonical_scale, pool.canonical_level
     )
@@ -117,19 +129,31 @@ def fix_scales(pool: MultiScaleRoIAlign) -> None:
 class WeightedRoIHeads(RoIHeads):
     """torchvision's second stage, whose mask loss takes a weight for each pixel.
 
-    A target may have `mask_weights` (N, H, W) float in [0, 1] beside its `masks`.
+    A target may have `mask_weights` (N, H, W) float in [0, 1] beside its `masks`. In
+    evaluation mode it is torchvision's, unchanged.
     """
 
     def forward(self, features, proposals, image_shapes, targets=None):
+        """Losses of the second stage, in torchvision's form.
+
+        Args:
+            features: the FPN's levels, name -> (B, D, H / s, W / s).
+            proposals: (R, 4) of each image, pixels.
+            image_shapes: height and width of each image before padding.
+            targets: of each image; None in evaluation.
+
+        Returns:
+            [] in place of detections, and a dict of three scalars.
+        """
         if not self.training:
             return super().forward(features, proposals, image_shapes)
-        # As torchvision does it: match proposals with instances (an IoU of at least
-        # one half, else background), sample some of both kinds, classify and regress
-        # them. `matched` says with which instance, for background too: with instance 0,
-        # which means nothing there.
+        # As in torchvision: match proposals with instances (an IoU of at least one
+        # half, else background) and sample some of both kinds. `matched` is the index
+        # of the instance; for background it is 0 and means nothing.
         proposals, matched, labels, regression = self.select_training_samples(
             proposals, targets
         )
+        # Classify the sampled proposals, and regress their boxes.
         box_features = self.box_head(
             self.box_roi_pool(features, proposals, image_shapes)
         )
@@ -139,9 +163,9 @@ class WeightedRoIHeads(RoIHeads):
         loss_classifier, loss_box_reg = fastrcnn_loss(
             logits, deltas, labels, regression
         )
-        # Masks are learned on the foreground proposals alone: of the others nobody
-        # knows what their mask would be. A mask for each class comes out, so that
-        # classes do not compete for pixels; the loss looks at the true class's alone.
+        # Masks are learned on foreground proposals alone, since background has no mask.
+        # The head predicts a mask for each class, so that classes do not compete for
+        # pixels; only that of the target's class is trained.
         foreground = [torch.where(label > 0)[0] for label in labels]
         boxes = [p[keep] for p, keep in zip(proposals, foreground, strict=True)]
         mask_features = self.mask_head(
@@ -149,21 +173,24 @@ class WeightedRoIHeads(RoIHeads):
         )
         mask_logits = self.mask_predictor(mask_features)
 
+        # The targets of the mask loss, image by image.
         side, aligned, weights, classes = mask_logits.shape[-1], [], [], []
         for target, box, match, keep in zip(
             targets, boxes, matched, foreground, strict=True
         ):
-            # Each proposal is taught the mask of the instance it was matched with, cut
-            # out by the proposal's own box: (P, 28, 28).
+            # Each proposal learns the mask of the instance that it was matched with, as
+            # far as it lies in the proposal's own box: (P, 28, 28).
             instance = match[keep]
             aligned.append(project_masks_on_boxes(target["masks"], box, instance, side))
-            # The weights go exactly where the mask goes: through the same RoIAlign. A
-            # target without weights is a labeled one: every pixel of it is known.
+            # PL-DC's weights go through the same RoIAlign as the mask, so each pixel
+            # keeps its weight. Targets without weights are labeled ones, in which every
+            # pixel is known. A batch has either all labeled or all unlabeled images.
             if "mask_weights" in target:
                 weights.append(
                     project_masks_on_boxes(target["mask_weights"], box, instance, side)
                 )
             classes.append(target["labels"][instance])
+        # PL-DC Eq. (PMUA), or the plain mean without weights.
         loss_mask = losses.mask_loss(
             mask_logits,
             torch.cat(classes),
@@ -178,25 +205,26 @@ class WeightedRoIHeads(RoIHeads):
 
 
 class MaskRCNN(mask_rcnn.MaskRCNN):
-    """torchvision's Mask R-CNN; in training it also says what it averaged over.
+    """torchvision's Mask R-CNN, which in training returns counts and features too.
 
-    Called with images and targets in training mode, returns `(losses, counts,
-    features)`. `losses` is torchvision's dict of five scalars; `counts` a (3,) float
-    tensor of the sampled anchors, sampled proposals and foreground proposals (see
-    `losses.COUNT_OF`); `features` the FPN's stride-4 level (B, D, H / 4, W / 4) of the
-    padded batch. In evaluation mode it is torchvision's model, unchanged.
+    In evaluation mode it is torchvision's model, unchanged. In training mode, called
+    with images, a list of (3, H, W) float tensors in [0, 1] of any sizes, and their
+    targets, it returns
 
-    Images are lists of (3, H, W) float tensors in [0, 1], of any sizes.
+    * losses: torchvision's dict of five scalars;
+    * counts: (3,) float, the numbers of sampled anchors, sampled proposals and
+      foreground proposals, which the losses are means over (`losses.COUNT_OF`);
+    * features: (B, D, H / 4, W / 4), the FPN's stride-4 level of the padded batch.
     """
 
     def __init__(self, backbone: nn.Module, num_classes: int | None = None, **settings):
         # `_skip_resize`: torchvision's own switch for images resized beforehand. They
         # are still normalized, and padded to one size, a multiple of 32.
         super().__init__(backbone, num_classes, _skip_resize=True, **settings)
-        # The same object with another `forward`: torchvision offers no way to pass in
-        # a second stage of one's own.
+        # The same object with another `forward`. torchvision has no argument for a
+        # second stage of one's own, and a new one would repeat all of its settings.
         self.roi_heads.__class__ = WeightedRoIHeads
-        # Both stages sample and decode boxes, so both get our two small changes.
+        # Both stages sample and decode boxes, so both get the two small changes.
         for part in (self.rpn, self.roi_heads):
             old = part.fg_bg_sampler
             part.fg_bg_sampler = CountingSampler(
@@ -209,9 +237,10 @@ class MaskRCNN(mask_rcnn.MaskRCNN):
     def forward(self, images: list[Tensor], targets: list[dict] | None = None):
         if not self.training:
             return super().forward(images, targets)
-        # torchvision's own five lines, which keep the features to themselves.
-        # First stage: where might be an object? Second stage: what, and which pixels?
-        # Proposals are numbers to the second stage; no gradient flows through them.
+        # torchvision's own five lines, written out because they do not return features.
+        # First stage: boxes that may hold an object. Second stage: which class, and
+        # which pixels. To the second stage proposals are constants: no gradient flows
+        # back through their coordinates.
         batch, targets = self.transform(images, targets)
         features = self.backbone(batch.tensors)
         proposals, first = self.rpn(batch, features, targets)
@@ -232,9 +261,9 @@ def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
     """
     # One block a stage where ResNet-18 has two.
     body = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
-    # Strides 4, 8 and 16 only: at stride 32 nothing is left of a 96-pixel image (only
-    # the RPN looks there, by the FPN's max-pool). D = 64 channels on every level
-    # (torchvision: 256).
+    # Strides 4, 8 and 16 only: at stride 32 an image of 96 pixels has 3 x 3 cells left.
+    # (The RPN gets a fourth level, by the FPN's max-pool.) D = 64 channels on every
+    # level (torchvision: 256).
     backbone = BackboneWithFPN(
         body, {"layer1": "0", "layer2": "1", "layer3": "2"}, [64, 128, 256], 64
     )
@@ -248,9 +277,9 @@ def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
         rpn_anchor_generator=AnchorGenerator(
             ((16,), (32,), (64,), (96,)), ((0.5, 1.0, 2.0),) * 4
         ),
-        # The best anchors: of each level before NMS thins them out, of the image after
-        # it (torchvision: 2000, and 1000 in evaluation). A small image has few objects,
-        # and at 96 x 96 pixels 2,295 anchors in all.
+        # How many of the best anchors are kept: of each level before NMS, of the image
+        # after it (torchvision: 2000, and 1000 in evaluation). A small image has few
+        # objects, and at 96 x 96 pixels 2,295 anchors in all.
         rpn_pre_nms_top_n_train=400,
         rpn_pre_nms_top_n_test=400,
         rpn_post_nms_top_n_train=200,
@@ -262,12 +291,12 @@ def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
         # a quarter of them, 8, foreground, at 1 to 4 instances an image. Twice as many
         # cost 40 % more time per step (docs/performance.md).
         box_batch_size_per_image=32,
-        # 7 x 7 places of 64 channels into two layers of 256 (torchvision: 1024), and
-        # from these the C + 1 scores and a box for each.
+        # 7 x 7 cells of 64 channels into two layers of 256 (torchvision: 1024), and
+        # from these C + 1 logits and a box for each class.
         box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=1),
         box_head=TwoMLPHead(64 * 7 * 7, 256),
         box_predictor=FastRCNNPredictor(256, num_classes),
-        # 14 x 14 places through two convolutions of 64 channels (torchvision: four of
+        # 14 x 14 cells through two convolutions of 64 channels (torchvision: four of
         # 256), doubled by a transposed one: 28 x 28 pixels for each class.
         mask_roi_pool=MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=1),
         mask_head=mask_rcnn.MaskRCNNHeads(64, (64, 64), 1),
@@ -285,16 +314,18 @@ def build_resnet50(
         weights: "none", "imagenet", "coco", or the path of a state dict: of a ResNet-50
             (`fc.` keys are ignored) or of a whole Mask R-CNN (its last layers are
             ignored where the number of classes differs).
-        fetch: load them; False builds what they belong in, with random values, for
-            those of a checkpoint.
+        fetch: load them; False builds the same model with random values, to be filled
+            from a checkpoint.
 
-    With any weights but "none", as torchvision does it: BatchNorm's statistics are
-    frozen, since the few images of a step would estimate them badly, and so are the two
-    lowest stages.
+    With any weights but "none" BatchNorm's statistics are frozen, since the few images
+    of a step would estimate them badly, and so are the two lowest stages. torchvision
+    does the same.
 
     Raises:
         UserError: no network, no such file, or a file that does not fit.
     """
+    # The pretrained statistics are kept, so the norms are frozen; without weights there
+    # is nothing to keep, and they learn. 3 of the 5 stages are trained, or all.
     pretrained = weights != "none"
     norm = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d
     backbone = _resnet_fpn_extractor(
@@ -302,10 +333,11 @@ def build_resnet50(
     )
     model = MaskRCNN(backbone, num_classes, min_size=min_size, max_size=max_size)
     if weights == "coco":
-        # torchvision trained these with norms without epsilon. A file given by its path
-        # does not say so; after fine-tuning the difference is gone.
+        # torchvision trained these with norms whose epsilon is 0. For a file given by
+        # its path this is not known; fine-tuning makes up for the difference.
         overwrite_eps(model, 0.0)
     if pretrained and fetch:
+        # A whole Mask R-CNN, or a backbone alone: the names tell which.
         state = read_weights(weights)
         if any(name.startswith("backbone.") for name in state):
             load_matching(model, state, weights)
@@ -343,13 +375,15 @@ def build(
 def start_afresh(
     net: MaskRCNN, seed: int, kind: str, short_side: int, long_side: int, weights: str
 ) -> None:
-    """New first weights, as GD's student has; all other random draws are as before.
+    """Set a network to new first weights: GD's student after the first teacher is trained.
 
     Args:
-        net: changed in place.
+        net: changed in place, so that optimizer and DDP keep their parameters.
         seed: of the run; the new weights are drawn from another one.
         kind, short_side, long_side, weights: of `build`.
     """
+    # In a fork of the random state: all draws of the run that follow are the same as
+    # without the fresh start. seed + 1, or the weights would be those of the first net.
     with torch.random.fork_rng():
         torch.manual_seed(seed + 1)
         num_classes = net.roi_heads.box_predictor.cls_score.out_features

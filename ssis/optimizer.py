@@ -1,17 +1,17 @@
 r"""AdamW and its learning rate.
 
-GD (arXiv 2308.02668), section 4: AdamW of 1e-4 with weight decay 0.05, a tenth of the
-step size for the pretrained backbone, whose features need to change least.
+GD (arXiv 2308.02668), section 4: AdamW at 1e-4 with weight decay 0.05, and a tenth of
+this learning rate for the pretrained backbone, whose features need to change least.
 
-The learning rate rises over the first steps, stays, and falls linearly to 0. With t
-steps of T done in a part of the run, W warm-up steps, and the fall from d T on, it is
-the base rate times
+The learning rate rises over the first steps, stays constant, and falls linearly to 0.
+If t of T steps of a part of the run are done, W of them are the warm-up, and the fall
+begins at the fraction d of T, it is the base rate times
 
 $$\min\left(1, \frac{t + 1}{W}\right) \cdot
   \min\left(1, \frac{1 - t / T}{1 - d}\right)$$
 
-once for pretraining and once for the rest: a teacher whose own training was not
-finished would label badly, so pretraining has an end of its own.
+A run has two such parts, pretraining and the rest. A teacher trained with a learning
+rate that never fell would label badly, so pretraining has a fall of its own.
 
 Chain: 13 of 16. Read next: `ssis/distributed.py`, the same step on several processes.
 """
@@ -27,16 +27,17 @@ def make(
 
     Args:
         net: the student, without DDP's wrapper; frozen weights are left out.
-        lr: step size of what is not the backbone.
-        backbone_lr_factor: times `lr` is that of the backbone.
+        lr: the base rate, of everything but the backbone.
+        backbone_lr_factor: the backbone's rate is `lr` times this.
         weight_decay: AdamW's, of the weights of layers.
     """
     groups = {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            # Biases, and the scales of norms, are vectors. Decay pulls weights towards
-            # 0, which keeps a layer simple; it would only pull a norm's scale away from
-            # 1, and a bias does not make a function less smooth.
+            # Weight decay pulls weights towards 0, so that a layer's output depends
+            # less on each input. A bias multiplies no input, so there is nothing to
+            # gain; and the scale of a norm belongs near 1, not 0. Both are vectors;
+            # the weights of layers have two dimensions or more.
             key = (name.startswith("backbone.body"), parameter.ndim > 1)
             groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
@@ -64,16 +65,18 @@ def lr_factor(
     Args:
         step: steps done.
         pretrain_end, total: steps at which pretraining and the run end.
-        warmup_steps: W; AdamW's second moments are noise at first.
+        warmup_steps: W. At first AdamW's estimates of the gradients' size rest on a few
+            steps, and large steps would be taken in random directions.
         decay_at: d, in [0, 1).
         rewarm: whether the student starts afresh after pretraining.
 
     Returns:
         A factor in [0, 1].
     """
+    # The part of the run that the step belongs to: t = step - first, T = last - first.
     first, last = (0, pretrain_end) if step < pretrain_end else (pretrain_end, total)
     warm = min(1.0, (step - first + 1) / max(1, warmup_steps))
-    # A student that goes on from the teacher's weights is warm already.
+    # A student that goes on from its pretrained weights needs no second warm-up.
     if first and not rewarm:
         warm = 1.0
     done = (step - first) / max(1, last - first)

@@ -1,8 +1,8 @@
 r"""S4M: structural distillation (SD) from SAM into the teacher.
 
-While the first teacher is trained, on the labeled images, its feature map is made to
-have SAM's *layout*: places that are alike to SAM (because they lie on one object) shall
-be alike to the teacher. Of each map F only the self-similarity is compared,
+While the first teacher is trained, on the labeled images, its feature map learns SAM's
+*layout*: locations that are alike to SAM (because they lie on one object) shall be
+alike to the teacher. Of each feature map F only the self-similarity is compared,
 
 $$C(i, j) = \cos(F_i, F_j)$$ S4M Eq. (similarity)
 
@@ -11,35 +11,35 @@ S4M Eq. (SD)
 
 $$L_T = L_{\mathrm{labeled}} + \lambda_{SD} \, L_{SD}$$ S4M Eq. (teacher)
 
-with $\lambda_{SD}$ = `structure_weight`; i are query points, j all places of the image.
-Not the features themselves: SAM's know no classes, and a teacher made to have them
-would lose its own (S4M's ablation).
+with $\lambda_{SD}$ = `structure_weight`, i a query point, and j all locations of the
+image. Why not compare the features themselves? SAM's features know no classes, and a
+teacher that copies them loses its own (S4M's ablation).
 
-An example: i lies on a zebra. To SAM all places of the zebra are alike, and unlike the
-grass, whatever stripe they lie on; to a young teacher a black stripe is like any other
-black thing. L_SD asks for the first pattern, and leaves open which numbers make it.
+An example: i lies on a zebra. To SAM the whole zebra is alike, whatever the stripe, and
+unlike the grass. To a young teacher a black stripe is like any other black thing. L_SD
+asks for SAM's pattern, and leaves open which feature values make it.
 
 *SAM's side.* Each query point i is one prompt, and F is the image feature map after the
-mask decoder's two-way transformer, which has been told of that point: the decoder's
-features, not the encoder's (the ablation again). So each row C(i, .) comes from a map
-of its own.
+mask decoder's two-way transformer, which knows that prompt (`sam.features`): the
+decoder's features, not the encoder's (the ablation again). So each row C(i, .) comes
+from a map of its own.
 
-*The teacher's side.* The FPN's stride-4 level, in the part that Mask2Former's pixel
-decoder plays in the paper; sampled at the centers of SAM's cells, so that flip,
-resizing and padding of the view are undone in one step. Only cells whose center lies in
-the image count, not SAM's padding.
+*The teacher's side.* The FPN's stride-4 level takes the part of Mask2Former's pixel
+decoder in the paper. It is sampled at the centers of SAM's cells, which undoes flip,
+resizing and padding of the view in one step. Cells whose center lies in SAM's padding
+do not count.
 
-*Query points.* Half of them in the union of the true masks, half anywhere (released
-code: 64 + 64). `structure_boundary` draws that share of the first half from a band
-around the masks' edges, where the layout is decided.
+*Query points.* Half of them lie in the union of the ground-truth masks, half anywhere
+(released code: 64 + 64). The fraction `structure_boundary` of the first half is drawn
+from a band around the edges of the masks, where the layout is decided.
 
-*Cost.* A row is a pass of 64 x 64 x 256 numbers through the transformer, but depends on
-the image and the point alone. So each image gets its query points once, and its rows
+*Cost.* A row costs a pass of 64 x 64 x 256 numbers through the transformer, but depends
+on the image and the point alone. So each image gets its query points once, and its rows
 (128 x 4096 at 16 bits: 1 MB) are kept in memory while there is room beside the
-embeddings; the others are computed again. The released code draws new points in every
+embeddings; other rows are computed again. The released code draws new points in every
 step (docs/differences.md).
 
-Chain: 12 of 16. Read next: `ssis/optimizer.py`, which follows the gradient of it all.
+Chain: 12 of 16. Read next: `ssis/optimizer.py`, which follows the gradient.
 """
 
 import math
@@ -51,7 +51,7 @@ from torch.nn import functional as F
 from ssis.augment import Geometry
 from ssis.sam import CHUNK, Embeddings, SegmentAnything
 
-# Half the width of the boundary band, as a share of the image's longer side.
+# Half the width of the boundary band, as a fraction of the image's longer side.
 BAND = 0.01
 
 
@@ -61,43 +61,43 @@ def query_points(
     """Query points of an original image.
 
     Args:
-        masks: (N, H, W) uint8, the true ones; N may be 0.
+        masks: (N, H, W) uint8, the ground truth; N may be 0.
         count: Q; the first half on the objects, the others anywhere.
-        boundary: share of the first half that is drawn from the band around the edges.
+        boundary: fraction of the first half that is drawn from the band around the
+            edges.
         generator: of the draw, on the CPU.
 
     Returns:
         (Q, 2) float, x and y; the first pixel's center is 0.5.
     """
-    # Three places to draw from, as maps of chances: anywhere, on some object, on an
-    # edge.
+    # Three maps of weights to draw from: anywhere, on some object, near an edge.
     height, width = masks.shape[-2:]
     anywhere = torch.ones(height, width)
     inside = masks.bool().any(dim=0).float()
     band = torch.zeros(height, width)
     if len(masks) and boundary:
-        # The largest value nearby of the mask and of its negative: their sum is 1 where
-        # both inside and outside are near, and 0 elsewhere.
+        # The largest value nearby of the mask and of its negative (minus the smallest
+        # value). Their sum is 1 where both a 0 and a 1 are near, and 0 elsewhere.
         reach = max(1, round(BAND * max(height, width)))
         soft = masks.float()[:, None]
         band = (spread(soft, reach) + spread(-soft, reach))[:, 0].amax(dim=0)
     on_edge = round(count // 2 * boundary)
-    # multinomial takes 2^24 places at most: every other pixel of a large photograph.
+    # `multinomial` takes 2^24 weights at most: a large photograph is thinned out.
     step = math.ceil(math.sqrt(height * width / 2**24))
     parts = []
-    for where, number in (
+    for weights, number in (
         (band, on_edge),
         (inside, count // 2 - on_edge),
         (anywhere, count - count // 2),
     ):
-        # An image without an object, or without an edge, has all points anywhere.
-        chance = (where if where.any() else anywhere)[::step, ::step]
+        # Without an object, or without an edge, these points lie anywhere too.
+        weights = (weights if weights.any() else anywhere)[::step, ::step]
         if number:
-            place = torch.multinomial(
-                chance.flatten(), number, True, generator=generator
+            index = torch.multinomial(
+                weights.flatten(), number, True, generator=generator
             )
-            across = chance.shape[1]
-            parts.append(torch.stack([place % across, place // across], dim=1) * step)
+            width = weights.shape[1]
+            parts.append(torch.stack([index % width, index // width], dim=1) * step)
     return torch.cat(parts).float() + 0.5
 
 
@@ -112,14 +112,14 @@ def similarity(features: Tensor, queries: Tensor) -> Tensor:
     """S4M Eq. (similarity): rows of the self-similarity of one map.
 
     Args:
-        features: (P, D), a feature for each place.
-        queries: (Q,) int64, places.
+        features: (P, D), a feature for each location.
+        queries: (Q,) int64, locations.
 
     Returns:
         (Q, P) in [-1, 1].
     """
-    # The cosine is the dot product of vectors of length 1: how strong a feature is does
-    # not count, only where it points.
+    # The cosine is the dot product of vectors of length 1: only the direction of a
+    # feature counts, not its strength.
     unit = F.normalize(features, dim=1)
     return unit[queries] @ unit.T
 
@@ -133,15 +133,15 @@ def centers(sam: SegmentAnything, size: tuple[int, int]) -> tuple[Tensor, Tensor
 
     Returns:
         rows and columns: the centers (R,), (K,) of the cells whose center is in the
-        image, as shares of its height and width, in (0, 1). The other cells are
+        image, as fractions of its height and width, in (0, 1). The other cells are
         padding. There is at least one of each.
     """
     # SAM scales the long side to its frame and pads below and to the right; its cells
     # divide the frame evenly.
     height, width = sam.resized(size)
-    shares = (torch.arange(sam.cells) + 0.5) * sam.side / sam.cells
-    # Centers beyond the image are padding: SAM has features there, of nothing.
-    rows, columns = shares[shares < height], shares[shares < width]
+    middles = (torch.arange(sam.cells) + 0.5) * sam.side / sam.cells
+    # Centers beyond the image lie in the padding, where SAM's features mean nothing.
+    rows, columns = middles[middles < height], middles[middles < width]
     # A strip thinner than half a cell still has its first row.
     rows = rows if len(rows) else torch.tensor([height / 2])
     columns = columns if len(columns) else torch.tensor([width / 2])
@@ -168,25 +168,24 @@ class Structure:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Query cells (Q,) int64 and their rows (Q, P) float16 of an image, on the CPU.
 
-        Places are numbered row by row over the cells of `centers`.
+        Cells are numbered row by row over those of `centers`.
         """
-        # What finds no room is computed again next time, with the same points.
+        # Without room in memory, the same rows are computed again next time.
         if index not in self.memory:
-            found = self.compute(index)
-            if not self.embeddings.takes(found[1].numel() * 2):
-                return found
-            self.memory[index] = found
+            computed = self.compute(index)
+            if not self.embeddings.takes(computed[1].numel() * 2):
+                return computed
+            self.memory[index] = computed
         return self.memory[index]
 
     @torch.no_grad()
     def compute(self, index: int) -> tuple[Tensor, Tensor]:
-        """The same, from SAM."""
+        """What `__getitem__` returns, from SAM."""
         dataset, sam = self.embeddings.dataset, self.sam
-        # In the original frame, which is SAM's; views of the image differ, this does
-        # not.
+        # In the original frame, as always with SAM: it is the same for all views.
         masks = dataset.target(index)["masks"]
         size = tuple(dataset.image(index).shape[-2:])
-        # A seed of the image: a row that was not kept comes out the same again.
+        # A seed for each image: rows that were not kept come out the same again.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         points = query_points(
             masks.reshape(-1, *size), self.count, self.boundary, generator
@@ -194,11 +193,13 @@ class Structure:
         rows, columns = centers(sam, size)
         height, width = sam.resized(size)
         cell = sam.side / sam.cells
-        # The cell that a point falls into; one that is mostly padding stands back.
+        # The cell that a point falls into. If the center of that cell lies in
+        # the padding, the point takes the cell before.
         y = (points[:, 1] / size[0] * height / cell).long().clamp(max=len(rows) - 1)
         x = (points[:, 0] / size[1] * width / cell).long().clamp(max=len(columns) - 1)
-        # Not to be kept in memory: its rows are, and nothing else asks for it again
-        # (refinement does, once, with `--unlabeled-includes-labeled` and no cache).
+        # `load` does not keep the embedding in memory: the rows are kept instead, and
+        # seldom anything else needs the embedding of a labeled image (refinement does,
+        # with `--unlabeled-includes-labeled`).
         embedding, table = self.embeddings.load(index), []
         # In chunks: 128 prompts at 64 x 64 x 256 together would be 0.5 GB a tensor.
         for some, i, j in zip(
@@ -208,10 +209,10 @@ class Structure:
             maps = sam.features(embedding, some.to(sam.device), size)
             maps = maps.unflatten(1, (sam.cells, sam.cells))  # (q, cells, cells, D)
             maps = maps[:, : len(rows), : len(columns)].flatten(1, 2)  # (q, P, D)
-            place = (i * len(columns) + j).to(sam.device)
-            # Of each map one row only: the point's own place against all others.
+            cells = (i * len(columns) + j).to(sam.device)
+            # One row of each map: the cell of the map's own point against all others.
             table += [
-                similarity(m, p[None])[0] for m, p in zip(maps, place, strict=True)
+                similarity(m, c[None])[0] for m, c in zip(maps, cells, strict=True)
             ]
         return y * len(columns) + x, torch.stack(table).half().cpu()
 
@@ -219,31 +220,32 @@ class Structure:
 def sampled(
     features: Tensor, geometry: Geometry, rows: Tensor, columns: Tensor
 ) -> Tensor:
-    """The student's features at some places of the original image.
+    """The student's features at some locations of the original image.
 
     Args:
         features: (D, H / 4, W / 4), stride 4, of one padded view.
         geometry: of the view.
-        rows, columns: (R,), (K,) places as shares of the height and the width.
+        rows, columns: (R,), (K,) locations, as fractions of height and width.
 
     Returns:
         (R * K, D).
     """
-    # Where a share of the original lies in the view: mirrored with it, scaled with it.
+    # A fraction of the original is the same fraction of the view, or its mirror image.
     height, width = geometry.view
-    # In the view, in the padded batch, and as grid_sample counts: from -1 to 1.
+    # In pixels of the view, then on the scale of `grid_sample`: -1 and 1 are the ends
+    # of the padded batch, whose sides are 4 times those of the map.
     across = 1 - columns if geometry.flip else columns
     x = 2 * across * width / (4 * features.shape[2]) - 1
     y = 2 * rows * height / (4 * features.shape[1]) - 1
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)  # (R, K, 2)
-    # Bilinear: the center of a SAM cell seldom falls on a cell of the student's map.
-    found = F.grid_sample(
+    # Bilinear: the center of a SAM cell seldom falls on the center of a student's cell.
+    values = F.grid_sample(
         features[None],
         grid[None].to(features),
         padding_mode="border",
         align_corners=False,
     )
-    return found[0].flatten(1).T
+    return values[0].flatten(1).T
 
 
 def loss(features: Tensor, items: list[dict], structure: Structure) -> Tensor:
@@ -255,14 +257,15 @@ def loss(features: Tensor, items: list[dict], structure: Structure) -> Tensor:
         structure: SAM's side, without gradient.
     """
     total = features.new_zeros(())
+    # float32, also under mixed precision: cosines are near 1, where 16 bits are coarse.
     for own, item in zip(features.float(), items, strict=True):
-        # Both sides at the same places of the original image; the student's in float32.
+        # Both sides at the same locations of the original image.
         geometry = item["geometry"]
-        queries, wanted = structure[item["index"]]
-        # A gradient flows into the features at query and other places alike; SAM's rows
-        # are numbers, and cannot be taught.
-        places = sampled(own, geometry, *centers(structure.sam, geometry.original))
-        found = similarity(places, queries.to(own.device))
+        queries, sam_rows = structure[item["index"]]
+        # The gradient flows into the features at the query and at all other locations;
+        # SAM's rows are constants.
+        cells = sampled(own, geometry, *centers(structure.sam, geometry.original))
+        rows = similarity(cells, queries.to(own.device))
         # S4M Eq. (SD); smooth L1 with beta 1 is the Huber loss with delta 1.
-        total = total + F.smooth_l1_loss(found, wanted.to(found), beta=1.0)
+        total = total + F.smooth_l1_loss(rows, sam_rows.to(rows), beta=1.0)
     return total / len(items)

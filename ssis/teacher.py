@@ -1,36 +1,42 @@
 r"""The EMA teacher and the pseudo-labels it predicts.
 
-The teacher is a second copy of the student that is never trained by gradients. In
+The teacher is a second network like the student, but is never trained by gradients. In
 mutual learning its weights follow the student's as an exponential moving average
 
 $$\theta_t \leftarrow \alpha \theta_t + (1 - \alpha) \theta_s$$       GD Eq. (EMA)
 
-over parameters *and* float buffers (running statistics that lag behind their weights
-would make another network). An average over many steps is smoother and mostly better
-than any single student, which is why it may judge the student's unlabeled images.
+over parameters *and* float buffers, since running statistics belong to the weights that
+they were collected with. An average over many steps is smoother and mostly better than
+any single student. That is why it labels the student's unlabeled images.
 
-Why not let the student label for itself? It would confirm its own mistakes of a moment
-ago, and each step would make it surer of them. The average changes slowly (with
-$\alpha$ = 0.9996 it looks back over some 2,500 steps), so a mistake has to persist
-before it is taught; and the teacher sees the weak view, where fewer are made.
+Why not let the student label them itself? It would confirm its latest mistakes, and
+each step would make it more confident of them. The average changes slowly (with
+$\alpha$ = 0.9996 it is over some 2,500 steps), so a mistake has to persist before it is
+taught; and the teacher sees the weak view, on which fewer mistakes are made.
 
 Guided Distillation's order: the teacher is first trained on the labeled images, then
 *frozen* while the student learns from it (guided burn-in), then set to a copy of the
 student, and averaged from there on.
 
-`predict` is torchvision's inference, step by step, because the methods need what
+`predict` is torchvision's inference, written out, because the methods need what
 torchvision throws away: the whole class distribution, and soft masks with a quality.
 
     images -> features -> proposals (RPN)
            -> class distribution and box of each proposal -> detections (NMS)
            -> mask, 28 x 28 cells of each detection's box -> pasted into the image
 
-A test holds it against torchvision's own. One step differs on purpose, `paste`:
-torchvision's masks come out shifted by about half a pixel, which nobody sees in one
-prediction, but which adds up when a student learns from them and teaches the next.
+A test compares it with torchvision's own. One step differs on purpose, `paste`:
+torchvision's masks are shifted by about half a pixel. In one prediction nobody sees it,
+but the shift adds up when a student learns from such masks and becomes a teacher.
 
-Chain: 5 of 16. Read next: `ssis/filters.py`, which decides what of the predictions is
-kept.
+*Mixed precision.* With `--amp`, backbone and heads run in 16 bits (autocast, in
+`train.py`). What follows them is float32: class probabilities, boxes in pixels, NMS,
+and mask probabilities. bf16 has 8 significant bits, so a coordinate of 1,000 would be
+rounded to a multiple of 4, and a probability of 0.9 by up to 0.002, which is enough to
+move it across a threshold. `Tensor.float` marks the border. The EMA update is float32
+too, like all weights: adding 0.0004 of a difference would change nothing in 16 bits.
+
+Chain: 5 of 16. Read next: `ssis/filters.py`, which decides what is kept.
 """
 
 import copy
@@ -50,7 +56,7 @@ from ssis import losses
 from ssis.model import MaskRCNN
 
 
-# Cells on a side of the feature map kept of each instance.
+# Cells on a side of the feature map that is kept of each instance.
 CELLS = 7
 
 
@@ -60,8 +66,8 @@ def make_teacher(student: nn.Module) -> nn.Module:
     Args:
         student: the network; the copy gets its weights and stays on its device.
     """
-    # Evaluation mode for good: the teacher predicts, and collects no statistics. No
-    # gradients: it is a judge, and must not be trained to agree with whom it judges.
+    # Evaluation mode for good: the teacher predicts, and collects no statistics of its
+    # own. No gradients: it changes by copies and averages of the student alone.
     return copy.deepcopy(student).eval().requires_grad_(False)
 
 
@@ -74,19 +80,18 @@ def ema_update(teacher: nn.Module, student: nn.Module, alpha: float) -> None:
         student: not changed.
         alpha: from 0 (the teacher becomes the student) to 1 (it never changes).
     """
-    # The state dict holds parameters and buffers: BatchNorm's running statistics are
-    # averaged like the weights, for they describe the activations of just these
-    # weights.
+    # The state dict holds parameters and buffers. BatchNorm's running statistics are
+    # averaged like the weights, since they describe the activations of these weights.
     pairs = zip(
         teacher.state_dict().values(), student.state_dict().values(), strict=True
     )
     for theta_t, theta_s in pairs:
         if theta_t.is_floating_point():
-            # lerp: theta_t + (1 - alpha) (theta_s - theta_t), the same in other words.
+            # lerp: theta_t + (1 - alpha) (theta_s - theta_t), which is the same.
             theta_t.lerp_(theta_s, 1 - alpha)
         else:
-            # BatchNorm's count of the batches it saw. It is a number, not an estimate:
-            # an average of two counts would count nothing.
+            # BatchNorm's count of the batches that it saw: an average of two counts
+            # would be no count of anything.
             theta_t.copy_(theta_s)
 
 
@@ -94,7 +99,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, alpha: float) -> None:
 class PseudoLabels:
     """Predicted instances of one image, by the teacher's score, best first.
 
-    Each stage takes one and returns one; none changes the order.
+    Each stage takes one and returns one, and keeps the order.
 
     Attributes:
         boxes: (N, 4) float32, xyxy, pixels of the image given to `predict`.
@@ -104,11 +109,11 @@ class PseudoLabels:
         mask_probs: (N, H, W) float32 in [0, 1]; the teacher's, 0 outside the box, or
             SAM's after `refine`.
         masks: (N, H, W) bool, `mask_probs > 0.5`.
-        distribution: (N, C) float32, probabilities of the C classes; what is missing to
-            a sum of 1 is the probability of background, as long as no second opinion
-            is mixed in (`correction.fuse`), which has no background.
+        distribution: (N, C) float32, probabilities of the C classes. What is missing to
+            a sum of 1 is the probability of background, until the category classifier's
+            distribution is mixed in (`correction.fuse`), which has no background.
         features: (N, D, 7, 7) float32, the network's feature map in each predicted box.
-        feature_boxes: (N, 4) those boxes, whatever becomes of `boxes`.
+        feature_boxes: (N, 4) these boxes; `boxes` may be SAM's after `refine`.
     """
 
     boxes: Tensor
@@ -134,7 +139,7 @@ class PseudoLabels:
 
         Args:
             uncertainty: with `mask_weights` (N, H, W): 1 - u, PL-DC Eq. (uncertainty).
-            calibrated: these times the mask quality, S4M Eq. (calibration).
+            calibrated: these (or ones) times the mask quality, S4M Eq. (calibration).
         """
         target = dict(
             boxes=self.boxes, labels=self.labels, masks=self.masks.to(torch.uint8)
@@ -158,9 +163,9 @@ def mask_quality(mask_probs: Tensor) -> Tensor:
     Returns:
         (N,) in (0.5, 1], or 0 where the foreground is empty.
     """
-    # A bool mask as float weights: multiplied, the background adds nothing to the sum.
-    # Inside only: outside p is near 0 for every mask, good or bad. A mask that is sure
-    # of itself has m near 1; one that hesitates everywhere has m just above one half.
+    # Only the foreground counts: outside, p is near 0 for every mask, good or bad. A
+    # confident mask has m near 1, one that is unsure everywhere m just above one half.
+    # Times the bool mask, the background adds nothing to the sum.
     foreground = mask_probs > 0.5
     area = foreground.flatten(1).sum(dim=1)
     return (mask_probs * foreground).flatten(1).sum(dim=1) / area.clamp(min=1)
@@ -173,10 +178,10 @@ def paste(
 
     torchvision makes the training target of the mask head with an RoIAlign that takes a
     pixel's value to be at its corner, not its center (`aligned=False`). So the mask
-    head learns masks that lie half a pixel up and left. `shift` takes that back.
-    torchvision's own `paste_masks_in_image` leaves it in, and rounds boxes to whole
-    pixels besides. On discs of 12 to 36 pixels, the truth, made a target and pasted
-    again, has an IoU of 0.91 with itself by torchvision's way and 0.96 by this one.
+    head learns masks that lie half a pixel up and left. `shift` corrects this.
+    torchvision's own `paste_masks_in_image` does not, and also rounds boxes to whole
+    pixels. If discs of 12 to 36 pixels are made targets and pasted again, their IoU
+    with the original discs is 0.91 with torchvision's paste and 0.96 with this one.
 
     Args:
         small: (N, 1, M, M) float in [0, 1]; M = 28.
@@ -187,8 +192,8 @@ def paste(
     Returns:
         (N, H, W) float32 in [0, 1], 0 outside the boxes.
     """
-    # A frame for each instance. With a hundred of them in a photograph this is
-    # gigabytes, so evaluation, which does not need them all at once, takes the parts.
+    # A whole frame for each instance: a hundred in a photograph are gigabytes.
+    # Evaluation does not need them all at once, and uses `paste_parts` instead.
     pasted = small.new_zeros(len(small), *size)
     for whole, (rows, columns, soft) in zip(
         pasted, paste_parts(small, boxes, size, shift), strict=True
@@ -202,7 +207,7 @@ def paste_parts(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """`paste`, one mask at a time and within its box alone.
 
-    A box is a small part of a photograph, and work and memory go with what is sampled
+    A box is a small part of a photograph, and only its pixels cost work and memory
     (docs/performance.md).
 
     Args:
@@ -215,8 +220,7 @@ def paste_parts(
         The rows and the columns of the frame that a box touches, and its mask there.
     """
     height, width = size
-    # Whole pixels that a box touches, cut at the frame; an empty span for a box
-    # outside.
+    # The whole pixels that a box touches, cut at the frame; none for a box outside.
     boxes = boxes.float()
     limit = boxes.new_tensor([width, height])
     first = boxes[:, :2].floor().clamp(min=0).minimum(limit)
@@ -224,7 +228,8 @@ def paste_parts(
     spans = torch.cat([first, last], dim=1).int().tolist()
     for mask, box, (left, top, right, bottom) in zip(small, boxes, spans, strict=True):
         x1, y1, x2, y2 = box
-        # Pixel centers, and where they lie in the box: -1 is its left end, 1 its right.
+        # Pixel centers, and where they lie in the box: -1 is its left end, 1 its right
+        # one, as `grid_sample` counts.
         x = torch.arange(left, right, device=box.device) + 0.5  # (w,)
         y = torch.arange(top, bottom, device=box.device) + 0.5  # (h,)
         across = 2 * (x - shift - x1) / (x2 - x1) - 1
@@ -238,14 +243,15 @@ def paste_parts(
             soft = F.grid_sample(
                 mask[None], grid[None], padding_mode="border", align_corners=False
             )[0, 0]
-        # A pixel whose center is outside of the box has no mask, whatever was sampled.
+        # A pixel whose center is outside of the box is 0, whatever was sampled.
         inside = ((y >= y1) & (y <= y2))[:, None] & (x >= x1) & (x <= x2)  # (h, w)
-        del grid  # of a large box gigabytes, which the next one would come on top of
+        # For a large box the grid is gigabytes: freed before the next one is made.
+        del grid
         yield slice(top, bottom), slice(left, right), soft * inside
 
 
 class Detections(NamedTuple):
-    """What the network says of one image, in the frame that it saw.
+    """The network's detections in one image, in the image's frame.
 
     boxes (N, 4), labels (N,), scores (N,), distributions (N, C), features
     (N, D, 7, 7) as in `PseudoLabels`; masks (N, 1, 28, 28) float32 in [0, 1], each
@@ -262,48 +268,53 @@ class Detections(NamedTuple):
 
 @torch.no_grad()
 def detect(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Detections]:
-    """torchvision's inference without its resizing and pasting; args as `predict`."""
-    # The model's own preparation, less the resizing: normalized, padded to one size.
-    # The sizes before padding go along, since no box may lie in the padding.
+    """torchvision's inference without its resizing and pasting.
+
+    Args:
+        model, images, min_score: as for `predict`.
+
+    Returns:
+        `Detections` of each image.
+    """
+    # The model's own preparation without the resizing: normalized, padded to one size.
+    # The sizes before padding are kept, since no box may lie in the padding.
     roi = model.roi_heads
     sizes = [tuple(image.shape[-2:]) for image in images]
     normal = [model.transform.normalize(image) for image in images]
     batch = model.transform.batch_images(normal)
-    # Where might be an object, of whatever class: the best proposals of each image.
+    # First stage: boxes that may hold an object of any class, the best of each image.
     features = model.backbone(batch)
     proposals, _ = model.rpn(ImageList(batch, sizes), features)
-    # Classify and regress every proposal: C + 1 numbers, and a box for each class,
-    # since what a good box is depends on what is in it.
+    # Second stage, for every proposal: C + 1 logits, and a box for each class, since
+    # the best box depends on the class.
     box_features = roi.box_head(roi.box_roi_pool(features, proposals, sizes))
     logits, regression = roi.box_predictor(box_features)
     # The whole distribution is kept: PL-DC's correction mixes it with another one, and
-    # P of the label is the class quality c of PL-DC Eq. (quality).
-    # float32: box arithmetic and NMS lose whole pixels in 16 bits.
+    # P of the label is the class quality c of PL-DC Eq. (quality). From here on
+    # all is float32, also under mixed precision.
     probs = logits.float().softmax(dim=-1)  # (proposals of all images, C + 1)
     # The regression is relative to the proposal; decoded it is a box in pixels.
     boxes = roi.box_coder.decode(regression.float(), proposals)  # (.., C + 1, 4)
-    # The proposals of all images lie in one tensor, in order; taken apart again.
+    # The proposals of all images are in one tensor, in order; here they are separated.
     counts = [len(p) for p in proposals]
-    found = [
+    selected = [
         select_detections(b, p, size, min_score, roi.nms_thresh, roi.detections_per_img)
         for b, p, size in zip(
             boxes.split(counts), probs.split(counts), sizes, strict=True
         )
     ]
-    # A mask for each box that is left, that of its class: the mask head answers for all
-    # classes at once, and only the label's answer is kept.
-    kept_boxes, labels = [f[0] for f in found], [f[1] for f in found]
+    # A mask for each remaining box: the mask head gives one for every class, and that
+    # of the label is kept.
+    kept_boxes, labels = [s[0] for s in selected], [s[1] for s in selected]
     pooled = roi.mask_roi_pool(features, kept_boxes, sizes)  # (N of all, D, 14, 14)
     mask_logits = roi.mask_predictor(roi.mask_head(pooled)).float()
     masks = maskrcnn_inference(mask_logits, labels)
-    # What the mask head looked at, made smaller, goes along: the second classifier
-    # reads it, and need not look at the image again.
+    # The mask head's input, reduced to 7 x 7 cells, is kept for the category classifier:
+    # the prototypes need no forward pass of their own.
     small = F.adaptive_avg_pool2d(pooled.float(), CELLS)
     small = small.split([len(boxes) for boxes in kept_boxes])
-    return [
-        Detections(*f, map_, mask)
-        for f, map_, mask in zip(found, small, masks, strict=True)
-    ]
+    parts = zip(selected, small, masks, strict=True)
+    return [Detections(*s, cells, mask) for s, cells, mask in parts]
 
 
 @torch.no_grad()
@@ -320,12 +331,12 @@ def features_in(
     Returns:
         (N, D, 7, 7) for each image.
     """
-    # Half of `detect`: here the boxes are given, so there is nothing to propose.
-    # PL-DC's memory asks for labeled instances, whose boxes are known.
+    # The boxes are given (the prototypes remember labeled instances), so only backbone
+    # and pooling of `detect` are needed.
     sizes = [tuple(image.shape[-2:]) for image in images]
     normal = [model.transform.normalize(image) for image in images]
     features = model.backbone(model.transform.batch_images(normal))
-    # The same pooling and the same average as there, or the two could not be compared.
+    # The same pooling and the same average as there: the two are to be compared.
     pooled = model.roi_heads.mask_roi_pool(features, boxes, sizes)
     small = F.adaptive_avg_pool2d(pooled.float(), CELLS)
     return list(small.split([len(part) for part in boxes]))
@@ -334,27 +345,27 @@ def features_in(
 def predict(
     model: MaskRCNN, images: list[Tensor], min_score: float
 ) -> list[PseudoLabels]:
-    """What a model sees in some images, in their own frame.
+    """A model's predictions in some images, in the frame of each.
 
     Args:
         model: in evaluation mode.
         images: (3, H, W) float in [0, 1] each, of any sizes.
-        min_score: class probability under which a detection is not looked at. High
-            values save memory: a soft mask is H x W floats for each instance.
+        min_score: class probability below which a detection is dropped. High values
+            save memory: a soft mask is H x W floats for each instance.
 
     Returns:
         One `PseudoLabels` for each image; N may be 0.
     """
     result = []
-    for image, found in zip(images, detect(model, images, min_score), strict=True):
-        boxes, labels, scores, distributions, features, small = found
-        # Soft and hard: the hard one is taught, the soft one says how sure it is, where
-        # SAM's points are drawn, and which pixels are uncertain.
+    detections = detect(model, images, min_score)
+    for image, detected in zip(images, detections, strict=True):
+        boxes, labels, scores, distributions, features, small = detected
+        # Two masks: the hard one is the student's target; the soft one gives the mask
+        # quality, SAM's points and the uncertainty of each pixel.
         soft = paste(small, boxes, tuple(image.shape[-2:]))  # (N, H, W)
         hard, quality = soft > 0.5, mask_quality(soft)
         parts = (boxes, labels, scores, quality, soft, hard, distributions, features)
-        # The last one: the boxes that the features are of, whatever becomes of the
-        # first.
+        # The boxes twice: at the end those that the features belong to.
         result.append(PseudoLabels(*parts, boxes))
     return result
 
@@ -367,7 +378,7 @@ def select_detections(
     nms_iou: float,
     limit: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Proposals of one image into detections: torchvision's rules, keeping the classes.
+    """Proposals of one image into detections, by torchvision's rules.
 
     Args:
         boxes: (P, C + 1, 4) one box per proposal and class.
@@ -378,20 +389,20 @@ def select_detections(
     Returns:
         boxes (N, 4), labels (N,), scores (N,), distributions (N, C), best first.
     """
-    # Regression may lead out of the image; a box there has nothing to be matched with.
+    # Regression may lead out of the image, where there is nothing.
     boxes = clip_boxes_to_image(boxes, size)
-    # Each (proposal, class) above the threshold is a candidate of its own. To threshold
-    # before NMS changes nothing: a box is only ever suppressed by a better one.
+    # Each pair of proposal and class above the threshold is a candidate. The threshold
+    # may come before NMS, because a box is only ever suppressed by a better one.
     row, column = torch.where(probs[:, 1:] > min_score)
     candidates, scores = boxes[row, column + 1], probs[row, column + 1]
-    # A degenerate box would make the student's loss raise.
-    # A hundredth of a pixel is torchvision's own limit.
+    # A box without area would make the student's loss raise. A hundredth of a pixel is
+    # torchvision's own limit.
     big = remove_small_boxes(candidates, min_size=1e-2)
     row, column = row[big], column[big]
     candidates, scores = candidates[big], scores[big]
     # Non-maximum suppression within each class: of two boxes that overlap, the better
-    # one stays. Boxes of different classes do not compete, so one object may be found
-    # twice.
+    # one stays. Boxes of different classes do not compete, so one object may be
+    # detected twice.
     keep = batched_nms(candidates, scores, column, nms_iou)[:limit]
-    # Column k of the classes is label k + 1, for label 0 is background.
+    # Column k of the classes is label k + 1, since label 0 is background.
     return candidates[keep], column[keep] + 1, scores[keep], probs[row[keep], 1:]

@@ -37,7 +37,7 @@ class Dataset:
         folders: the folder of each image.
         image_ids: the dataset's own ids (any JSON value, kept for the predictions).
         sizes: (N, 2) int64 height and width; zeros where unknown (a bare folder).
-        annotated: the truth is known of this many images, the first ones.
+        annotated: the ground truth is known of this many images, the first ones.
         warnings: lines about what was passed over while reading.
     """
 

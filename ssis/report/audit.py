@@ -1,8 +1,8 @@
-r"""How good are the pseudo-labels, when the truth is known.
+r"""How good are the pseudo-labels, when the ground truth is known.
 
 The final AP says whether a method worked; the audit says why. On some unlabeled images
 whose annotations were hidden from training, the teacher's kept pseudo-labels are
-compared with the truth:
+compared with the ground truth:
 
     pseudo_per_image    kept instances, against labeled_per_image, the density to expect
     box_precision       share of them that lie on an instance (box IoU >= 0.5)
@@ -74,7 +74,7 @@ def tally(pseudo: PseudoLabels, target: dict, classes: int) -> Tensor:
 
     Args:
         pseudo: what was kept, best first.
-        target: the truth in the same frame: boxes, labels, masks.
+        target: the ground truth in the same frame: boxes, labels, masks.
         classes: C.
 
     Returns:
@@ -119,7 +119,7 @@ def summary(sums: Tensor, images: int, labeled_per_image: float) -> dict:
 
 
 def per_class(sums: Tensor, images: int, names: list[str]) -> dict:
-    """`summary` for every class; `labeled_per_image` is that of the truth."""
+    """`summary` for every class; `labeled_per_image` is that of the ground truth."""
     return {
         name: summary(row, images, row[TRUE].item() / max(images, 1))
         for name, row in zip(names, sums[1:], strict=True)
@@ -127,13 +127,13 @@ def per_class(sums: Tensor, images: int, names: list[str]) -> dict:
 
 
 def apply_oracle(pseudo: PseudoLabels, target: dict, what: str) -> PseudoLabels:
-    """Headroom: pseudo-labels whose classes or masks are replaced by the truth.
+    """Headroom: pseudo-labels whose classes or masks are replaced by the ground truth.
 
     What lies on no instance stays as it is: there is no truth for it.
 
     Args:
         pseudo: of one image.
-        target: the truth in the same frame.
+        target: the ground truth in the same frame.
         what: "class", "mask" (with the box) or "both".
     """
     partner = match(pseudo.boxes, target["boxes"]).to(pseudo.boxes.device)

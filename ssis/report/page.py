@@ -198,9 +198,9 @@ def results(summary: dict) -> str:
         text += "<h2>The pseudo-labels, stage by stage</h2>"
         text += table(["audit", *(key.replace("_", " ") for key in keys)], rows)
         text += (
-            '<p class="note">Against the truth of unlabeled images, which training '
-            f"never sees; {summary['audit']['labeled_per_image']} instances an image "
-            "are to be expected.</p>"
+            '<p class="note">Against the ground truth of unlabeled images, which '
+            f"training never sees; {summary['audit']['labeled_per_image']} instances an "
+            "image are to be expected.</p>"
         )
     return text
 

@@ -392,7 +392,7 @@ def start(job: Job, threads: int) -> subprocess.Popen:
 
 
 def next_job(waiting: list[Job], running: list[Job]) -> Job | None:
-    """The first job whose first teacher is there, or which no running job makes."""
+    """The first job that does not wait for a running one to make its first teacher."""
     for job in waiting:
         being_made = any(same_pretraining(job, asdict(r.settings)) for r in running)
         begun = (job.folder / "checkpoint.pt").exists()

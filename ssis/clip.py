@@ -168,8 +168,8 @@ class Clip(CategoryClassifier):
         Returns:
             (N, E), each of length 1.
         """
-        # `visual` is the image tower: a trunk that makes the feature map, and a head that
-        # maps its mean into the space of images and texts.
+        # `visual` is the image tower: a trunk that makes the feature map, and a head
+        # that maps its mean into the space of images and texts.
         visual = self.model.visual
         # CLIP was trained at one size. The short side gets that size, the other one
         # keeps the shape of the image; both become multiples of the stride, 32.

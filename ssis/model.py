@@ -375,7 +375,7 @@ def build(
 def start_afresh(
     net: MaskRCNN, seed: int, kind: str, short_side: int, long_side: int, weights: str
 ) -> None:
-    """Set a network to new first weights: GD's student after the first teacher is trained.
+    """Set a network to new first weights: GD's student after pretraining.
 
     Args:
         net: changed in place, so that optimizer and DDP keep their parameters.

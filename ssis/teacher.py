@@ -309,8 +309,8 @@ def detect(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Dete
     pooled = roi.mask_roi_pool(features, kept_boxes, sizes)  # (N of all, D, 14, 14)
     mask_logits = roi.mask_predictor(roi.mask_head(pooled)).float()
     masks = maskrcnn_inference(mask_logits, labels)
-    # The mask head's input, reduced to 7 x 7 cells, is kept for the category classifier:
-    # the prototypes need no forward pass of their own.
+    # The mask head's input, reduced to 7 x 7 cells, is kept for the category
+    # classifier: the prototypes need no forward pass of their own.
     small = F.adaptive_avg_pool2d(pooled.float(), CELLS)
     small = small.split([len(boxes) for boxes in kept_boxes])
     parts = zip(selected, small, masks, strict=True)

@@ -199,8 +199,8 @@ def results(summary: dict) -> str:
         text += table(["audit", *(key.replace("_", " ") for key in keys)], rows)
         text += (
             '<p class="note">Against the ground truth of unlabeled images, which '
-            f"training never sees; {summary['audit']['labeled_per_image']} instances an "
-            "image are to be expected.</p>"
+            f"training never sees; {summary['audit']['labeled_per_image']} instances "
+            "an image are to be expected.</p>"
         )
     return text
 

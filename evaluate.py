@@ -3,16 +3,10 @@ r"""COCO mask and box AP of a checkpoint, per class.
     python evaluate.py runs/<name>/checkpoint.pt
     python evaluate.py CHECKPOINT --json J --images D [--who student] [--save-predictions F]
 
-The numbers are pycocotools' own, all twelve of them, for masks and for boxes. Three
-details keep them right:
+With `torchrun` several processes share the images. The numbers are pycocotools' own, all twelve,
+for masks and for boxes.
 
-* mask results carry no box, since pycocotools would take their area from it and file
-  them under the wrong size;
-* masks are pasted without torchvision's shift of half a pixel (`teacher.paste`);
-* each image is evaluated exactly once, by whichever process (a sampler that pads to
-  equal shares counts some images twice).
-
-Read next: `ssis/report/audit.py`, the same question about pseudo-labels.
+Read next: `ssis/report/ap.py`, which computes them.
 """
 
 import argparse
@@ -49,8 +43,8 @@ def run(argv: list[str] | None) -> None:
         print(f"{who} of {args.checkpoint} on {source}, {len(dataset)} images")
         print(f"{'':8}" + "".join(f"{name:>7}" for name in ap.NUMBERS))
         if args.boundary:
-            truth = dataset.coco(range(len(dataset)))
-            report["boundary"] = ap.boundary_average_precision(truth, results)
+            ground_truth = dataset.coco(range(len(dataset)))
+            report["boundary"] = ap.boundary_average_precision(ground_truth, results)
         for kind in ("mask", "box", *(["boundary"] if args.boundary else [])):
             print(f"{kind:8}" + "".join(f"{text(report[kind][n]):>7}" for n in ap.NUMBERS))
         print(f"{'AP per class':<22} {'mask':>6} {'box':>6}")

@@ -1,12 +1,14 @@
 r"""One command line: `python -m ssis COMMAND`; without a command, the list of them.
 
 Training and evaluation are programs of their own, `train.py` and `evaluate.py`.
+
+Read next: `ssis/tools/predict.py`, the first of the commands.
 """
 
 import importlib
 import sys
 
-from ssis import UserError, distributed
+from ssis import UserError
 
 # Command -> its module, and what it does, in a line.
 COMMANDS = {
@@ -35,9 +37,12 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
     elif argv[0] in COMMANDS:
-        # Imported when it is asked for: each command loads only what it needs.
+        # Imported only now: the list needs no torch, nor do the processes that
+        # `prepare` starts, which import this file again.
         importlib.import_module(f"ssis.{COMMANDS[argv[0]][0]}").main(argv[1:])
     else:
+        from ssis import distributed
+
         names = ", ".join(COMMANDS)
         distributed.give_up(UserError(f"no command {argv[0]!r}; there is {names}"))
 

@@ -42,7 +42,7 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 from ssis import augment, data, teacher
-from ssis.datasets import coco_json, shapes
+from ssis.datasets import coco_json, parts, shapes
 from ssis.engine import resume
 from ssis.report import ap
 
@@ -193,17 +193,17 @@ def start() -> None:
         write_large(path)
         size = path.stat().st_size / 2**20
         print(f"{IMAGES} images, {INSTANCES} instances, {size:.0f} MiB of JSON")
-        found = {}
+        measured = {}
         for side in ("ssis", "pycocotools"):
             command = [sys.executable, __file__, "start-side", side, str(path)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[side] = json.loads(done.stdout)
-            seconds, held, peak, added = found[side]
+            measured[side] = json.loads(done.stdout)
+            seconds, held, peak, added = measured[side]
             print(
                 f"{side:12} {seconds:6.1f} s, holds {held:6.0f} MiB, peak {peak:6.0f} MiB, "
                 f"each worker adds {added:6.0f} MiB"
             )
-        ratios = [a / b for a, b in zip(found["ssis"], found["pycocotools"], strict=True)]
+        ratios = [a / b for a, b in zip(measured["ssis"], measured["pycocotools"], strict=True)]
         print("ratio        {:6.2f}, {:.2f}, {:.2f}, {:.2f}".format(*ratios))
 
 
@@ -212,8 +212,8 @@ def start() -> None:
 
 def plain_evaluation(net, dataset) -> float:
     """Mask AP as torchvision's references compute it: batches, one mask at a time."""
-    truth = dataset.coco(range(len(dataset)))
-    found = {"segm": [], "bbox": []}
+    ground_truth = dataset.coco(range(len(dataset)))
+    detections = {"segm": [], "bbox": []}
     with torch.no_grad():
         for start in range(0, len(dataset), 8):
             indices = range(start, min(start + 8, len(dataset)))
@@ -228,15 +228,16 @@ def plain_evaluation(net, dataset) -> float:
                     rle = mask_utils.encode(pixels)
                     rle["counts"] = rle["counts"].decode()
                     shared = dict(image_id=index, category_id=label.item(), score=score.item())
-                    found["segm"].append(dict(shared, segmentation=rle))
-                    found["bbox"].append(dict(shared, bbox=box.tolist()))
+                    detections["segm"].append(dict(shared, segmentation=rle))
+                    detections["bbox"].append(dict(shared, bbox=box.tolist()))
     with contextlib.redirect_stdout(io.StringIO()):
         for kind in ("bbox", "segm"):
-            judge = COCOeval(truth, truth.loadRes(found[kind]), kind)
-            judge.evaluate()
-            judge.accumulate()
-            judge.summarize()
-    return 100 * judge.stats[0]
+            results = ground_truth.loadRes(detections[kind])
+            evaluator = COCOeval(ground_truth, results, kind)
+            evaluator.evaluate()
+            evaluator.accumulate()
+            evaluator.summarize()
+    return 100 * evaluator.stats[0]
 
 
 def evaluation(checkpoint: str, rounds: int) -> None:
@@ -252,8 +253,8 @@ def evaluation(checkpoint: str, rounds: int) -> None:
         plain = plain_evaluation(net, dataset)
         times["torchvision"].append(time.perf_counter() - began)
     medians = {side: statistics.median(values) for side, values in times.items()}
-    for side, found in (("ssis", report["mask"]["AP"]), ("torchvision", plain)):
-        print(f"{side:12} {medians[side]:6.2f} s for {len(dataset)} images, mask AP {found:.2f}")
+    for side, mask_ap in (("ssis", report["mask"]["AP"]), ("torchvision", plain)):
+        print(f"{side:12} {medians[side]:6.2f} s for {len(dataset)} images, mask AP {mask_ap:.2f}")
     print(f"ratio        {medians['ssis'] / medians['torchvision']:6.3f}")
 
 
@@ -271,7 +272,7 @@ def medians(sides: dict, rounds: int) -> None:
 
 
 @torch.no_grad()
-def parts(rounds: int) -> None:
+def measure_parts(rounds: int) -> None:
     """Boxes of masks and pasting, at the sizes of photographs."""
     generator = torch.Generator().manual_seed(0)
 
@@ -334,7 +335,7 @@ def main() -> None:
             shapes.make(Path("data/shapes"))
         pipeline(args.json, args.images, args.size, args.items)
     elif args.what == "parts":
-        parts(20)
+        measure_parts(20)
     elif args.what == "start":
         start()
     elif args.what == "start-side":

@@ -3,7 +3,7 @@
 SAM's share of a step on the shapes: `python docs/bench/bench_step.py levels`.
 
 python docs/bench/bench_sam.py iou     the tiny SAM on shapes that it has never seen; with flags of
-                                 train.py, any SAM on any data's validation part
+                                       train.py, any SAM on any data's validation part
 python docs/bench/bench_sam.py cache   official vit_b (random weights): cached or not
 python docs/bench/bench_sam.py memory  structural distillation's 128 queries with vit_b (Linux)
 """
@@ -21,37 +21,37 @@ from segment_anything import sam_model_registry
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ssis import config, data, refine, sam, sam_distill
-from ssis.io import embedding_file
-from ssis.tools import train_tiny_sam
-from ssis.io.images import read_image
 from ssis.datasets import parts
+from ssis.io import embedding_file
+from ssis.io.images import read_image
+from ssis.tools import train_tiny_sam
 
 
 def measure_iou(flags: list[str], count: int = 128) -> None:
-    """Mean IoU on a validation part, points drawn in the true masks."""
+    """Mean IoU on a validation part, points drawn in the ground truth."""
     made = config.parse(flags)
     parts.prepare(made)
     _, val_set, _ = parts.open_parts(made)
     tiny = sam.SegmentAnything(made.sam, made.sam_checkpoint, "cpu")
     torch.manual_seed(0)
     count = min(count, len(val_set))
-    print(f"{count} images, IoU with the ground truth: mean (share of instances above 0.75)")
+    print(f"{count} images, IoU with the ground truth: mean (fraction of instances above 0.75)")
     for points in (1, 3, 5):
-        found: dict[str, list] = {"predicted IoU": [], "best of three": []}
+        ious: dict[str, list] = {"predicted IoU": [], "best of three": []}
         for index in range(count):
             image, masks = val_set.image(index), val_set.target(index)["masks"].bool()
             if not len(masks):
                 continue
             size = tuple(image.shape[-2:])
             prompts = train_tiny_sam.draw_points(masks, points, blurred=False) + 0.5
-            logits, iou = tiny.candidates(tiny.encode(image), prompts, size, size)
-            found["predicted IoU"] += refine.choose(logits, iou, masks, "iou")[1].tolist()
+            logits, predicted = tiny.candidates(tiny.encode(image), prompts, size, size)
+            ious["predicted IoU"] += refine.choose(logits, predicted, masks, "iou")[1].tolist()
             every = data.mask_iou(logits > 0, masks[:, None])
-            found["best of three"] += every.amax(dim=1).tolist()
-        for rule, values in found.items():
-            share = sum(v > 0.75 for v in values) / len(values)
+            ious["best of three"] += every.amax(dim=1).tolist()
+        for rule, values in ious.items():
+            fraction = sum(v > 0.75 for v in values) / len(values)
             print(
-                f"{points} points, {rule:14} {statistics.mean(values):.3f} ({share:.2f}),"
+                f"{points} points, {rule:14} {statistics.mean(values):.3f} ({fraction:.2f}),"
                 f" {len(values)} instances"
             )
 

@@ -5,7 +5,7 @@ r"""What a step costs: against plain torchvision, and its peak memory against it
     python docs/bench/bench_step.py levels --pretrained runs/<name>/pretrained.pt
                                         the papers' steps / Guided Distillation's, SAM's share,
                                         and all of them / the floor: torchvision's teacher
-                                        looking, then one training step on the same images
+                                        predicting, then one training step on the same images
 
 Time: both sides have the same weights, images, targets, optimizer and threads; their
 steps take turns, so that a machine that slows down slows down both. The ratio is that of
@@ -13,6 +13,7 @@ the medians. Memory: each variant in a process of its own, since peak memory nev
 """
 
 import argparse
+import dataclasses
 import resource
 import statistics
 import subprocess
@@ -40,9 +41,9 @@ class Run:
     """What `train.train` has in its hands: the parts of a run, and how many steps were made."""
 
     def __init__(self, made: config.Config, train_set, step: int = 0):
-        self.config, self.step, self.device = made, step, torch.device("cpu")
-        parts = build(made, train_set, 0, 1, self.device)
-        self.net, self.labeler, self.structure, self.optimizer, self.schedule, self.scaler = parts
+        self.config, self.step = made, step
+        of_run = build(made, train_set, 0, 1, torch.device("cpu"))
+        self.net, self.labeler, self.structure, self.optimizer, self.schedule, self.scaler = of_run
         self.guard = Guard(self.net, train_set.files, made.run_folder, False, 0)
 
     def make_step(self, labeled: list[dict], unlabeled: list[dict] | None) -> None:
@@ -144,8 +145,10 @@ def measure_levels(pretrained: str, steps: int) -> None:
     saved = checkpoint.load(pretrained)["config"]
     runs, times, in_sam = {}, {}, {}
     for method in ("guided-distillation", "pl-dc", "s4m", "full"):
+        # The parts as the method has them, whatever the run had: no oracle, the default gate.
         # The first teacher is the same for all: what came before it costs nothing here.
-        own = METHODS[method] | dict(structure_weight=saved.get("structure_weight", 0.0))
+        usual = {f.name: f.default for f in dataclasses.fields(config.Config) if f.metadata["part"]}
+        own = usual | METHODS[method] | dict(structure_weight=saved.get("structure_weight", 0.0))
         made = config.from_saved({**saved, "method": method, **own})
         train_set, _, _ = parts.open_parts(made)
         # The split of the run itself, which lies beside the checkpoint.
@@ -186,13 +189,12 @@ def measure_levels(pretrained: str, steps: int) -> None:
             times[method].append(time.perf_counter() - began)
             in_sam[method].append(spent[0])
         weak = [item["image"] for item in batches[1]]
-        found = train.pseudo_labels(simple.labeler, weak, batches[1], simple.config, simple.step)[
-            "final"
-        ]
+        arguments = (simple.labeler, weak, batches[1], simple.config, simple.step)
+        pseudo = train.pseudo_labels(*arguments)["final"]
         taught = [
-            dict(item, target=pseudo.target())
-            for item, pseudo in zip(batches[1], found, strict=True)
-            if len(pseudo)
+            dict(item, target=labels.target())
+            for item, labels in zip(batches[1], pseudo, strict=True)
+            if len(labels)
         ]
         torch.manual_seed(k)
         began = time.perf_counter()
@@ -207,11 +209,11 @@ def measure_levels(pretrained: str, steps: int) -> None:
         times["floor"].append(time.perf_counter() - began)
     means = {method: statistics.mean(values[2:]) for method, values in times.items()}
     for method, value in means.items():
-        share = statistics.mean(in_sam[method][2:]) / value
+        fraction = statistics.mean(in_sam[method][2:]) / value
         print(
             f"{method:20} {1000 * value:7.1f} ms per step of 8 + 8 images, "
             f"ratio {value / means['guided-distillation']:.3f}, to the floor "
-            f"{value / means['floor']:.3f}, SAM {100 * share:4.1f} %"
+            f"{value / means['floor']:.3f}, SAM {100 * fraction:4.1f} %"
         )
     print(f"({torch.get_num_threads()} threads, {steps} steps each)")
 

@@ -1,9 +1,9 @@
-r"""Which second opinion on the class of a pseudo-label? The measurement behind `prototypes`.
+r"""Which category classifier? The measurement behind the default, `prototypes`.
 
     python docs/bench/category_classifiers.py runs/<name>/pretrained.pt [--images 300]
 
-On unlabeled images whose truth is known, the first teacher's pseudo-labels that lie on an
-instance are named again, by each candidate for a second classifier:
+On unlabeled images whose ground truth is known, the first teacher's pseudo-labels that lie on an
+instance get a class again, from each candidate for a category classifier:
 
 * views      the teacher's own box head on other views of the image (agreement of views);
 * mean       cosine to the mean of each class of the labeled instances' descriptions;
@@ -13,7 +13,7 @@ with descriptions: features averaged over a region (mask, band around its edge, 
 head's 256 numbers, the 7 x 7 feature map in the box without and with the mask, the
 silhouette, and the last two together, which is `correction.Prototypes`.
 
-Printed: share of right classes of the candidate alone, and mixed with the teacher at
+Printed: fraction of right classes of the candidate alone, and mixed with the teacher at
 w = 0.5 and 0.4 (PL-DC Eq. (DICC)).
 """
 
@@ -27,12 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssis import config, correction, filters, model, teacher
-from ssis.datasets import split
+from ssis import config, correction, data, filters, model, teacher
+from ssis.datasets import parts, split
 from ssis.io import checkpoint
 from ssis.report import audit
-from ssis.datasets import parts
-from ssis import data
 
 NEAREST = correction.NEAREST
 
@@ -56,21 +54,21 @@ def descriptions(net, image: Tensor, boxes: Tensor, masks: Tensor) -> dict[str, 
     box = torch.zeros_like(inside)
     for k, (x1, y1, x2, y2) in enumerate(boxes.round().long().tolist()):
         box[k, y1:y2, x1:x2] = 1
-    found = {}
+    described = {}
     for name, region in dict(mask=inside, band=band, box=box).items():
         levels = [F.normalize(region_mean(maps[key], region)) for key in ("0", "1", "2")]
-        found[f"FPN, stride 4, over the {name}"] = levels[0]
-        found[f"FPN, three levels, over the {name}"] = torch.cat(levels, dim=1)
+        described[f"FPN, stride 4, over the {name}"] = levels[0]
+        described[f"FPN, three levels, over the {name}"] = torch.cat(levels, dim=1)
     roi = net.roi_heads
-    found["box head"] = roi.box_head(roi.box_roi_pool(maps, [boxes], [size]))
+    described["box head"] = roi.box_head(roi.box_roi_pool(maps, [boxes], [size]))
     cells = teacher.features_in(net, [image], [boxes])[0]
-    found["7 x 7 map in the box"] = cells.flatten(1)
+    described["7 x 7 map in the box"] = cells.flatten(1)
     both = correction.Prototypes.describe(cells, masks, boxes)
     shape = correction.SILHOUETTE**2
-    found["7 x 7 map, masked"] = both[:, :-shape]
-    found["silhouette"] = both[:, -shape:]
-    found["7 x 7 map, masked + silhouette"] = both
-    return found
+    described["7 x 7 map, masked"] = both[:, :-shape]
+    described["silhouette"] = both[:, -shape:]
+    described["7 x 7 map, masked + silhouette"] = both
+    return described
 
 
 def other_views(net, image: Tensor, boxes: Tensor) -> dict[str, Tensor]:
@@ -84,31 +82,38 @@ def other_views(net, image: Tensor, boxes: Tensor) -> dict[str, Tensor]:
 
     flipped = boxes.clone()
     flipped[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
-    found = {"the same view": classify(image, boxes), "flip": classify(image.flip(-1), flipped)}
+    opinions = {"the same view": classify(image, boxes), "flip": classify(image.flip(-1), flipped)}
     scaled = []
     for factor in (0.83, 1.17):
         size = [round(side * factor) for side in image.shape[-2:]]
         view = F.interpolate(image[None], size, mode="bilinear")[0]
         scale = torch.tensor([size[1] / image.shape[-1], size[0] / image.shape[-2]]).repeat(2)
         scaled.append(classify(view, boxes * scale))
-    found["two scales"] = sum(scaled) / 2
-    found["all views"] = sum(found.values()) / 3
-    return found
+    opinions["two scales"] = sum(scaled) / 2
+    opinions["all views"] = sum(opinions.values()) / 3
+    return opinions
 
 
-def collect(net, stream, count: int, truth: bool) -> tuple[dict, Tensor, Tensor]:
-    """Descriptions (and views), true classes and teacher's distributions of instances."""
+def collect(net, stream, count: int, labeled: bool) -> tuple[dict, Tensor, Tensor]:
+    """Descriptions (and views), true classes and teacher's distributions of instances.
+
+    Args:
+        net: the teacher.
+        stream: images with ground truth.
+        count: of images.
+        labeled: take the instances of the ground truth, else the teacher's pseudo-labels.
+    """
     rows, classes, said = [], [], []
     for k in range(count):
         image, target = stream[k]["image"], stream[k]["target"]
-        if truth:
+        if labeled:
             boxes, masks, true = target["boxes"], target["masks"].float(), target["labels"]
             more, distribution = {}, torch.zeros(len(true), 0)
         else:
-            found = filters.keep(teacher.predict(net, [image], 0.7)[0], "score", 0.7, 0.0, 5)
-            partner = audit.match(found.boxes, target["boxes"])
-            found, true = found[partner >= 0], target["labels"][partner[partner >= 0]]
-            boxes, masks, distribution = found.boxes, found.mask_probs, found.distribution
+            pseudo = filters.keep(teacher.predict(net, [image], 0.7)[0], "score", 0.7, 0.0, 5)
+            partner = audit.match(pseudo.boxes, target["boxes"])
+            pseudo, true = pseudo[partner >= 0], target["labels"][partner[partner >= 0]]
+            boxes, masks, distribution = pseudo.boxes, pseudo.mask_probs, pseudo.distribution
             more = other_views(net, image, boxes) if len(true) else {}
         if len(true):
             rows.append(descriptions(net, image, boxes, masks) | more)
@@ -157,9 +162,9 @@ def main() -> None:
     print(f"{len(true)} pseudo-labels on an instance; the teacher alone {right(said)}\n")
     print(f"{'category classifier':48} alone  w=0.5  w=0.4")
 
-    def line(name: str, second: Tensor) -> None:
-        mixed = [right(w * second + (1 - w) * said) for w in (0.5, 0.4)]
-        print(f"{name:48} {right(second)}  {mixed[0]}  {mixed[1]}")
+    def line(name: str, opinion: Tensor) -> None:
+        mixed = [right(w * opinion + (1 - w) * said) for w in (0.5, 0.4)]
+        print(f"{name:48} {right(opinion)}  {mixed[0]}  {mixed[1]}")
 
     for name in asked:
         if name not in known:

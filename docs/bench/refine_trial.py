@@ -3,7 +3,7 @@
     python docs/bench/refine_trial.py runs/<name>/pretrained.pt --images 150 [--sam-checkpoint F]
 
 Of a first teacher's pseudo-labels (class score > 0.7) that lie on an instance: the mean
-mask IoU with the truth, and how often the class is right by PL-DC's second classifier
+mask IoU with the ground truth, and how often the class is right by PL-DC's category classifier
 alone, and mixed with the teacher at w = 0.5.
 """
 
@@ -15,12 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-
 from category_classifiers import first_teacher
 
-from ssis import correction, filters, refine, sam, teacher
+from ssis import correction, data, filters, refine, sam, teacher
 from ssis.report import audit
-from ssis import data
 
 TRIALS = {
     f"{rule}, gate {gate}, {count} points, {sampling}": (rule, count, sampling, gate, False, 5)
@@ -49,36 +47,36 @@ def main() -> None:
     net, dataset, settings, labeled, rest, names = first_teacher(args.checkpoint)
     known = data.Stream(dataset, labeled, settings.view_size, 0, True)
     asked = data.Stream(dataset, rest, settings.view_size, 1, True)
-    second = correction.Prototypes(len(names), net.backbone.out_channels, 64)
+    classifier = correction.Prototypes(len(names), net.backbone.out_channels, 64)
     for k in range(0, correction.START_VIEWS, 8):
-        second.learn(net, [known[i] for i in range(k, k + 8)])
+        classifier.learn(net, [known[i] for i in range(k, k + 8)])
     tiny = sam.SegmentAnything("tiny", args.sam_checkpoint, "cpu")
     embeddings = sam.Embeddings(tiny, dataset)
     sums: Counter = Counter()
     for k in range(args.images):
         item = asked[k]
-        found = filters.keep(teacher.predict(net, [item["image"]], 0.7)[0], "score", 0.7, 0.0, 5)
-        partner = audit.match(found.boxes, item["target"]["boxes"])
-        found, partner = found[partner >= 0], partner[partner >= 0]
+        pseudo = filters.keep(teacher.predict(net, [item["image"]], 0.7)[0], "score", 0.7, 0.0, 5)
+        partner = audit.match(pseudo.boxes, item["target"]["boxes"])
+        pseudo, partner = pseudo[partner >= 0], partner[partner >= 0]
         masks = item["target"]["masks"][partner].bool()
         true = item["target"]["labels"][partner] - 1
-        sums["number"] += len(found)
-        sums["class"] += (found.distribution.argmax(1) == true).sum().item() if len(found) else 0
+        sums["number"] += len(pseudo)
+        sums["class"] += (pseudo.distribution.argmax(1) == true).sum().item() if len(pseudo) else 0
         for name, trial in {"the teacher's masks": None, **TRIALS}.items():
-            made = refine.refine(found, embeddings, item, *trial) if trial else found
-            if not len(found):
+            refined = refine.refine(pseudo, embeddings, item, *trial) if trial else pseudo
+            if not len(pseudo):
                 continue
-            sums[name, "iou"] += data.mask_iou(made.masks, masks).sum().item()
-            said = second(item["image"], made)
-            mixed = 0.5 * said + 0.5 * found.distribution
-            sums[name, "second"] += (said.argmax(1) == true).sum().item()
+            sums[name, "iou"] += data.mask_iou(refined.masks, masks).sum().item()
+            said = classifier(item["image"], refined)
+            mixed = 0.5 * said + 0.5 * pseudo.distribution
+            sums[name, "category"] += (said.argmax(1) == true).sum().item()
             sums[name, "mixed"] += (mixed.argmax(1) == true).sum().item()
     number = sums["number"]
     print(f"{number} pseudo-labels; the teacher's class is right in {sums['class'] / number:.3f}\n")
-    print(f"{'':42}mask IoU  second  mixed")
+    print(f"{'':42}mask IoU  category  mixed")
     for name in ["the teacher's masks", *TRIALS]:
-        cells = [sums[name, key] / number for key in ("iou", "second", "mixed")]
-        print(f"{name:42}   {cells[0]:.3f}   {cells[1]:.3f}  {cells[2]:.3f}")
+        cells = [sums[name, key] / number for key in ("iou", "category", "mixed")]
+        print(f"{name:42}   {cells[0]:.3f}     {cells[1]:.3f}  {cells[2]:.3f}")
 
 
 if __name__ == "__main__":

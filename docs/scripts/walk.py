@@ -28,7 +28,7 @@ Cells are in the percent format: `# %% [markdown]` begins a text, `# %%` a piece
 # Read it from top to bottom, in some 20 minutes, with the papers beside it: S4M (arXiv 2504.05301),
 # PL-DC (arXiv 2505.11075), Guided Distillation (GD, arXiv 2308.02668). Letters are those of
 # [notation.md](notation.md), names of equations those of [equations.md](equations.md). The step
-# itself is `step` in `train.py`; this page takes it apart and, in section 13, runs it whole.
+# itself is `train_step` in `train.py`; this page takes it apart and, in section 13, runs it whole.
 #
 # Paragraphs that begin with *In this run* are about the run of docs/walk.md: seed 0, the first
 # teacher of section 2, two CPU cores (x86_64) without GPU, one thread. With another teacher another
@@ -73,8 +73,8 @@ settings = config.parse([*FLAGS, "--output", str(pictures.OUT / "run")])
 switches = (settings.refine, settings.correction, settings.arp)
 if settings.filter != "adaptive" or "none" in switches or not settings.uncertainty:
     raise SystemExit("the walk shows every part of --method full; switch none of them off")
-names = "filter tau_min tau_max correction uncertainty refine refine_points refine_gate arp"
-table("setting  value", [(name, getattr(settings, name)) for name in names.split()])
+shown = "filter tau_min tau_max correction uncertainty refine refine_points refine_gate arp"
+table("setting  value", [(name, getattr(settings, name)) for name in shown.split()])
 
 # %% [markdown]
 # ## 2. The first teacher
@@ -102,12 +102,15 @@ if not first_teacher:
 # ## 3. The burn-in begins
 #
 # What `train.train` does before its loop: data, split, streams, models. `restore` puts the first
-# teacher's weights, its optimizer and the random state back. Then, as at the end of pretraining:
+# teacher's weights, its optimizer and the random state back. Then, as in `train.train` at the step
+# `pretrain_end`:
 #
-# * teacher := student, frozen (GD);
-# * the memory of PL-DC's category classifier is filled with labeled instances, as the teacher
-#   sees them;
-# * the adaptive thresholds start at the frequency of each class among the labeled instances,
+# * teacher := student, frozen during the burn-in (GD); the student goes on from its weights, unless
+#   `--burnin-init fresh` is given;
+# * PL-DC's thresholds start from the class frequencies (below);
+# * PL-DC's category classifier gets its memory: labeled instances, as this teacher sees them.
+#
+# The thresholds lie between two limits, by the frequency of each class among the labeled instances:
 #
 # $$T_k^0 = T_{\mathrm{min}} + (T_{\mathrm{max}} - T_{\mathrm{min}}) \, \frac{n_k}{N}$$
 #
@@ -125,25 +128,21 @@ streams = data.make_streams(
 device = torch.device("cpu")
 student, labeler, structure, optimizer, schedule, scaler = build(settings, train_set, 0, 1, device)
 teacher, thresholds, classifier, embeddings = labeler
-parts_of_run = dict(
-    student=student,
-    teacher=teacher,
-    thresholds=thresholds,
-    classifier=classifier,
-    sam=embeddings,
-    optimizer=optimizer,
-    schedule=schedule,
-    scaler=scaler,
-)
-state = resume.restore(Path(first_teacher), parts_of_run, settings, train_set.names, 0, True)
-# As in `train.train`.
-teacher.load_state_dict(student.state_dict())
-thresholds.start(train_set.class_shares(labeled))
-correction.fill(classifier, teacher, streams.labeled, 0, 1)
-t = state["step"]
+state = dict(
+    student=student, teacher=teacher, thresholds=thresholds, classifier=classifier,
+    sam=embeddings, optimizer=optimizer, schedule=schedule, scaler=scaler,
+)  # fmt: skip
+names = train_set.names
+saved = resume.restore(Path(first_teacher), state, settings, names, rank=0, first_teacher=True)
+t = saved["step"]
 
-share = train_set.class_shares(labeled)  # (C,) n_k / N
-start = settings.tau_min + (settings.tau_max - settings.tau_min) * share
+teacher.load_state_dict(student.state_dict())
+frequency = train_set.class_shares(labeled)  # (C,) n_k / N
+thresholds.start(frequency)
+correction.fill(classifier, teacher, streams.labeled, rank=0, world_size=1)
+
+# By hand: the same thresholds.
+start = settings.tau_min + (settings.tau_max - settings.tau_min) * frequency
 assert torch.allclose(start.float(), thresholds.values[0])
 
 print(f"step {t}: {len(labeled)} labeled, {len(unlabeled)} unlabeled images")
@@ -151,8 +150,8 @@ table(
     "class  fraction n_k / N  T_class  T_mask  remembered",
     list(
         zip(
-            train_set.names,
-            share.tolist(),
+            names,
+            frequency.tolist(),
             *thresholds.values.tolist(),
             classifier.seen.clamp(max=settings.prototypes).tolist(),
             strict=True,
@@ -177,7 +176,7 @@ BATCHES = 8
 
 def paired(final: list, seed: int) -> list[tuple[int, int]]:
     """ARP's pairs in a batch: as `augment.arp` draws them among images with pseudo-labels."""
-    usable = [i for i, found in enumerate(final) if len(found)]
+    usable = [i for i, labels in enumerate(final) if len(labels)]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(usable), generator=generator).tolist()
     count = max(1, len(usable) // 4) if len(usable) > 1 else 0
@@ -210,8 +209,8 @@ batches = loader.batches(streams.unlabeled, settings.unlabeled_batch, t, t_max, 
 seen, best, chosen = [], -1, None
 for number in range(BATCHES):
     candidates = next(batches)
-    weak = [i["image"] for i in candidates]
-    stages = train.pseudo_labels(labeler, weak, candidates, settings, t, audit.PREDICTED)
+    weak_views = [i["image"] for i in candidates]
+    stages = train.pseudo_labels(labeler, weak_views, candidates, settings, t, audit.PREDICTED)
     pairs = paired(stages["final"], candidates[0]["seed"])
     for i in range(len(candidates)):
         seen.append(events(stages, i, pairs))
@@ -250,7 +249,7 @@ if geometry.view == geometry.original:
 # %% [markdown]
 # ## 6. What the teacher predicts
 #
-# The teacher looks at the weak view. `predict` gives what the methods need and torchvision throws
+# The teacher sees the weak view. `predict` gives what the methods need and torchvision throws
 # away: the class distribution P of each box, and the soft mask p. Two qualities follow,
 #
 # $$c = \max_k P(k), \qquad m = \mathrm{mean}\{p_{xy} : p_{xy} > 0.5\}$$
@@ -258,7 +257,7 @@ if geometry.view == geometry.original:
 # PL-DC Eq. (quality)
 #
 # What is missing to a sum of 1 is the probability of background. Shown is everything from c = 0.3
-# on; the step itself asks only for what could pass the filter.
+# on; the step itself asks only for what could pass the filter (`min_score`).
 
 # %%
 weak_views = [i["image"] for i in batch]
@@ -297,13 +296,14 @@ pictures.show(
 # One proposal can appear twice, under two classes, as in torchvision; but only one of the two can
 # have c > 0.5, and then c is the largest of its P.
 #
-# *In this run* #0 is sure of a wrong name: a star that is a cross with c = 1.00. No threshold on c
-# takes it out. #4 and #5 are one box under two names. #3 is a mask of half a square with some of
-# the cross below.
+# *In this run* #0 is a star, and the teacher is certain of a cross: c = 1.00. No threshold on c
+# removes it. #4 and #5 are one box under two classes. #3 is a mask of two thirds of a square
+# with some of the cross below.
 #
 # ## 7. The filter
 #
-# PL-DC asks class and mask apart, with thresholds of the predicted class k:
+# PL-DC thresholds class quality and mask quality separately, each at a value of the predicted
+# class k:
 #
 # $$c \ge T^{\mathrm{class}}_k \;\wedge\; m \ge T^{\mathrm{mask}}_k$$
 #
@@ -438,11 +438,10 @@ pictures.show(figure, "2-sam", "For each instance: points, SAM's three candidate
 #
 # ## 9. The classes are corrected
 #
-# After SAM, for a better silhouette is easier to name. The category classifier compares each
-# instance
-# with the remembered labeled ones: the teacher's features inside the mask, and the silhouette.
-# The cosines of the three nearest of each class are averaged, and a softmax makes them a
-# distribution. Then its opinion and the teacher's are mixed:
+# This comes after SAM, because a better silhouette is easier to name. The category classifier
+# compares each instance with the remembered labeled ones: the teacher's features inside the mask,
+# and the silhouette. The cosines of the three nearest of each class are averaged, and a softmax
+# makes them a distribution. It is mixed with the teacher's:
 #
 # $$p = w(t) \, p_{\mathrm{category}} + (1 - w(t)) \, p_{\mathrm{teacher}}$$
 #
@@ -524,9 +523,9 @@ pictures.show(figure, "4-silhouettes", "A silhouette beside the nearest remember
 # %% [markdown]
 # *In this run* the category classifier's opinion is nearly all or nothing: its softmax has a
 # temperature of 0.005, so a cosine that is higher by 0.1 is everything. At w = 0.5 it therefore
-# decides alone, against a teacher that is sure of 0.997; as w falls, it will no longer. #0 and #1
-# get their right names. #3 is a square whose mask is half of one, and half a square looks like a
-# triangle.
+# decides alone, even against a teacher that gives 0.997 to another class; as w falls, it will no
+# longer. #0 and #1 get their right classes. #3 is a square whose mask is cut off at a slant, so
+# that what is left looks like a triangle.
 #
 # The label changed, the mask and the order did not. The corrected instance is not filtered again.
 #
@@ -594,7 +593,7 @@ def named(labels) -> list[str]:
 
 
 pseudo = stages["final"]
-usable = [i for i, found in enumerate(pseudo) if len(found)]
+usable = [i for i, labels in enumerate(pseudo) if len(labels)]
 weaks = [batch[i]["image"] for i in usable]
 targets = [pseudo[i].target(settings.uncertainty, settings.refine_calibrate) for i in usable]
 pasted, pasted_targets = augment.arp(
@@ -643,8 +642,8 @@ if partner is not None:
 pictures.show(figure, "6-pasted", "This image and its partner, before and after copy-paste")
 
 # %% [markdown]
-# *In this run* the bad mask of #3 travels, too: the partner gets half a square, called a triangle,
-# and a few pixels of background with it. S4M pastes *refined* masks for this reason.
+# *In this run* the bad mask of #3 travels, too: the partner gets part of a square, called a
+# triangle, and a few pixels of background with it. S4M pastes *refined* masks for this reason.
 #
 # The student must say the same of the *strong* view: colors, gray, blur. No pixel moves, so the
 # targets stay valid untouched. The seed is the item's own.
@@ -687,14 +686,14 @@ pictures.show(figure, "7-strong", "Weak view, strong view, and the strong view w
 labeled_batch = next(
     loader.batches(streams.labeled, settings.labeled_batch, t + place, t_max, 0, 1, 0)
 )
-truths = [part["target"] for part in labeled_batch]
+labeled_targets = [part["target"] for part in labeled_batch]
 labeled_strong = augment.strong_views([part["image"] for part in labeled_batch], labeled_batch)
 
 with torch.random.fork_rng():
     # The two passes in the step's order: the second draws after the first.
     trial = copy.deepcopy(student)
     loss_u, counts_u, _ = trial(strong, pasted_targets)
-    loss_s, counts_s, _ = trial(labeled_strong, truths)
+    loss_s, counts_s, _ = trial(labeled_strong, labeled_targets)
 with torch.random.fork_rng():
     bare = [{k: v for k, v in t.items() if k != "mask_weights"} for t in pasted_targets]
     loss_bare, _, _ = copy.deepcopy(student)(strong, bare)
@@ -716,10 +715,11 @@ print(f"L = {L_s:.3f} + {settings.unsup_weight} * {L_u:.3f} = {total:.3f}")
 # %%
 count = min(4, len(labeled_batch))
 figure, [axes] = pictures.sheet(1, count)
-for axis, image, truth, one in zip(axes, labeled_strong, truths, labeled_batch, strict=False):
+rows = zip(labeled_strong, labeled_targets, labeled_batch, strict=True)
+for axis, (image, taught, one) in zip(axes, rows, strict=False):
     title = train_set.files[one["index"]]
-    pictures.panel(axis, image, title, truth, named(truth["labels"]))
-pictures.show(figure, "8-labeled", "Strong views of labeled images, with their true masks")
+    pictures.panel(axis, image, title, taught, named(taught["labels"]))
+pictures.show(figure, "8-labeled", "Strong views of labeled images, with their ground truth")
 
 # %% [markdown]
 # The weights touch `loss_mask` alone, and make it smaller: the mean stays over all pixels of the
@@ -776,8 +776,8 @@ a, rows = settings.threshold_decay, []
 for k, name_k in enumerate(train_set.names):
     said = torch.cat(
         [
-            torch.stack([found.class_quality, found.mask_quality])[:, found.labels == k + 1]
-            for found in (p[p.class_quality >= settings.tau_min] for p in stages["predicted"])
+            torch.stack([one.class_quality, one.mask_quality])[:, one.labels == k + 1]
+            for one in (p[p.class_quality >= settings.tau_min] for p in stages["predicted"])
         ],
         dim=1,
     )  # (2, candidates of class k)
@@ -797,16 +797,18 @@ table("class  candidates  T_class, T_mask before  after", rows)
 #
 # GD Eq. (EMA)
 #
-# over weights and float buffers. Here it is done once, as if the burn-in were over.
+# over weights and float buffers (`ema_update` in `ssis/teacher.py`); integer buffers, BatchNorm's
+# count of batches, are copied. Here it is done once, as if the burn-in were over.
 
 # %%
 ema_update(teacher, student, settings.ema_decay)
 new_teacher, new_student = teacher.state_dict(), student.state_dict()
 alpha = settings.ema_decay
 for key, old in old_teacher.items():
-    if old.is_floating_point():
-        by_hand = alpha * old + (1 - alpha) * new_student[key]
-        assert torch.allclose(by_hand, new_teacher[key], atol=1e-6), key
+    # By hand, every entry.
+    average = alpha * old + (1 - alpha) * new_student[key]
+    by_hand = average if old.is_floating_point() else new_student[key]
+    assert torch.allclose(by_hand, new_teacher[key], atol=1e-6), key
 
 rows = []
 for key, where in ((name, at), ("backbone.body.bn1.running_mean", 0)):
@@ -822,14 +824,14 @@ print(f"alpha = {alpha}: {alpha} * {rows[0][1]} + {1 - alpha:.2f} * {rows[0][2]}
 # the weak view, so that you can judge what the stages did. An IoU is that of masks.
 
 # %%
-_, truth, _ = augment.weak_view(
+_, ground_truth, _ = augment.weak_view(
     original, train_set.target(item["index"]), settings.view_size, item["seed"]
 )
-truth = data.sanitize(truth)
-true_masks, rows = truth["masks"].bool(), []
-for k, j in enumerate(audit.match(predicted.boxes, truth["boxes"]).tolist()):
+ground_truth = data.sanitize(ground_truth)
+true_masks, rows = ground_truth["masks"].bool(), []
+for k, j in enumerate(audit.match(predicted.boxes, ground_truth["boxes"]).tolist()):
     says = train_set.names[predicted.labels[k] - 1]
-    true = train_set.names[truth["labels"][j] - 1] if j >= 0 else "nothing"
+    true = train_set.names[ground_truth["labels"][j] - 1] if j >= 0 else "nothing"
     now, overlaps = "dropped", ["", ""]
     if k in ids:
         now = train_set.names[final.labels[ids.index(k)] - 1]
@@ -842,16 +844,18 @@ table("#  ground truth  teacher  taught  IoU teacher's mask  IoU mask taught", r
 figure, [axes] = pictures.sheet(1, 3)
 pictures.panel(axes[0], weak, "kept by the filter", kept, named(kept.labels))
 pictures.panel(axes[1], weak, "redrawn and corrected", final, named(final.labels))
-pictures.panel(axes[2], weak, "the ground truth (never seen)", truth, named(truth["labels"]))
-pictures.show(figure, "9-truth", "Pseudo-labels before and after, beside the ground truth")
+pictures.panel(
+    axes[2], weak, "the ground truth (never seen)", ground_truth, named(ground_truth["labels"])
+)
+pictures.show(figure, "9-ground-truth", "Pseudo-labels before and after, beside the ground truth")
 
 # %% [markdown]
 # "nothing" is also what lies on an instance that a better prediction has taken already, as in
 # COCO's matching.
 #
-# *In this run* three of four names are right in the end, and one was before; the three masks that
+# *In this run* three of four classes are right in the end, and one was before; the three masks that
 # SAM redrew are better ones. The fourth, #3, was wrong before and is wrong after, in mask and
-# name: nothing in the chain doubts it enough, for its c passes a threshold that starts low, and
+# class: nothing in the chain doubts it enough, for its c passes a threshold that starts low, and
 # the gate that refuses SAM's mask keeps the teacher's. One image proves nothing; docs/results.md
 # has the averages.
 #

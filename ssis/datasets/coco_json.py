@@ -1,4 +1,4 @@
-r"""Reading COCO-format JSON: every record is checked, then packed into `data.Dataset`.
+r"""Reading COCO-format JSON: every record is checked, then packed into a `Dataset`.
 
 The traps that real files hold are met here, once: ids that are given twice, have gaps,
 start at 0 or are text; a category that stands for all the others; names that climb out
@@ -6,7 +6,7 @@ of the image folder; masks as polygons in several parts, as compressed and as
 uncompressed RLE; crowds; annotations of nothing. Whatever cannot be right ends with one
 line that names the file and the record.
 
-Read next: `ssis/data.py`, what it is read into.
+Read next: `ssis/datasets/split.py`, which chooses the labeled images.
 """
 
 import contextlib

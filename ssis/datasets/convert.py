@@ -1,14 +1,14 @@
 r"""Cityscapes and PASCAL VOC as COCO JSON, image by image, in several processes.
 
-* **Cityscapes**: `*_gtFine_instanceIds.png` says for each pixel `1000 * class + number`
-  where there is an instance, and the class alone where a group could not be told apart:
-  such a group of one of the eight thing classes becomes a crowd.
+* **Cityscapes**: a pixel of `*_gtFine_instanceIds.png` is `1000 * class + number` where
+  there is an instance, and the class alone where the members of a group could not be
+  told apart: such a group of one of the eight instance classes becomes a crowd.
 * **VOC 2012**: object k in `SegmentationObject/*.png` is the k-th `<object>` of
   `Annotations/*.xml`, which has its class. The border around objects (255) belongs to
   none of them.
 
-Masks become RLEs. An image is a line of a file `.instances_train.partial` until all are
-there; a command that was killed goes on after the last whole line.
+Masks become RLEs. Each converted image is a line of `.instances_train.partial` until
+all are there; a command that was killed goes on after the last complete line.
 
 Read next: `ssis/tools/prepare.py`, the command.
 """
@@ -18,6 +18,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -55,8 +56,8 @@ class Job(NamedTuple):
     # Relative to the image folder.
     name: str
     image: str
-    # The files with its truth.
-    truth: tuple[str, ...]
+    # The files with its ground truth.
+    ground_truth: tuple[str, ...]
 
 
 # --------------------------------------------------------------------------- Cityscapes
@@ -68,23 +69,23 @@ def cityscapes_jobs(root: Path, part: str) -> tuple[list[Job], Path]:
     for image in sorted(folder.glob("*/*_leftImg8bit.png")):
         stem = image.name.removesuffix("_leftImg8bit.png")
         city = root / "gtFine" / part / image.parent.name
-        truth = city / f"{stem}_gtFine_instanceIds.png"
-        jobs.append(Job(f"{image.parent.name}/{image.name}", str(image), (str(truth),)))
+        ids = city / f"{stem}_gtFine_instanceIds.png"
+        jobs.append(Job(f"{image.parent.name}/{image.name}", str(image), (str(ids),)))
     return jobs, folder
 
 
 def cityscapes_annotations(job: Job) -> tuple[tuple[int, int], list[dict]]:
-    """Size of an image and its annotations without ids."""
-    # Columns first, as pycocotools wants each mask: turned once for all of them.
-    ids = np.asfortranarray(pixels(job.truth[0]))  # (H, W) uint16
+    """Size (height, width) of an image, and its annotations without ids."""
+    # Column by column in memory, as pycocotools wants each mask: copied once for all.
+    ids = np.asfortranarray(pixels(job.ground_truth[0]))  # (H, W) uint16
     present = np.flatnonzero(np.bincount(ids.ravel(order="K")))
-    found = []
+    annotations = []
     for value in present.tolist():
-        # 26003 is car number 3; 26 are cars that could not be told apart.
+        # 26003 is car number 3; 26 is a group of cars that could not be told apart.
         category, crowd = (value // 1000, 0) if value >= 1000 else (value, 1)
         if category in CITYSCAPES:
-            found.append(annotation(ids == value, category, crowd))
-    return ids.shape, found
+            annotations.append(annotation(ids == value, category, crowd))
+    return ids.shape, annotations
 
 
 # --------------------------------------------------------------------------- PASCAL VOC
@@ -107,48 +108,56 @@ def voc_jobs(root: Path, part: str) -> tuple[list[Job], Path]:
             "or VOC2012 in it"
         ) from error
     for name in names:
-        truth = (
+        files = (
             str(root / "SegmentationObject" / f"{name}.png"),
             str(root / "Annotations" / f"{name}.xml"),
         )
-        jobs.append(Job(f"{name}.jpg", str(folder / f"{name}.jpg"), truth))
+        jobs.append(Job(f"{name}.jpg", str(folder / f"{name}.jpg"), files))
     return jobs, folder
 
 
 def voc_annotations(job: Job) -> tuple[tuple[int, int], list[dict]]:
-    """Size of an image and its annotations without ids."""
-    # A palette image: the values are the numbers, whatever their colors.
-    numbers = np.asfortranarray(pixels(job.truth[0]))  # (H, W) uint8
+    """Size (height, width) of an image, and its annotations without ids."""
+    png, xml = job.ground_truth
+    # A palette image: the pixel values are the objects' numbers, not their colors.
+    numbers = np.asfortranarray(pixels(png))  # (H, W) uint8
     try:
         objects = [
             entry.findtext("name", "").strip()
-            for entry in ElementTree.parse(job.truth[1]).iter("object")
+            for entry in ElementTree.parse(xml).iter("object")
         ]
     except (OSError, ElementTree.ParseError) as error:
-        raise UserError(f"{job.truth[1]}: cannot be read ({error})") from error
-    found = []
+        raise UserError(f"{xml}: cannot be read ({error})") from error
+    annotations = []
     for number in np.unique(numbers).tolist():
         # 0 is background, 255 the border of objects, where the annotators disagreed.
         if number in (0, 255):
             continue
         if number > len(objects) or objects[number - 1] not in VOC:
             raise UserError(
-                f"{job.truth[0]}: has an object {number}, for which {job.truth[1]} has "
-                "no <object> of a VOC class; are the two of the same release?"
+                f"{png}: has an object {number}, for which {xml} has no <object> of a "
+                "VOC class; are the two of the same release?"
             )
         category = VOC.index(objects[number - 1]) + 1
-        found.append(annotation(numbers == number, category, 0))
-    return numbers.shape, found
+        annotations.append(annotation(numbers == number, category, 0))
+    return numbers.shape, annotations
 
 
 # ----------------------------------------------------------------------- both of them
 
 
 class Source(NamedTuple):
-    """How a dataset that is not COCO is found and read."""
+    """How a dataset that is not COCO is read.
 
-    jobs: object
-    annotations: object
+    Attributes:
+        jobs: (root, part) -> its images as jobs, and their folder.
+        annotations: job -> size of the image, and its annotations without ids.
+        categories: the classes, as COCO writes them.
+        example: files that the root must hold, for messages.
+    """
+
+    jobs: Callable[[Path, str], tuple[list[Job], Path]]
+    annotations: Callable[[Job], tuple[tuple[int, int], list[dict]]]
     categories: list[dict]
     example: str
 
@@ -171,7 +180,7 @@ SOURCES = {
 
 
 def pixels(path: str) -> np.ndarray:
-    """The values of a PNG of numbers, (H, W), as they are written."""
+    """The values of a PNG as they are written, (H, W)."""
     try:
         with Image.open(path) as image:
             return np.array(image)
@@ -182,7 +191,7 @@ def pixels(path: str) -> np.ndarray:
 
 
 def annotation(mask: np.ndarray, category: int, crowd: int) -> dict:
-    """A COCO annotation of a mask (H, W) bool, in columns."""
+    """A COCO annotation of a mask (H, W) bool."""
     return rle.annotation(rle.encode(mask), category, crowd)
 
 
@@ -190,17 +199,18 @@ def convert(task: tuple[str, Job]) -> dict | str:
     """One image, in a process of its own: its record, or what is wrong with it."""
     dataset, job = task
     try:
-        size, found = SOURCES[dataset].annotations(job)
+        size, annotations = SOURCES[dataset].annotations(job)
         with Image.open(job.image) as image:
-            seen = image.size[::-1]
-        if seen != size:
-            return f"{job.image}: is {seen}, its truth {job.truth[0]} is {size}"
+            own = image.size[::-1]
+        if own != size:
+            given = job.ground_truth[0]
+            return f"{job.image}: is {own}, its ground truth {given} is {size}"
     except UserError as error:
         return str(error)
     except OSError as error:
         return f"{job.image}: cannot be read ({error.strerror or error})"
     height, width = size
-    return dict(file_name=job.name, height=height, width=width, annotations=found)
+    return dict(file_name=job.name, height=height, width=width, annotations=annotations)
 
 
 def convert_part(dataset: str, root: Path, out: Path, part: str, workers: int) -> Path:
@@ -237,7 +247,7 @@ def convert_part(dataset: str, root: Path, out: Path, part: str, workers: int) -
                 bar.update()
         except BrokenProcessPool as error:
             raise UserError(
-                "one of the processes was killed, perhaps for want of memory; give "
+                "one of the processes was killed, perhaps because memory ran out; give "
                 "fewer --workers, the same command goes on"
             ) from error
         finally:
@@ -253,14 +263,15 @@ def convert_part(dataset: str, root: Path, out: Path, part: str, workers: int) -
 
 
 def mark_of(jobs: list[Job], root: Path) -> str:
-    """What a file is made of: other images, or other truth, make it anew.
+    """A checksum of what a JSON is made from: when it differs, the JSON is made anew.
 
-    Paths count relative to the root, which may be spelled in many ways.
+    It is taken of the images' names and of the names and sizes of their ground truth's
+    files, relative to the root, whose own path may be written in many ways.
     """
     lines = []
     for job in jobs:
         lines.append(job.name)
-        for path in job.truth:
+        for path in job.ground_truth:
             size = os.path.getsize(path) if os.path.exists(path) else 0
             lines.append(f"{os.path.relpath(path, root)} {size}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -275,20 +286,23 @@ def description(path: Path) -> list[str]:
 
 
 def read_partial(path: Path, mark: str) -> dict[str, dict]:
-    """What an earlier command has converted, by file name; begins the file anew if that
-    was of other images, and cuts off a line that a kill left unfinished."""
+    """What an earlier command has converted, by file name.
+
+    The file is written again without a line that a kill left unfinished, and without
+    any where they are of other images, as their `mark` tells.
+    """
     lines = path.read_text().split("\n") if path.exists() else []
-    found = {}
+    records = {}
     if lines and lines[0] == mark:
         for line in lines[1:]:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 record = json.loads(line)
-                found[record["file_name"]] = record
+                records[record["file_name"]] = record
     with writing(path, "--out"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [mark, *map(json.dumps, found.values())]
+        kept = [mark, *map(json.dumps, records.values())]
         write_text(path, "\n".join(kept) + "\n")
-    return found
+    return records
 
 
 def assemble(records: list[dict], categories: list[dict], description: str) -> dict:
@@ -297,9 +311,9 @@ def assemble(records: list[dict], categories: list[dict], description: str) -> d
     for number, record in enumerate(records, 1):
         names = ("file_name", "height", "width")
         images.append(dict(id=number, **{name: record[name] for name in names}))
-        for found in record["annotations"]:
-            found = dict(found, id=len(annotations) + 1, image_id=number)
-            annotations.append(found)
+        for entry in record["annotations"]:
+            ids = dict(id=len(annotations) + 1, image_id=number)
+            annotations.append(dict(entry, **ids))
     return dict(
         info=dict(description=description),
         images=images,

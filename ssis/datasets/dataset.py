@@ -5,7 +5,11 @@ because reading an object writes its reference count; with COCO that is gigabyte
 worker. Arrays are shared.
 
 *A box is the box of its mask.* The annotated boxes, areas and ids are not used: they
-are wrong often enough, and the mask says it all.
+are often wrong, and all of them follow from the mask.
+
+*Two uses.* Training reads an image and its `target`, torchvision's dict of ground
+truth; evaluation reads the same annotations as pycocotools' object (`coco`). Crowds are
+in the second alone: a detection on one counts neither for nor against the model.
 
 Read next: `ssis/datasets/coco_json.py`, which fills one from a file.
 """
@@ -21,23 +25,31 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from ssis import UserError
-from ssis.datasets import rle
 from ssis.data import sanitize
+from ssis.datasets import rle
 from ssis.io import images
 
 
 class Dataset:
     """A COCO-format dataset: images, and their annotations packed into arrays.
 
-    Attributes:
+    It begins empty; `coco_json.load_coco` fills it.
+
+    Args:
         source: path of the JSON (or folder), for messages.
+        folder: the folder of the images.
         names: class names; `names[k - 1]` belongs to label k.
-        category_ids: the dataset's own ids, in the same order.
+        category_ids: the dataset's own ids, in the same order; None where the JSON has
+            no such class.
+
+    Attributes:
+        source, folder, names, category_ids: as given.
         files: image names relative to `folder`, "/" between folders.
         folders: the folder of each image.
         image_ids: the dataset's own ids (any JSON value, kept for the predictions).
         sizes: (N, 2) int64 height and width; zeros where unknown (a bare folder).
-        annotated: the ground truth is known of this many images, the first ones.
+        annotated: the first so many images have ground truth; those of a bare folder,
+            which follow, have none.
         warnings: lines about what was passed over while reading.
     """
 
@@ -72,11 +84,14 @@ class Dataset:
         return images.read_image(self.path(index), self.size(index))
 
     def size(self, index: int) -> tuple[int, int] | None:
-        """Height and width that the dataset says, or None in a bare folder."""
+        """Height and width according to the JSON; None for a bare folder's images."""
         return tuple(self.sizes[index].tolist()) if self.sizes[index].any() else None
 
     def rles(self, index: int) -> list[dict]:
-        """The masks of an image as pycocotools' compressed RLEs, crowds included."""
+        """The masks of an image as pycocotools' compressed RLEs, crowds included.
+
+        In the order of `annotations`; the image must be one of the annotated.
+        """
         height, width = self.sizes[index].tolist()
         result = []
         for row in range(self.first[index], self.first[index + 1]):
@@ -102,15 +117,22 @@ class Dataset:
         )
 
     def target(self, index: int) -> dict:
-        """The truth of an image in the original frame: boxes, labels, masks.
+        """The ground truth of an image in the original frame.
 
-        Crowds ("many people") are left out: they are no instances. What the background
-        there teaches is wrong, as it is in torchvision's own training.
+        Crowds ("many people") are left out: they are no instances. So the pixels of a
+        crowd are taught as background, as in torchvision's own training.
+
+        Returns:
+            `boxes` (N, 4) float32 xyxy, `labels` (N,) int64 in 1..C, `masks` (N, H, W)
+            uint8 of 0 and 1; an instance without pixels is left out.
+
+        Raises:
+            UserError: an RLE that cannot be decoded.
         """
         rows = slice(self.first[index], self.first[index + 1])
         single = ~self.crowd[rows]
         height, width = self.sizes[index].tolist()
-        rles = [rle for rle, keep in zip(self.rles(index), single, strict=True) if keep]
+        rles = [mask for mask, one in zip(self.rles(index), single, strict=True) if one]
         try:
             masks = mask_utils.decode(rles) if rles else np.zeros((height, width, 0))
         except ValueError as error:
@@ -132,13 +154,17 @@ class Dataset:
         return set(self.labels[rows][~self.crowd[rows]].tolist())
 
     def instances_per_image(self, indices: list[int]) -> float:
-        """Mean number of instances of some images, the crowds left out."""
+        """Mean number of instances of the images in `indices`; crowds do not count."""
         singles = np.concatenate([[0], np.cumsum(~self.crowd)])
         counts = singles[self.first[1:]] - singles[self.first[:-1]]
         return float(counts[indices].mean()) if len(indices) else 0.0
 
     def class_shares(self, indices: list[int]) -> Tensor:
-        """Share of each class among the instances of some images: (C,) float32."""
+        """Fraction of each class among the instances of the images in `indices`.
+
+        Returns:
+            (C,) float32 with sum 1, or all 0 where there is no instance.
+        """
         labels = [
             self.labels[self.first[i] : self.first[i + 1]][
                 ~self.crowd[self.first[i] : self.first[i + 1]]
@@ -149,10 +175,10 @@ class Dataset:
         return torch.from_numpy(counts / max(counts.sum(), 1)).float()
 
     def coco(self, indices: list[int]) -> COCO:
-        """The truth of some images as pycocotools' object, with labels as category ids.
+        """The ground truth of the images in `indices` as pycocotools' object.
 
-        Image ids are the indices. Areas and boxes are computed from the masks: COCO's
-        AP by size would repeat a wrong `area`.
+        Category ids are the labels, image ids the indices. Areas and boxes are computed
+        from the masks: COCO's AP by size would repeat a wrong `area`.
         """
         records, annotations = [], []
         for index in indices:
@@ -178,16 +204,25 @@ class Dataset:
         return coco
 
     def check_files(self) -> None:
-        """Look at every image before the training starts, rather than hours into it.
+        """Look for every image before the training starts, rather than hours into it.
 
-        Up to 20,000 images their headers are read too, some 0.1 ms each, so that a
-        wrong size is seen now; in a larger dataset it is seen at the image's turn.
+        In a dataset of up to 20,000 images the headers are read too, some 0.1 ms each,
+        so that a wrong size is seen now; in a larger one it is seen when the image is
+        read.
+
+        Raises:
+            UserError: a file is missing, is no image, or is of another size.
         """
         for index in range(len(self)):
             self.check_file(index, header=len(self) <= 20_000)
 
     def check_file(self, index: int, header: bool = True) -> None:
-        """Raise UserError when an image is not there, or its header says otherwise."""
+        """Raise UserError when an image is missing or its header does not fit.
+
+        Args:
+            index: number of the image.
+            header: whether to read the header too.
+        """
         path = self.path(index)
         if not os.path.isfile(path):
             raise UserError(

@@ -15,9 +15,13 @@ from ssis.datasets.dataset import Dataset
 def part_paths(config, part: str) -> tuple[str, str]:
     """JSON and image folder of "train", "val" or "test".
 
-    A flag says so (`--train-json`), or the preset's folder `data` holds
-    `instances_<part>.json` beside `<part>/`. Without test part it is the validation
-    part.
+    A flag names them (`--train-json`), or the preset's folder `data` holds
+    `instances_<part>.json` beside `<part>/`. A dataset without a test part is tested on
+    its validation part.
+
+    Raises:
+        UserError: only one of the two flags, no file for a part that must be there, or
+            a test JSON that is missing.
     """
     source, folder = getattr(config, f"{part}_json"), getattr(config, f"{part}_images")
     if bool(source) != bool(folder):

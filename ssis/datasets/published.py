@@ -5,22 +5,23 @@ their content; `python -m ssis prepare ... --lists FILE` makes files for `--labe
 them.
 
 * **Unbiased Teacher's `COCO_supervision.txt`** (Liu et al., ICLR 2021), which PAIS,
-  Polite Teacher and others share: JSON, share in percent -> number of the fold -> list
-  of *positions*. Of what, the file does not say: of the 117,266 training images that
-  have an annotation which is no crowd, in the order of their ids (detectron2 leaves the
-  others out, `FILTER_EMPTY_ANNOTATIONS`). A position among all 118,287 would be another
-  image. (A later version of that repository's loader takes the numbers for image ids,
-  which four of five are not; the file was drawn, and the paper run, with positions.)
-* **Guided Distillation's `instances_train2017_<share>.json`**: the COCO JSON of the
-  labeled images alone. The script that draws them has no seed, so the files, not the
-  command, are the split.
-* **Guided Distillation's `perc_<share>.txt`** for Cityscapes, which S4M and PL-DC use
-  too: a file name of the annotations a line,
+  Polite Teacher and others share: JSON, percentage -> number of the fold -> list of
+  *positions*. The file does not say among which images: they are the 117,266 training
+  images that have an annotation other than a crowd, in the order of their ids
+  (detectron2 leaves the others out, `FILTER_EMPTY_ANNOTATIONS`). Counted among all
+  118,287 a position would be another image. (A later version of that repository's
+  loader reads the numbers as image ids, which four of five are not; the file was drawn,
+  and the paper run, with positions.)
+* **Guided Distillation's `instances_train2017_<percentage>.json`**: the COCO JSON of
+  the labeled images alone. The script that draws them has no seed, so the files, not
+  the command, are the split.
+* **Guided Distillation's `perc_<percentage>.txt`** for Cityscapes, which S4M and PL-DC
+  use too: the file name of an image's annotations on each line, such as
   `bremen_000041_000019_gtFine_instanceIds.png`. Lists of image names, with or without
   folder and extension (VOC's `2007_000032`), are read by the same rule.
 * A split of this project (`labeled.json`).
 
-Read next: `ssis/datasets/split.py`.
+Read next: `ssis/datasets/split.py`, which reads the last of them.
 """
 
 import json
@@ -36,7 +37,7 @@ def read(path: str, dataset: Dataset) -> dict[str, list[int]]:
 
     Args:
         path: the file.
-        dataset: the training images that it speaks of.
+        dataset: the training images from which it chooses.
 
     Returns:
         A name for each split, and the sorted indices of its labeled images.
@@ -66,37 +67,39 @@ def read(path: str, dataset: Dataset) -> dict[str, list[int]]:
         return supervision(content, dataset, path, stem)
     raise UserError(
         f"--lists {path}: not a list of labeled images: neither names, one a line, "
-        "nor a COCO JSON, nor share -> fold -> positions"
+        "nor a COCO JSON, nor percentage -> fold -> positions"
     )
 
 
 def supervision(
     content: dict, dataset: Dataset, path: str, stem: str
 ) -> dict[str, list[int]]:
-    """Unbiased Teacher's form: share -> fold -> positions."""
+    """Unbiased Teacher's form: percentage -> fold -> positions."""
     ids = dataset.image_ids[: dataset.annotated]
     order = sorted(range(dataset.annotated), key=lambda index: ids[index])
     order = [index for index in order if dataset.present_labels(index)]
-    found = {}
-    for share, folds in content.items():
+    splits = {}
+    for percentage, folds in content.items():
         try:
             for fold, positions in folds.items():
-                count = int(float(share) / 100 * len(order))
+                count = int(float(percentage) / 100 * len(order))
                 if len(positions) != count or max(positions, default=0) >= len(order):
                     raise UserError(
-                        f"--lists {path}: {share} % has {len(positions)} positions, of "
-                        f"{len(order)} images with instances in {dataset.source} it "
-                        f"would be {count}; is it the list of another dataset?"
+                        f"--lists {path}: {percentage} % has {len(positions)} "
+                        f"positions, of {len(order)} images with instances in "
+                        f"{dataset.source} it would be {count}; is it the list of "
+                        "another dataset?"
                     )
                 # "1.0" -> 1; "0.5" stays.
-                name = f"{stem}-{float(share):g}pct-fold{fold}"
-                found[name] = sorted(order[position] for position in positions)
+                name = f"{stem}-{float(percentage):g}pct-fold{fold}"
+                splits[name] = sorted(order[position] for position in positions)
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(
-                f"--lists {path}: {share!r} is not a share with folds of positions"
+                f"--lists {path}: {percentage!r} is not a percentage with folds of "
+                "positions"
             ) from error
-    # A share of less than one image is no split.
-    return {name: chosen for name, chosen in found.items() if chosen}
+    # A percentage of less than one image is no split.
+    return {name: chosen for name, chosen in splits.items() if chosen}
 
 
 def named(names: list[str], dataset: Dataset, path: str) -> list[int]:

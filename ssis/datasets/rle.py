@@ -10,7 +10,7 @@ from pycocotools import mask as mask_utils
 def encode(mask: np.ndarray) -> dict:
     """A mask (H, W), bool or uint8 of 0 and 1, as compressed RLE that JSON can hold.
 
-    pycocotools reads a mask by columns; one that lies so in memory is not copied.
+    pycocotools reads a mask by columns; a mask stored in that order is not copied.
     """
     rle = mask_utils.encode(np.asfortranarray(mask).view(np.uint8))
     return dict(size=list(mask.shape), counts=rle["counts"].decode())

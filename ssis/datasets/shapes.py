@@ -3,31 +3,31 @@ r"""The built-in dataset: drawn scenes with exact masks, in COCO format.
 Why a dataset of our own: a method that needs a download, a license and eight GPUs
 before it shows anything cannot be taught or tested. These scenes are learnable from
 scratch in minutes on a CPU and leave room for semi-supervised learning: they are small
-(96 x 96), but instances overlap, occlude one another, are rotated and stretched,
-carry textures in colors that say nothing of their class, and lie on clutter.
+(96 x 96), but instances overlap, occlude one another, are rotated and stretched, have
+textures in colors that say nothing about their class, and lie on clutter.
 
 How a scene is made: a background, then 1 to 4 shapes painted from back to front. A
 shape is a polygon; a pixel belongs to it when its center does (even-odd rule), so a
-mask is exact by definition. Later shapes take their pixels from the earlier ones, and
-a placement that would hide most of an earlier shape is drawn again: every annotated
+mask is exact by definition. Later shapes take their pixels from the earlier ones, and a
+placement that would hide most of an earlier shape is drawn again: every annotated
 instance can be seen.
 
 Same seed, same pixels, on any machine: all random numbers come from numpy's legacy
-`RandomState`, whose streams are frozen for ever, one generator for each image; the
-polygon test is done in integers (1/64 pixel), not floating point. A test holds the
-checksum of the pixels.
+`RandomState`, whose streams never change, one generator for each image; the polygon
+test is done in integers (1/64 pixel), not floating point. A test holds the checksum of
+the pixels.
 
     python -m ssis shapes --out DIR --seed N --images K     makes another one
 
-What is drawn is said by a `Scenes`; there are two, this one and the one of
-`ssis/datasets/signs.py`. Read next: `ssis/data.py`, which reads every COCO-format
-dataset.
+A `Scenes` describes what is drawn. There are two: this one and that of
+`ssis/datasets/signs.py`.
+
+Read next: `ssis/datasets/signs.py`, the other one.
 """
 
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ssis import UserError
+from ssis import UserError, distributed
 from ssis.datasets import rle
 from ssis.io.files import write_text
 
@@ -48,7 +48,11 @@ GRID = 64
 
 
 def outline(name: str) -> list[tuple[float, float]]:
-    """Vertices (x, y) of a class's polygon with circumradius 1, y pointing down."""
+    """Vertices (x, y) of a class's polygon with circumradius 1, y pointing down.
+
+    Raises:
+        ValueError: not one of `CLASSES`.
+    """
 
     def regular(corners: int, radii: tuple[float, ...] = (1.0,)) -> list:
         # Corners at equal angles, the first one on top; radii are used in turn.
@@ -71,7 +75,9 @@ def outline(name: str) -> list[tuple[float, float]]:
         return [*regular(32), regular(32)[0], *inner, inner[0]]
     if name == "star":
         return regular(10, radii=(1.0, 0.45))
-    # A cross: the twelve corners of two bars, walked clockwise.
+    if name != "cross":
+        raise ValueError(f"no shape {name!r}")
+    # The twelve corners of two bars, walked clockwise.
     a, b = 0.32, 0.95
     return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
             (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]  # fmt: skip
@@ -131,8 +137,9 @@ class Scenes(NamedTuple):
         outline: class name -> vertices (x, y) of its polygon, circumradius 1.
         texture: (random numbers, side) -> a surface (side, side, 3) float.
         size: side of the square images, pixels.
-        radius: smallest circumradius, and how much more the largest has; of the size.
-        counts: fewest instances, and the number that is too many.
+        radius: smallest circumradius, and how much larger the largest is; as fractions
+            of the size.
+        counts: fewest instances, and one more than the most.
     """
 
     name: str
@@ -214,7 +221,7 @@ def draw_scene(
 
 
 def describe(scenes: Scenes, part: str, seed: int, images: int) -> str:
-    """What the JSON of a part says of itself."""
+    """The description in the JSON of a part, by which `make` knows it again."""
     return f"ssis {scenes.name}, {part}, seed {seed}, {images} images"
 
 
@@ -253,6 +260,12 @@ def make(
 ) -> None:
     """Write the parts that are not there yet under `folder`.
 
+    Args:
+        folder: of the dataset.
+        seed: of the scenes, >= 0.
+        parts: part -> number of images; None: `PARTS`.
+        scenes: what is drawn.
+
     Raises:
         UserError: a part is there with another seed or size, or cannot be written.
     """
@@ -262,7 +275,7 @@ def make(
             if not path.exists():
                 write_part(Path(folder), part, seed, images, scenes)
                 continue
-            found = json.loads(path.read_text())["info"]["description"]
+            present = json.loads(path.read_text())["info"]["description"]
         except OSError as error:
             raise UserError(
                 f"{path}: cannot write the {scenes.name} dataset ({error.strerror}); "
@@ -273,10 +286,10 @@ def make(
                 f"{path}: not a {scenes.name} dataset; remove it"
             ) from error
         # Silently training on another dataset than the one asked for would be worse.
-        if found != describe(scenes, part, seed, images):
+        if present != describe(scenes, part, seed, images):
             raise UserError(
-                f"{path}: holds '{found}', asked for seed {seed} with {images} images; "
-                "remove it or choose another folder"
+                f"{path}: holds '{present}', asked for seed {seed} with {images} "
+                "images; remove it or choose another folder"
             )
 
 
@@ -301,6 +314,5 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--seed must be >= 0 and --images >= 1")
         make(args.out, args.seed, {**PARTS, "train": args.images})
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        distributed.give_up(error)
     print(f"wrote {args.out}: {', '.join(f'instances_{part}.json' for part in PARTS)}")

@@ -1,15 +1,15 @@
 r"""The second built-in dataset: other classes, sizes and textures, never tuned on.
 
-Settings that were chosen on one dataset fit that dataset. Whether the methods do
-anything beyond it is asked here: the generator is that of `ssis/datasets/shapes.py`,
-the scenes are others (arrows, hearts, moons, houses, hexagons and hooks; 112 pixels; 2
-to 5 smaller instances; gradients and speckles), and no setting, no default and no line
-of code was ever chosen by looking at a result on them. Sines take part in the textures,
-so a pixel may differ by one gray level from machine to machine; masks do not.
+Settings that were chosen on one dataset fit that dataset. This one tests whether the
+methods work beyond it: the generator is that of `ssis/datasets/shapes.py`, the scenes
+are others (arrows, hearts, moons, houses, hexagons and hooks; 112 pixels; 2 to 5
+smaller instances; gradients and speckles), and no setting, no default and no line of
+code was ever chosen by looking at a result on them. The textures use sines, so a pixel
+may differ by one gray level from machine to machine; masks do not.
 
     python train.py --preset signs
 
-Read next: `ssis/datasets/shapes.py`, which draws them.
+Read next: `ssis/datasets/coco_json.py`, which reads what is drawn.
 """
 
 import math
@@ -29,7 +29,7 @@ POLYGONS = {
 
 
 def outline(name: str) -> list[tuple[float, float]]:
-    """Vertices (x, y) of a class, circumradius about 1, y pointing down."""
+    """Vertices (x, y) of a class's polygon, circumradius about 1, y pointing down."""
     turns = [2 * math.pi * k / 36 for k in range(36)]
     if name == "hexagon":
         return [(math.cos(a), math.sin(a)) for a in turns[::6]]

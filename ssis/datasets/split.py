@@ -1,8 +1,8 @@
 r"""The labeled/unlabeled split: drawn once, written down, given back.
 
 Semi-supervised learning is one decision about data: which images keep their masks. It
-is taken once, from the seed, before training starts, and written to `labeled.json`; a
-split drawn again by every process would leak labels from one into another.
+is made once, from the seed, before training starts, and written to `labeled.json`. If
+every process drew its own, an image could be labeled in one and unlabeled in another.
 
 Read next: `ssis/engine/loader.py`, which serves both parts.
 """
@@ -18,7 +18,7 @@ import torch
 from ssis import UserError, distributed
 from ssis.datasets.coco_json import load_json
 from ssis.datasets.dataset import Dataset
-from ssis.io.files import writing
+from ssis.io.files import write_text, writing
 
 
 def draw_split(
@@ -62,14 +62,14 @@ def draw_split(
 
 
 def how_many(labeled: str, total: int) -> int:
-    """The number of images that "5%" or "64" of so many means.
+    """The number of images that "5%" or "64" means, of `total` images.
 
     Raises:
-        UserError: neither a share nor a number, or none, or more than there are.
+        UserError: neither a fraction nor a number; no image, or more than there are.
     """
     try:
-        share = float(labeled[:-1]) / 100 if labeled.endswith("%") else None
-        count = round(share * total) if share is not None else int(labeled)
+        fraction = float(labeled[:-1]) / 100 if labeled.endswith("%") else None
+        count = round(fraction * total) if fraction is not None else int(labeled)
     except (ValueError, OverflowError) as error:
         raise UserError(
             f"--labeled {labeled}: must be a share (5%), a number of images (64) or "
@@ -87,7 +87,7 @@ def coverage(dataset: Dataset, chosen: list[int]) -> list[str]:
     """Warnings about classes that a split leaves without a labeled instance.
 
     Raises:
-        UserError: it leaves all of them so.
+        UserError: no class has one.
     """
     covered = set().union(*(dataset.present_labels(index) for index in chosen))
     if not covered:
@@ -106,8 +106,10 @@ def coverage(dataset: Dataset, chosen: list[int]) -> list[str]:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A checksum of the names of the annotated images, in their order: what a split is
-    drawn from. Images of a bare folder can come and go."""
+    """A checksum of what a split is drawn from: the annotated images' names, in order.
+
+    Images of a bare folder do not count: they can come and go.
+    """
     names = "\n".join(dataset.files[: dataset.annotated]).encode()
     return hashlib.sha256(names).hexdigest()
 
@@ -115,13 +117,13 @@ def fingerprint(dataset: Dataset) -> str:
 def write_split(
     dataset: Dataset, indices: list[int], path: Path, seed: int | None, source: str = ""
 ) -> None:
-    """Write `labeled.json`, which `--labeled` takes back.
+    """Write `labeled.json`, which `--labeled` reads again.
 
     Args:
         dataset: the training images.
         indices: the labeled ones.
-        path: the file.
-        seed: of the draw; None for a split that was published.
+        path: the file, which is written whole or not at all.
+        seed: of the draw; None for a published split.
         source: the file that it was published in.
     """
     content = dict(
@@ -133,14 +135,17 @@ def write_split(
         labeled=[dataset.files[index] for index in indices],
     )
     text = json.dumps(content, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def read_split(dataset: Dataset, path: str) -> list[int]:
     """Indices of the images that a split names; a list, or a dict with `labeled`.
 
-    A split of another list of images is warned of: as long as its names are there it
-    can be used, but it is not the share of the images that it was.
+    A split of another list of images is used, with a warning, as long as it names only
+    images that are there: it is no longer the fraction that it was.
+
+    Raises:
+        UserError: not a split, or it names an image that the dataset does not list.
     """
     raw = load_json(path, "split")
     names = raw.get("labeled") if isinstance(raw, dict) else raw
@@ -172,12 +177,24 @@ def read_split(dataset: Dataset, path: str) -> list[int]:
 def split(train_set: Dataset, config, path: Path) -> tuple[list[int], list[int]]:
     """Labeled and unlabeled images of a run: as written in its folder, or drawn now.
 
+    Only the main process draws and writes; the others are sent the result.
+
+    Args:
+        train_set: the training images.
+        config: the settings; `labeled`, `seed`, `unlabeled_includes_labeled` and
+            `method` are used.
+        path: `labeled.json` in the run's folder.
+
+    Returns:
+        Sorted indices of the labeled and of the unlabeled images.
+
     Raises:
-        UserError: no unlabeled image is left for a method that needs some.
+        UserError: the images are not those that the split was drawn from, or none is
+            left unlabeled for a method that needs some.
     """
 
     def draw() -> list[int]:
-        # The split of a run that goes on; the images must be those it was drawn from.
+        # A resumed run keeps its split; the images must be those it was drawn from.
         if path.exists() and load_json(str(path), "split").get("sha256") != fingerprint(
             train_set
         ):

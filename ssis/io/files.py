@@ -1,8 +1,8 @@
 r"""Writing files: whole or not at all, and one line when it cannot be done.
 
-A program can be killed between any two bytes that it writes. Whoever finds the file
-later takes half of it for all of it, unless there is never a half: it is written beside
-its place, forced to disk, and renamed, which a file system does in one go.
+A program can be killed between any two bytes that it writes, and a reader cannot tell
+half a file from a complete one. So no half file ever stands in its place: a file is
+written beside it, forced to disk, and renamed, which a file system does in one step.
 
 Read next: `ssis/engine/run_folder.py`, the files of a run.
 """
@@ -16,15 +16,17 @@ from ssis import UserError
 
 @contextlib.contextmanager
 def whole(path: Path):
-    """Gives a path to write; at the end of the block the file takes its place.
+    """Yield a path to write a file or a link to; it then takes its place at `path`.
 
     What was at `path` before stays until then, and for good if the block raises.
     """
-    # The process's number: two programs may write the same file.
+    # With the process's number: two programs may write the same file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        force_to_disk(temporary)
+        # A link has no content of its own.
+        if not temporary.is_symlink():
+            force_to_disk(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -33,8 +35,8 @@ def whole(path: Path):
 def force_to_disk(path: Path) -> None:
     """Wait until a file's content is on the disk.
 
-    Rename first, power cut, data never written: a complete name on an empty file. fsync
-    forbids that order.
+    Without it the disk may store the new name before the data, and a power cut between
+    the two leaves an empty file that looks complete.
     """
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

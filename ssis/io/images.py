@@ -1,10 +1,10 @@
 r"""Any image file as an upright RGB tensor, or one line that says why not.
 
 Real folders hold gray, palette, CMYK, 16-bit and EXIF-rotated images. torchvision's
-models take one thing only, and fail late and oddly on the others: an image of one
+models accept RGB floats only, and fail late and oddly on the rest: an image of one
 channel is silently broadcast, one of uint8 is a TypeError.
 
-Read next: `ssis/data.py`, which knows what is on the images.
+Read next: `ssis/datasets/dataset.py`, which knows what is on the images.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ def read_image(path: str, expected: tuple[int, int] | None = None) -> Tensor:
 
     Args:
         path: the file: gray, palette, CMYK, with alpha, 16 bits, EXIF-rotated.
-        expected: (height, width) that the annotations speak of, if they do.
+        expected: (height, width) that the annotations were made for, if known.
 
     Raises:
         UserError: not there, not an image, or of another size than expected.
@@ -32,7 +32,7 @@ def read_image(path: str, expected: tuple[int, int] | None = None) -> Tensor:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
-            # Most tools annotate the picture as viewers show it, some as it is stored;
+            # Most tools annotate the image as viewers show it, some as it is stored;
             # the size in the JSON tells which.
             if (
                 expected
@@ -71,17 +71,20 @@ def read_image(path: str, expected: tuple[int, int] | None = None) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def check_size(path: str, found: tuple, expected: tuple | None) -> None:
+def check_size(path: str, size: tuple, expected: tuple | None) -> None:
     """Raise UserError when an image is not of the size its annotations were made on."""
-    if expected and tuple(found) != tuple(expected):
+    if expected and tuple(size) != tuple(expected):
         raise UserError(
-            f"{path}: is {found[1]} x {found[0]} pixels, the JSON says "
+            f"{path}: is {size[1]} x {size[0]} pixels, the JSON says "
             f"{expected[1]} x {expected[0]}; correct width and height, or the file"
         )
 
 
 def check_header(path: str, expected: tuple[int, int] | None) -> None:
-    """Raise UserError when a file's header is not that of an image of this size."""
+    """Raise UserError when a file's header is not that of an image of this size.
+
+    `expected` is (height, width), or None for any size. No pixel is decoded.
+    """
     try:
         with Image.open(path) as image:
             size = image.size[::-1]

@@ -6,8 +6,8 @@ details keep them right:
 * mask results carry no box, since pycocotools would take their area from it and file
   them under the wrong size;
 * masks are pasted without torchvision's shift of half a pixel (`teacher.paste`);
-* each image is evaluated exactly once, by whichever process (a sampler that pads to
-  equal shares counts some images twice).
+* each image is evaluated exactly once over all processes (a sampler that pads to
+  equal parts counts some images twice).
 
 Read next: `ssis/report/audit.py`, the same question about pseudo-labels.
 """
@@ -30,7 +30,7 @@ from ssis import UserError, augment, distributed, teacher
 from ssis.datasets import rle
 
 
-# The order of COCOeval's twelve numbers.
+# COCOeval's twelve numbers, in its order.
 NUMBERS = (
     "AP",
     "AP50",
@@ -47,7 +47,7 @@ NUMBERS = (
 )
 
 
-# Images that are evaluated at a time.
+# Images in a batch.
 BATCH = 8
 
 
@@ -55,11 +55,11 @@ BATCH = 8
 def predictions(
     net, dataset, indices: list[int], device, batch: int = BATCH, progress: bool = False
 ) -> list[dict]:
-    """What a model finds in some images, as COCO results in the original frame.
+    """A model's detections in some images, as COCO results in the original frame.
 
     Args:
         net: a `model.MaskRCNN` in evaluation mode.
-        dataset: a `data.Dataset`.
+        dataset: a `datasets.dataset.Dataset`.
         indices: the images.
         device: of the model.
         batch: images at a time.
@@ -74,8 +74,9 @@ def predictions(
         range(0, len(indices), batch), disable=not progress, unit="batch"
     ):
         part = indices[start : start + batch]
-        found = detect_instances(net, [dataset.image(i) for i in part], device)
-        for index, instances in zip(part, found, strict=True):
+        images = [dataset.image(i) for i in part]
+        detections = detect_instances(net, images, device)
+        for index, instances in zip(part, detections, strict=True):
             results += [dict(image_id=int(index), **instance) for instance in instances]
     return results
 
@@ -84,13 +85,13 @@ def predictions(
 def detect_instances(
     net, images: list[Tensor], device, min_score: float | None = None
 ) -> list[list[dict]]:
-    """What a model finds in images of any size, in their own frames.
+    """A model's detections in images of any size, in their own frames.
 
     Args:
         net: a `model.MaskRCNN` in evaluation mode.
         images: (3, H, W) uint8 each.
         device: of the model.
-        min_score: lowest score of interest; None: the model's own, for AP.
+        min_score: lowest score of a detection; None: the model's own, for AP.
 
     Returns:
         For each image, best first, dicts with category_id (the label), score, bbox
@@ -99,10 +100,11 @@ def detect_instances(
     # The sizes that the model was built for; the resizing of training.
     short, longest = net.transform.min_size[-1], net.transform.max_size
     views = [augment.resize(x, short, longest).to(device).float() / 255 for x in images]
-    least = net.roi_heads.score_thresh if min_score is None else min_score
-    found = teacher.detect(net, views, least)
+    if min_score is None:
+        min_score = net.roi_heads.score_thresh
+    outputs = teacher.detect(net, views, min_score)
     results = []
-    for image, view, output in zip(images, views, found, strict=True):
+    for image, view, output in zip(images, views, outputs, strict=True):
         frame = tuple(image.shape[-2:])
         # From the view back to the original frame.
         down, across = (a / b for a, b in zip(frame, view.shape[-2:], strict=True))
@@ -120,11 +122,10 @@ def detect_instances(
 def encode(
     masks: Tensor, boxes: Tensor, frame: tuple[int, int], shift: float
 ) -> list[dict]:
-    """Masks of the mask head as RLEs in a frame.
+    """Masks of the mask head as RLEs in a frame; arguments as for `teacher.paste`.
 
     One at a time: a hundred detections in a photograph of 12 megapixels would be
-    gigabytes of soft masks, and as RLEs they are kilobytes. Args as for
-    `teacher.paste`.
+    gigabytes of soft masks, and as RLEs they are kilobytes.
     """
     rles = []
     for rows, columns, soft in teacher.paste_parts(masks, boxes, frame, shift):
@@ -135,17 +136,19 @@ def encode(
     return rles
 
 
-def average_precision(truth: COCO, results: list[dict], kind: str) -> tuple[dict, list]:
+def average_precision(
+    ground_truth: COCO, results: list[dict], kind: str
+) -> tuple[dict, list]:
     """COCO's twelve numbers and the AP of each class, in percent.
 
     Args:
-        truth: with category ids 1..C.
+        ground_truth: of `Dataset.coco`, with category ids 1..C.
         results: of `predictions`.
         kind: "segm" or "bbox".
 
     Returns:
-        {"AP": .., .., "ARl": ..} and a list of C numbers; None where there is no truth
-        to judge by.
+        {"AP": .., .., "ARl": ..} and a list of C numbers; None where the ground truth
+        has no instance.
     """
     keys = (
         "image_id",
@@ -153,32 +156,32 @@ def average_precision(truth: COCO, results: list[dict], kind: str) -> tuple[dict
         "score",
         dict(segm="segmentation", bbox="bbox")[kind],
     )
-    # pycocotools prints its progress; the numbers are what we return.
+    # pycocotools prints as it goes.
     with contextlib.redirect_stdout(io.StringIO()):
         if results:
-            found = truth.loadRes(
+            detections = ground_truth.loadRes(
                 [{key: result[key] for key in keys} for result in results]
             )
         else:
             # loadRes([]) is an IndexError; no detection is a legal answer.
-            found = COCO()
-            found.dataset = dict(truth.dataset, annotations=[])
-            found.createIndex()
-        judge = COCOeval(truth, found, kind)
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
+            detections = COCO()
+            detections.dataset = dict(ground_truth.dataset, annotations=[])
+            detections.createIndex()
+        coco_eval = COCOeval(ground_truth, detections, kind)
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
     # Precision is (IoU, recall, class, area, detections); all areas, 100 detections.
-    precision = judge.eval["precision"][:, :, :, 0, -1]
+    precision = coco_eval.eval["precision"][:, :, :, 0, -1]
     classes = [
         percent(p[p > -1].mean() if (p > -1).any() else -1)
         for p in precision.transpose(2, 0, 1)
     ]
-    numbers = dict(zip(NUMBERS, map(percent, judge.stats), strict=True))
+    numbers = dict(zip(NUMBERS, map(percent, coco_eval.stats), strict=True))
     return numbers, classes
 
 
-def boundary_average_precision(truth: COCO, results: list[dict]) -> dict:
+def boundary_average_precision(ground_truth: COCO, results: list[dict]) -> dict:
     """Boundary AP (Cheng et al., CVPR 2021): how well the outlines fit.
 
     The same numbers with min(mask IoU, boundary IoU) in the place of the mask IoU,
@@ -192,21 +195,21 @@ def boundary_average_precision(truth: COCO, results: list[dict]) -> dict:
     import faster_coco_eval as fast
 
     keys = ("image_id", "category_id", "score", "segmentation")
-    lines = [{key: result[key] for key in keys} for result in results]
-    if not lines:
-        # Without detections the measure does not matter.
-        return average_precision(truth, [], "segm")[0]
+    if not results:
+        # Without detections mask AP and boundary AP are the same.
+        return average_precision(ground_truth, [], "segm")[0]
     with contextlib.redirect_stdout(io.StringIO()):
-        whole = fast.COCO(copy.deepcopy(truth.dataset))
-        judge = fast.COCOeval_faster(whole, whole.loadRes(lines), "boundary")
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    return dict(zip(NUMBERS, map(percent, judge.stats), strict=False))
+        coco = fast.COCO(copy.deepcopy(ground_truth.dataset))
+        detections = coco.loadRes([{key: r[key] for key in keys} for r in results])
+        coco_eval = fast.COCOeval_faster(coco, detections, "boundary")
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    return dict(zip(NUMBERS, map(percent, coco_eval.stats), strict=False))
 
 
 def percent(value: float) -> float | None:
-    """A share in percent; None for pycocotools' -1, "nothing to judge"."""
+    """A fraction in percent; None for pycocotools' -1, "no instance"."""
     return None if value < 0 else round(100 * float(value), 3)
 
 
@@ -215,8 +218,7 @@ def give_back_memory() -> None:
 
     The C library keeps freed blocks for later. An evaluation's are of all sizes, with
     small ones in use between them, so the next evaluation finds no room in them and
-    takes new
-    memory: without this call a run of 14,700 steps grew from 1.2 to 2.0 GB
+    takes new memory: without this call a run of 14,700 steps grew from 1.2 to 2.0 GB
     (docs/log.md). Only Linux's usual C library, glibc, has the call.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):
@@ -228,26 +230,34 @@ def evaluate(
 ):
     """Mask and box AP of a model on a whole dataset, over all processes.
 
-    Several processes find, bit for bit on a CPU, what one finds. The model is left in
-    the mode that it was in.
+    Every process must call this. On a CPU the numbers are, bit for bit, those of a
+    single process.
+
+    Args:
+        net: a `model.MaskRCNN`; its mode, training or evaluation, is restored.
+        dataset: a `datasets.dataset.Dataset`.
+        device: of the model.
+        rank: this process.
+        world_size: number of processes.
+        progress: draw a bar, on the first process.
 
     Returns:
         ({"mask": numbers, "box": numbers, "mask_per_class": {name: AP},
         "box_per_class": the same}, results); equal on every process.
     """
-    # Whole batches are shared out, not images: what a model finds at the edge of an
-    # image depends a little on the padding, and so on who is in the batch with it.
+    # Whole batches are distributed, not images: detections at the edge of an image
+    # depend a little on the padding, and so on the other images of the batch.
     mine = [i for i in range(len(dataset)) if i // BATCH % world_size == rank]
     mode = net.training
-    share = predictions(
+    part = predictions(
         net.eval(), dataset, mine, device, progress=progress and rank == 0
     )
-    results = [result for part in distributed.gather(share) for result in part]
+    results = [result for each in distributed.gather(part) for result in each]
     # In image order, whatever the number of processes: AP breaks ties by position.
     results.sort(key=lambda result: result["image_id"])
-    truth = dataset.coco(range(len(dataset)))
-    mask, mask_classes = average_precision(truth, results, "segm")
-    box, box_classes = average_precision(truth, results, "bbox")
+    ground_truth = dataset.coco(range(len(dataset)))
+    mask, mask_classes = average_precision(ground_truth, results, "segm")
+    box, box_classes = average_precision(ground_truth, results, "bbox")
     report = dict(mask=mask, box=box)
     for kind, classes in (("mask", mask_classes), ("box", box_classes)):
         report[f"{kind}_per_class"] = dict(zip(dataset.names, classes, strict=True))
@@ -275,8 +285,7 @@ def save_predictions(path: Path, dataset, results: list[dict]) -> Path:
                 key: r[key],
             }
             for r in results
-            # A class of the training set that this dataset does not have has no id in
-            # it.
+            # A class of the training set that this dataset does not have has no id.
             if dataset.category_ids[r["category_id"] - 1] is not None
         ]
         try:

@@ -5,22 +5,22 @@ whose annotations were hidden from training, the teacher's kept pseudo-labels ar
 compared with the ground truth:
 
     pseudo_per_image    kept instances, against labeled_per_image, the density to expect
-    box_precision       share of them that lie on an instance (box IoU >= 0.5)
-    class_accuracy      share of those that have its class
+    box_precision       fraction of them that lie on an instance (box IoU >= 0.5)
+    class_accuracy      fraction of those that have its class
     mask_iou            mean mask IoU of those with it
-    recall              share of the instances that some pseudo-label lies on
+    recall              fraction of the instances that some pseudo-label lies on
 
-Shares are in [0, 1]; one that is a share of nothing is None.
+Fractions are in [0, 1]; a fraction of nothing is None.
 
-and this for every stage of their making (`train.pseudo_labels`): all that the teacher
+These are computed for every stage of `train.pseudo_labels`: all that the teacher
 predicts (from class score 0.3 on, or from the filter's lowest), what the filter keeps,
-that with its masks redrawn by SAM, and that with its classes corrected. So each part
-shows what it does and what it costs.
+the same with masks redrawn by SAM, and with classes corrected. So each part shows what
+it does and what it costs.
 
 A pseudo-label and an instance are matched one to one, best class quality first, as
 COCO does, but regardless of the class: the class is what is being audited.
 
-Read next: `ssis/report/pictures.py`, the same in pictures.
+Read next: `ssis/report/pictures.py`, which draws the same stages.
 """
 
 import dataclasses
@@ -35,31 +35,32 @@ from ssis import data, distributed
 from ssis.teacher import PseudoLabels
 
 MATCH_IOU = 0.5
-# A teacher has collapsed below, and explodes above, this many times the labeled
-# density; of a class that is said where at least so many were expected. Steps between.
+# Below FEW times the labeled density a teacher has collapsed, above MANY times it
+# explodes; a class is judged if ENOUGH instances of it were expected. The watch reports
+# every so many steps.
 FEW, MANY, ENOUGH = 0.05, 5.0, 20
 WATCH_EVERY = 100
-# Class score from which on a prediction counts as one, before any filter.
+# Lowest class score of the stage `predicted`, before any filter.
 PREDICTED = 0.3
-# The sums that everything follows from; one row for each label, so that the rows of
-# several processes can be added up.
+# The columns of the sums from which all numbers follow. Sums, not means, since those of
+# several processes are added up.
 KEPT, MATCHED, RIGHT, IOU, TRUE, FOUND = range(6)
 
 
-def match(boxes: Tensor, truth: Tensor) -> Tensor:
+def match(boxes: Tensor, ground_truth: Tensor) -> Tensor:
     """One-to-one matching by box IoU, in the order of `boxes`.
 
     Args:
         boxes: (N, 4), best first.
-        truth: (M, 4).
+        ground_truth: (M, 4).
 
     Returns:
-        (N,) int64: index of the matched truth, -1 for none.
+        (N,) int64: index of the matched instance, -1 for none.
     """
     result = torch.full((len(boxes),), -1)
-    if len(boxes) == 0 or len(truth) == 0:
+    if len(boxes) == 0 or len(ground_truth) == 0:
         return result
-    iou = box_iou(boxes.cpu(), truth.cpu())  # (N, M)
+    iou = box_iou(boxes.cpu(), ground_truth.cpu())  # (N, M)
     for i in range(len(boxes)):
         best = iou[i].argmax()
         if iou[i, best] >= MATCH_IOU:
@@ -105,21 +106,21 @@ def summary(sums: Tensor, images: int, labeled_per_image: float) -> dict:
     """The five numbers of some sums (any number of rows of `tally`)."""
     kept, matched, right, iou, true, found = sums.reshape(-1, 6).sum(0).tolist()
 
-    def share(part: float, whole: float) -> float | None:
+    def ratio(part: float, whole: float) -> float | None:
         return round(part / whole, 4) if whole else None
 
     return dict(
-        pseudo_per_image=share(kept, images),
+        pseudo_per_image=ratio(kept, images),
         labeled_per_image=round(labeled_per_image, 4),
-        box_precision=share(matched, kept),
-        class_accuracy=share(right, matched),
-        mask_iou=share(iou, matched),
-        recall=share(found, true),
+        box_precision=ratio(matched, kept),
+        class_accuracy=ratio(right, matched),
+        mask_iou=ratio(iou, matched),
+        recall=ratio(found, true),
     )
 
 
 def per_class(sums: Tensor, images: int, names: list[str]) -> dict:
-    """`summary` for every class; `labeled_per_image` is that of the ground truth."""
+    """`summary` of every class; there `labeled_per_image` is from the ground truth."""
     return {
         name: summary(row, images, row[TRUE].item() / max(images, 1))
         for name, row in zip(names, sums[1:], strict=True)
@@ -127,28 +128,33 @@ def per_class(sums: Tensor, images: int, names: list[str]) -> dict:
 
 
 def apply_oracle(pseudo: PseudoLabels, target: dict, what: str) -> PseudoLabels:
-    """Headroom: pseudo-labels whose classes or masks are replaced by the ground truth.
+    """Replace classes or masks by the ground truth, to see how much they could gain.
 
-    What lies on no instance stays as it is: there is no truth for it.
+    A pseudo-label that lies on no instance stays as it is.
 
     Args:
         pseudo: of one image.
         target: the ground truth in the same frame.
         what: "class", "mask" (with the box) or "both".
+
+    Raises:
+        ValueError: another `what`.
     """
+    if what not in ("class", "mask", "both"):
+        raise ValueError(f"unknown oracle {what!r}")
     partner = match(pseudo.boxes, target["boxes"]).to(pseudo.boxes.device)
     hit = partner >= 0
     true = {key: t.to(partner.device)[partner[hit]] for key, t in target.items()}
-    made = dataclasses.replace(pseudo)
+    result = dataclasses.replace(pseudo)
     if what in ("class", "both"):
-        made.labels = pseudo.labels.clone()
-        made.labels[hit] = true["labels"]
+        result.labels = pseudo.labels.clone()
+        result.labels[hit] = true["labels"]
     if what in ("mask", "both"):
-        made.boxes, made.masks = pseudo.boxes.clone(), pseudo.masks.clone()
-        made.mask_probs = pseudo.mask_probs.clone()
-        made.boxes[hit], made.masks[hit] = true["boxes"], true["masks"].bool()
-        made.mask_probs[hit] = true["masks"].float()
-    return made
+        result.boxes, result.masks = pseudo.boxes.clone(), pseudo.masks.clone()
+        result.mask_probs = pseudo.mask_probs.clone()
+        result.boxes[hit], result.masks[hit] = true["boxes"], true["masks"].bool()
+        result.mask_probs[hit] = true["masks"].float()
+    return result
 
 
 def measure(
@@ -161,7 +167,7 @@ def measure(
     Args:
         pairs: (item, stages) of this process's images, one after the other: an item of
             a `data.Stream` with its hidden `target`, and stage -> [`PseudoLabels`] of
-            it.
+            that image. May be a generator: one image at a time is in memory.
         names: of the C classes.
         labeled_per_image: instances on a labeled image.
         count: images of all processes together; 0: there is no ground truth.
@@ -176,36 +182,33 @@ def measure(
     sums: dict[str, Tensor] = {}
     for item, stages in pairs:
         for stage, pseudo in stages.items():
-            counted = tally(pseudo[0], item["target"], len(names))
-            sums[stage] = sums.get(stage, 0) + counted
-    # Processes beyond the number of images have counted nothing.
+            of_image = tally(pseudo[0], item["target"], len(names))
+            sums[stage] = sums.get(stage, 0) + of_image
+    # A process without an image knows no stages; the first one always has one.
     stages = distributed.gather(list(sums))[0]
     zeros = torch.zeros(len(names) + 1, 6, dtype=torch.float64)
-    together = torch.stack([sums.get(stage, zeros) for stage in stages])
-    together = distributed.all_sum(together.float().to(device)).double().cpu()
+    total = torch.stack([sums.get(stage, zeros) for stage in stages])
+    total = distributed.all_sum(total.float().to(device)).double().cpu()
     numbers = {
         stage: summary(table, count, labeled_per_image)
-        for stage, table in zip(stages, together, strict=True)
+        for stage, table in zip(stages, total, strict=True)
     }
     return dict(
         audit=numbers["final"],
-        audit_per_class=per_class(together[-1], count, names),
+        audit_per_class=per_class(total[-1], count, names),
         audit_stages=numbers,
     )
 
 
 class Watch:
-    """Kept pseudo-labels against the labeled density, in all and class by class.
+    """Compares the kept pseudo-labels with the labeled density, in all and by class.
 
     The labeled images say how many instances of each class an image should have. This
-    needs no truth of the unlabeled ones, so it works on every dataset.
-
-    Attributes:
-        per_image: instances per labeled image.
+    needs no ground truth of the unlabeled ones, so it works on every dataset.
 
     Args:
         names: of the C classes.
-        rule: the filter's, for the advice.
+        rule: of the filter; the advice names its flags.
         per_image: instances on a labeled image.
         class_shares: (C,) fractions of the classes among them.
     """
@@ -214,11 +217,16 @@ class Watch:
         self, names: list[str], rule: str, per_image: float, class_shares: Tensor
     ):
         self.names = names
-        # The labeled images say how many instances of each class to expect.
         self.per_image, self.expected = per_image, per_image * class_shares
-        self.flags = dict(
-            dual="--tau-class or --tau-mask", adaptive="--tau-min and --tau-max"
-        ).get(rule, "--tau-class")
+        flags = dict(
+            score="--tau-class",
+            coupled="--tau-class",
+            dual="--tau-class or --tau-mask",
+            adaptive="--tau-min and --tau-max",
+        )
+        if rule not in flags:
+            raise ValueError(f"unknown filter {rule!r}")
+        self.flags = flags[rule]
         # Since the last report: images, then kept pseudo-labels of each class.
         self.sums = torch.zeros(len(names) + 1)
 
@@ -231,7 +239,7 @@ class Watch:
             self.sums = self.sums.to(counts.device) + counts
 
     def report(self, write) -> None:
-        """Write a line when the teacher keeps next to nothing, or far too much.
+        """Write a warning when the teacher keeps next to nothing, or far too much.
 
         Every process must call this; counting then starts anew.
 
@@ -261,7 +269,7 @@ class Watch:
                 "lower --unsup-weight"
             )
             return
-        # The same for each class, but only where numbers say something.
+        # The same for each class: a frequent one may hide that a rare one is lost.
         expected = self.expected * images
         judged = expected >= ENOUGH
         for wrong, what, mend in (
@@ -270,12 +278,12 @@ class Watch:
         ):
             rows = (wrong & judged).nonzero().flatten().tolist()
             if rows:
-                said = ", ".join(
+                classes = ", ".join(
                     f"{self.names[k]} ({kept[k]:.0f}, {expected[k]:.0f} expected)"
                     for k in rows[:5]
                 )
                 more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
                 write(
-                    f"warning: {what} of the pseudo-labels are of class {said}{more}; "
-                    f"{mend} {self.flags}, or label more of them"
+                    f"warning: {what} of the pseudo-labels are of class "
+                    f"{classes}{more}; {mend} {self.flags}, or label more of them"
                 )

@@ -3,8 +3,8 @@ r"""Pictures: pseudo-labels, predictions.
 A number says how many pseudo-labels are right; a picture says what is wrong with the
 others. Every evaluation writes `pseudo_<step>.png`, a strip for each of some
 unlabeled images: the image, all that the teacher predicts, what the filter keeps, the
-masks that SAM drew, the corrected classes, where the masks are unsure, the image after
-copy-paste, and the ground truth that training never sees. The end of a run writes
+masks that SAM drew, the corrected classes, the uncertainty of the masks, the image
+after copy-paste, and the ground truth that training never sees. The end of a run writes
 `predictions.png` (the teacher on test images beside the ground truth), `best.png` and
 `worst.png` (where it did best and worst). Masks are drawn by torchvision, grids by
 matplotlib.
@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as mask_utils
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import box_iou
 from torchvision.utils import draw_segmentation_masks
 
 from ssis import augment, losses
@@ -63,38 +64,51 @@ def overlay(
         scores: (N,) in [0, 1], or None; the highest lies on top.
         side: long side of the picture, pixels.
     """
-    # Enlarged or reduced first, masks by nearest neighbor: what the edge of a mask is
-    # should be seen pixel by pixel.
+    # Resized before drawing. A small image is enlarged by nearest neighbor: pixels, and
+    # the edge of its masks, should be seen one by one.
     scale = side / max(image.shape[-2:])
     size = [round(side * scale) for side in image.shape[-2:]]
-    pixels = (F.interpolate(image.cpu()[None], size)[0] * 255).to(torch.uint8)
-    # Of several classes for one object the highest score is drawn last, on top.
+    mode = "area" if scale < 1 else "nearest"
+    pixels = F.interpolate(image.cpu()[None], size, mode=mode)[0]
+    pixels = (pixels * 255).to(torch.uint8)
+    # If one object got several classes, the one with the highest score lies on top.
     order = torch.arange(len(labels)) if scores is None else scores.cpu().argsort()
     shown = torch.zeros(len(labels), *size, dtype=torch.bool)
-    edges = shown.clone()
+    words = []
     for row, k in enumerate(order.tolist()):
         # One at a time: a hundred float masks of a large picture would be gigabytes.
         mask = F.interpolate(masks[k].cpu().float()[None, None], size)[0] > 0
-        # Its edge: what is lost if the mask shrinks by two pixels.
+        # Its outline: what is lost if the mask shrinks by two pixels.
         outside = F.pad((~mask).float(), (2, 2, 2, 2), value=1.0)
-        shown[row], edges[row] = mask[0], (mask & (F.max_pool2d(outside, 5, 1) > 0))[0]
-    labels = labels.cpu().long()[order]
-    for mask, edge, label in zip(shown, edges, labels.tolist(), strict=True):
-        # One call for each: given together, masks that overlap would be left black.
-        color = COLORS[(label - 1) % len(COLORS)]
+        edge = mask & (F.max_pool2d(outside, 5, 1) > 0)
+        # One call for each: in a single call, pixels of two masks would turn black.
+        color = COLORS[(int(labels[k]) - 1) % len(COLORS)]
         pixels = draw_segmentation_masks(pixels, mask, 0.35, color)
         pixels = draw_segmentation_masks(pixels, edge, 1.0, color)
+        shown[row] = mask
+        score = "" if scores is None else f" {scores[k]:.2f}"
+        words.append(names[int(labels[k]) - 1] + score)
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    pen, pen_size = ImageDraw.Draw(picture), max(10, side // 60)
     # In a crowd the names would hide what they name.
-    for mask, label, k in zip(shown, labels.tolist(), order.tolist(), strict=True):
-        ys, xs = torch.where(mask)
-        if len(ys) and len(shown) <= side // 20:
-            score = "" if scores is None else f" {scores[k]:.2f}"
-            at = (xs.min().item(), max(0, ys.min().item() - pen_size - 1))
-            style = dict(fill="white", stroke_width=2, stroke_fill="black")
-            pen.text(at, names[label - 1] + score, font_size=pen_size, **style)
+    if len(shown) <= side // 20:
+        write_names(picture, shown, words)
     return picture
+
+
+def write_names(picture: Image.Image, masks: Tensor, words: list[str]) -> None:
+    """Write a text above each mask (N, H, W) of a picture, that of the last first."""
+    pen, size, taken = ImageDraw.Draw(picture), max(11, max(picture.size) // 60), []
+    style = dict(font_size=size, stroke_width=2)
+    for mask, text in zip(reversed(masks.unbind()), reversed(words), strict=True):
+        ys, xs = torch.where(mask)
+        if not len(ys):
+            continue
+        at = (xs.min().item(), max(0, ys.min().item() - size - 1))
+        box = torch.tensor([pen.textbbox(at, text, **style)])
+        # Two texts in one place could not be read: the surer instance keeps its own.
+        if not taken or not box_iou(box, torch.cat(taken)).any():
+            taken.append(box)
+            pen.text(at, text, fill="white", stroke_fill="black", **style)
 
 
 def plain(image: Tensor) -> Image.Image:
@@ -105,11 +119,13 @@ def plain(image: Tensor) -> Image.Image:
 
 def grid(rows: list[list[tuple[Image.Image, str]]], titles: list[str], path) -> None:
     """Write pictures in rows under column titles, each with a note below it, or ""."""
-    across, down = len(titles), len(rows)
+    # Rows of landscape photographs need less height than a square tile's.
+    heights = [max(tile.height for tile, _ in row) / TILE for row in rows]
     figure, axes = plt.subplots(
-        down,
-        across,
-        figsize=(2.75 * across, 2.9 * down + 0.3),
+        len(rows),
+        len(titles),
+        figsize=(2.75 * len(titles), 2.65 * sum(heights) + 0.25 * len(rows) + 0.3),
+        height_ratios=heights,
         layout="constrained",
         squeeze=False,
     )
@@ -128,20 +144,20 @@ def grid(rows: list[list[tuple[Image.Image, str]]], titles: list[str], path) -> 
 
 
 def uncertainty(image: Tensor, mask_probs: Tensor) -> Image.Image:
-    """Where the masks are unsure: u of PL-DC Eq. (uncertainty), black to red.
+    """Where the masks are uncertain: u of PL-DC Eq. (uncertainty), black to red.
 
     Args:
         image: (3, H, W) float in [0, 1], shown darkly underneath.
-        mask_probs: (N, H, W) in [0, 1]; of overlapping instances the least sure counts.
+        mask_probs: (N, H, W) in [0, 1]; where instances overlap, the largest u counts.
     """
-    doubt = (1 - losses.certainty(mask_probs.cpu())).amax(0) if len(mask_probs) else 0
+    u = (1 - losses.certainty(mask_probs.cpu())).amax(0) if len(mask_probs) else 0
     shown = 0.25 * image.cpu().mean(0, keepdim=True).repeat(3, 1, 1)
-    shown[0] = shown[0] + doubt * (1 - shown[0])
+    shown[0] = shown[0] + u * (1 - shown[0])
     return plain(shown)
 
 
 def mask_iou(pseudo, item: dict, names: list[str]) -> str:
-    """ "mask IoU 0.81", the mean over what lies on an instance; "" if unknown."""
+    """ "mask IoU 0.81", the mean over the matched instances; "" if unknown."""
     if "target" not in item:
         return ""
     sums = audit.tally(pseudo, item["target"], len(names)).sum(dim=0)
@@ -194,13 +210,12 @@ def pseudo_labels(
         rows.append(row)
     for k in range(0, len(rows), 2) if paste else ():
         # Each image with the next one.
-        some = [
-            (item, stages["final"][0].target()) for item, stages in pairs[k : k + 2]
-        ]
-        targets = [{key: t.cpu() for key, t in target.items()} for _, target in some]
-        images = [item["image"] for item, _ in some]
+        two = pairs[k : k + 2]
+        images = [item["image"] for item, _ in two]
+        targets = [stages["final"][0].target() for _, stages in two]
+        targets = [{key: t.cpu() for key, t in target.items()} for target in targets]
         for row, image, target in zip(
-            rows[k : k + 2], *paste(images, targets, some[0][0]["seed"]), strict=True
+            rows[k : k + 2], *paste(images, targets, two[0][0]["seed"]), strict=True
         ):
             tile = overlay(image, target["masks"], target["labels"], names)
             row["after copy-paste"] = (tile, "")
@@ -235,7 +250,7 @@ def detections(
 def predictions(
     dataset, results: dict[int, list[dict]], indices: list[int], path, notes=None
 ) -> None:
-    """Write a picture: what was found in some images, beside the ground truth.
+    """Write a picture: the detections in some images, beside the ground truth.
 
     Args:
         dataset: a `datasets.dataset.Dataset`.
@@ -247,13 +262,13 @@ def predictions(
     rows = []
     for index, note in zip(indices, notes or [""] * len(indices), strict=True):
         image = dataset.image(index)
-        seen = [result for result in results.get(index, []) if result["score"] > 0.5]
+        sure = [result for result in results.get(index, []) if result["score"] > 0.5]
         rles = zip(dataset.rles(index), dataset.annotations(index), strict=True)
         instances = [
             dict(segmentation=rle, category_id=label)
             for rle, (label, crowd) in rles
             if not crowd
         ]
-        tile = detections(image, seen, dataset.names)
+        tile = detections(image, sure, dataset.names)
         rows.append([(tile, note), (detections(image, instances, dataset.names), "")])
     grid(rows, ["prediction, score > 0.5", "ground truth"], path)

@@ -7,10 +7,10 @@ which builds that model and loads the weights with torch and torchvision alone, 
 `--onnx` `model.onnx`: an image (3, H, W) of float32 RGB in [0, 1], of any usual size,
 to boxes (N, 4), labels (N,), scores (N,) and soft masks (N, 1, H, W).
 
-The weights are the same and so are the boxes of an image that needs no resizing, but
+The weights are the same, and so are the boxes of an image that needs no resizing. But
 masks are pasted by torchvision's own code, which widens each by up to a pixel
-(`teacher.paste`), and images are resized without antialiasing. Small objects pay for
-it: `--check` evaluates both on the run's test part (docs/log.md has figures).
+(`teacher.paste`), and images are resized without antialiasing. Small objects lose AP:
+`--check` evaluates both models on the run's test part (docs/log.md has numbers).
 
 `torch.export` cannot take this model: torchvision's non-maximum suppression branches on
 values (pytorch/vision issues 9306 and 9321). The ONNX file is made by the tracing
@@ -30,20 +30,19 @@ from torch import nn
 from tqdm import tqdm
 
 from ssis import UserError, distributed, model
-from ssis.datasets import coco_json, rle
-from ssis.io.files import whole, write_text, writing
+from ssis.datasets import coco_json, parts, rle
 from ssis.engine import resume
-from ssis.datasets import parts
+from ssis.io.files import whole, write_text, writing
 from ssis.report import ap
 
 # What tells an exported `model.py` from any other.
 MARK = "as a plain torchvision model."
-# The file that is written beside the weights. Its builder of the small model is the
-# source of ours.
+# The file that is written beside the weights. Its builder of the small model is copied
+# from `model.build_small`.
 SMALL = '''"""{title}
 
     from model import CLASSES, load
-    found = load()([image])[0]      # image (3, H, W) float in [0, 1], RGB
+    detections = load()([image])[0]      # image (3, H, W) float in [0, 1], RGB
 
 Needs torch and torchvision. Labels count from 1: CLASSES[label - 1].
 """
@@ -73,7 +72,7 @@ def load(weights=Path(__file__).with_name("weights.pt")):
 RESNET50 = '''"""{title}
 
     from model import CLASSES, load
-    found = load()([image])[0]      # image (3, H, W) float in [0, 1], RGB
+    detections = load()([image])[0]      # image (3, H, W) float in [0, 1], RGB
 
 Needs torch and torchvision. Labels count from 1: CLASSES[label - 1].
 """
@@ -131,16 +130,16 @@ def weights(net: model.MaskRCNN) -> dict[str, torch.Tensor]:
     A frozen norm does not count batches; the trainable one, which computes the same in
     evaluation, has a counter.
     """
-    found = {name: value.cpu() for name, value in net.state_dict().items()}
-    for name in list(found):
+    state = {name: value.cpu() for name, value in net.state_dict().items()}
+    for name in list(state):
         counter = name.removesuffix("running_mean") + "num_batches_tracked"
-        if name.endswith("running_mean") and counter not in found:
-            found[counter] = torch.tensor(0)
-    return found
+        if name.endswith("running_mean") and counter not in state:
+            state[counter] = torch.tensor(0)
+    return state
 
 
 def load_plain(folder: Path) -> nn.Module:
-    """What `model.py` in a folder of this program loads."""
+    """The model that an exported `model.py` loads."""
     spec = importlib.util.spec_from_file_location("exported", folder / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -155,14 +154,14 @@ def write_onnx(net: nn.Module, path: Path) -> None:
         path: the file.
     """
     side = net.transform.min_size[-1]
-    # What it looks at while it is traced; of no meaning but for its shape.
+    # The input of the trace; only its shape matters.
     image = torch.zeros(3, side, side)
     size = {1: "height", 2: "width"}
     each = {0: "instances"}
     axes = dict(image=size, boxes=each, labels=each, scores=each)
     axes["masks"] = {0: "instances", 2: "height", 3: "width"}
     with warnings.catch_warnings(), whole(path) as temporary:
-        # That Python values are constants in the trace; those of this model may be.
+        # The tracer warns that Python values become constants. Those of this model are.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             net,
@@ -178,16 +177,16 @@ def write_onnx(net: nn.Module, path: Path) -> None:
 
 @torch.no_grad()
 def detect(plain: nn.Module, image: torch.Tensor) -> list[dict]:
-    """What the exported model finds in an image (3, H, W) uint8, as COCO results."""
-    found = plain([image.float() / 255])[0]
-    boxes = found["boxes"]
+    """The exported model's detections in an image (3, H, W) uint8, as COCO results."""
+    output = plain([image.float() / 255])[0]
+    boxes = output["boxes"]
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
     results = []
     columns = (
         boxes,
-        found["labels"].tolist(),
-        found["scores"].tolist(),
-        found["masks"],
+        output["labels"].tolist(),
+        output["scores"].tolist(),
+        output["masks"],
     )
     for box, label, score, mask in zip(*columns, strict=True):
         encoded = rle.encode(mask[0].numpy() > 0.5)
@@ -202,14 +201,14 @@ def compare(net: model.MaskRCNN, plain: nn.Module, config, names: list[str]) -> 
     indices = list(range(len(dataset)))
     ours = ap.predictions(net, dataset, indices, torch.device("cpu"))
     theirs = [
-        dict(found, image_id=index)
+        dict(detection, image_id=index)
         for index in tqdm(indices, unit="image")
-        for found in detect(plain, dataset.image(index))
+        for detection in detect(plain, dataset.image(index))
     ]
-    truth = dataset.coco(indices)
+    ground_truth = dataset.coco(indices)
     for who, results in (("ssis", ours), ("exported", theirs)):
         mask, box = (
-            ap.average_precision(truth, results, kind)[0]["AP"]
+            ap.average_precision(ground_truth, results, kind)[0]["AP"]
             for kind in ("segm", "bbox")
         )
         print(f"{who:<9} mask AP {mask:.2f}, box AP {box:.2f}, {len(dataset)} images")

@@ -1,21 +1,22 @@
 r"""What a trained model finds in images: pictures, COCO results, masks.
 
-    python -m ssis predict runs/<name>/checkpoint.pt photo.jpg folder/ --out found
+    python -m ssis predict runs/<name>/checkpoint.pt photo.jpg folder/ --out results
 
-Reads whatever people have (JPEG, PNG, TIFF, WebP, BMP, the first page of several;
-gray, with alpha, 16 bits, EXIF-rotated), one image after the other, so memory is that
-of one. A file that cannot be read is named and passed over. Written into `--out`:
+Reads JPEG, PNG, TIFF, WebP and BMP files (the first page of several; gray, with alpha,
+16 bits, EXIF-rotated), one after the other, so that one image is in memory. A file that
+cannot be read is named and skipped. Written into `--out`:
 
-    overlays/<name>.png   the image with its instances, their classes and scores (not in
-                          crowds); 256 to 2,048 pixels wide or high
+    overlays/<name>.png   the image with its instances, their classes and scores (no
+                          words in a crowd); 256 to 2,048 pixels on the long side
     results.json          COCO results: image_id, category_id, bbox, segmentation, score
     coco.json             the same as a COCO dataset with images and classes: this
                           project can train on it, and tools that read masks as RLE
                           can load it
     masks/<name>/*.png    with --masks: each instance, 0 and 255, in the image's frame
 
-Masks and boxes are in the frame of the original, upright. Read next: `evaluate.py`,
-which judges such results.
+Masks and boxes are in the frame of the original, upright.
+
+Read next: `evaluate.py`, which compares such results with the ground truth.
 """
 
 import argparse
@@ -32,13 +33,12 @@ from tqdm import tqdm
 
 from ssis import UserError, distributed
 from ssis.datasets import rle
-from ssis.io import images
-from ssis.report import pictures
-from ssis.io.files import writing
 from ssis.engine import resume
-from ssis.report import ap
+from ssis.io.files import writing
+from ssis.io.images import IMAGE_TYPES, read_image
+from ssis.report import ap, pictures
 
-# Long side of an overlay, pixels: what a screen shows.
+# Long side of an overlay, pixels: about that of a screen.
 LARGEST = 2048
 
 
@@ -50,19 +50,19 @@ def find_images(given: list[str], out: Path) -> dict[str, Path]:
         out: folder of the output, which is no input.
 
     Returns:
-        Name relative to its folder, with suffix -> file; no file and no name twice.
+        Name relative to its folder -> file; no file and no name twice.
 
     Raises:
-        UserError: an argument that is not there, or nothing to read.
+        UserError: an argument does not exist, or there is no image.
     """
-    found: dict[str, Path] = {}
+    images: dict[str, Path] = {}
     seen, taken, own = set(), set(), out.resolve()
     for argument in map(Path, given):
         if argument.is_dir():
             files = sorted(
                 path
                 for path in argument.rglob("*")
-                if path.suffix.lower() in images.IMAGE_TYPES and path.is_file()
+                if path.suffix.lower() in IMAGE_TYPES and path.is_file()
             )
             named = [(path.relative_to(argument), path) for path in files]
         elif argument.exists():
@@ -74,25 +74,26 @@ def find_images(given: list[str], out: Path) -> dict[str, Path]:
             if real in seen or own in real.parents:
                 continue
             seen.add(real)
-            # Two photos of one name in two folders; on some disks A is a.
+            # Two folders may have photos of one name; on some disks A and a are one.
             unique, number = name, 2
             while unique.as_posix().casefold() in taken:
                 unique = name.with_stem(f"{name.stem}-{number}")
                 number += 1
             taken.add(unique.as_posix().casefold())
-            found[unique.as_posix()] = path
-    if not found:
-        types = ", ".join(images.IMAGE_TYPES)
+            images[unique.as_posix()] = path
+    if not images:
+        types = ", ".join(IMAGE_TYPES)
         raise UserError(f"{', '.join(given)}: no image in it ({types})")
-    return found
+    return images
 
 
-def save_masks(folder: Path, found: list[dict], names: list[str]) -> None:
+def save_masks(folder: Path, detections: list[dict], names: list[str]) -> None:
     """One PNG for each instance, best first: `000_star_0.98.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
-        old.unlink()  # of an earlier call, perhaps with another --score
-    for k, instance in enumerate(found):
+        # Of an earlier call, perhaps with another --score.
+        old.unlink()
+    for k, instance in enumerate(detections):
         mask = mask_utils.decode(instance["segmentation"]) * np.uint8(255)
         # A class may be called anything; a file may not.
         name = names[instance["category_id"] - 1]
@@ -121,29 +122,33 @@ def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> i
         with tqdm(files.items(), unit="image", disable=not sys.stderr.isatty()) as bar:
             for name, path in bar:
                 try:
-                    image = images.read_image(str(path))
-                    found = ap.detect_instances(net, [image], device, args.score)[0]
+                    image = read_image(str(path))
+                    (detections,) = ap.detect_instances(
+                        net, [image], device, args.score
+                    )
                 except (UserError, MemoryError, torch.OutOfMemoryError) as error:
-                    said = f"{path}: too large for the memory"
-                    said = str(error) if isinstance(error, UserError) else said
-                    bar.write(f"skipped: {said}", file=sys.stderr)
+                    known = isinstance(error, UserError)
+                    why = error if known else f"{path}: too large for the memory"
+                    bar.write(f"skipped: {why}", file=sys.stderr)
                     continue
                 number = len(records) + 1
                 height, width = image.shape[-2:]
                 records.append(
                     dict(id=number, file_name=name, height=height, width=width)
                 )
-                results += [dict(image_id=number, **instance) for instance in found]
-                # photo.jpg and photo.png are two.
+                results += [
+                    dict(image_id=number, **instance) for instance in detections
+                ]
+                # The suffix stays: photo.jpg and photo.png are two images.
                 target = out / "overlays" / f"{name}.png"
                 with writing(target, "--out"):
                     target.parent.mkdir(parents=True, exist_ok=True)
                     side = max(256, min(LARGEST, max(image.shape[-2:])))
-                    pictures.detections(image, found, names, side).save(target)
+                    pictures.detections(image, detections, names, side).save(target)
                     if args.masks:
-                        save_masks(out / "masks" / name, found, names)
+                        save_masks(out / "masks" / name, detections, names)
     finally:
-        # Also after Ctrl-C: what was found is found.
+        # Also after Ctrl-C: the images so far are not lost.
         save(out, names, records, results)
     return len(records)
 
@@ -152,8 +157,9 @@ def save(out: Path, names: list[str], records: list[dict], results: list[dict]) 
     """Write `results.json` and `coco.json`."""
     annotations = []
     for result in results:
-        if mask_utils.area(result["segmentation"]):
-            mask, label = result["segmentation"], result["category_id"]
+        mask, label = result["segmentation"], result["category_id"]
+        # A detection without a pixel is a legal result, but no annotation.
+        if mask_utils.area(mask):
             more = dict(id=len(annotations) + 1, image_id=result["image_id"])
             more["score"] = result["score"]
             annotations.append(rle.annotation(mask, label, **more))
@@ -184,14 +190,14 @@ def run(argv: list[str] | None) -> None:
     if not 0 <= args.score <= 1:
         raise UserError(f"--score {args.score}: must be from 0 to 1")
     files = find_images(args.images, args.out)
-    # Up to 179 megapixels Pillow only warns; beyond it refuses, and so do we.
+    # Up to 179 megapixels Pillow only warns; what is larger it refuses.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     net, _, names, who = resume.load_model(args.checkpoint, args.who)
     _, _, device = distributed.start(args.device)
-    done = predict(net.to(device), names, files, args.out, args)
-    if not done:
+    count = predict(net.to(device), names, files, args.out, args)
+    if not count:
         raise UserError("none of the images could be read")
-    print(f"{who} of {args.checkpoint}: {done} of {len(files)} images, in {args.out}/")
+    print(f"{who} of {args.checkpoint}: {count} of {len(files)} images, in {args.out}/")
 
 
 def main(argv: list[str] | None = None) -> None:

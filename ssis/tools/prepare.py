@@ -5,16 +5,17 @@ r"""COCO, Cityscapes, PASCAL VOC and your own data, ready to train on; official 
     python -m ssis prepare voc        --root VOCdevkit  --out data/voc
     python -m ssis prepare own --json J --root IMAGES   --out data/own [--val 20%]
 
-`--root` is the folder as the dataset's site gives it. `--out` becomes what the presets
-of the same name train on: `instances_train.json` and `instances_val.json` beside links
-`train` and `val` to the images, which are not copied, and `splits/`, each file of which
-`--labeled` takes: this project's own, for the papers' shares and three seeds, and those
-that were published (`--lists`, see `ssis/datasets/published.py`).
+`--root` is the folder as the dataset's site gives it. `--out` becomes what the preset
+of the same name trains on: `instances_train.json` and `instances_val.json`, beside them
+links `train` and `val` to the images, which are not copied, and `splits/`. Each file of
+`splits/` can be given to `--labeled`: this project's own splits, for the papers'
+percentages and three seeds, and published ones (`--lists`, see
+`ssis/datasets/published.py`).
 
-* **COCO** is in this format already: it is linked, checked and counted.
+* **COCO** is already in this format: it is linked, checked and counted.
 * **Cityscapes** and **VOC 2012** are converted (`ssis/datasets/convert.py`); a command
   that was killed goes on where it was.
-* **Your own**: one COCO JSON, as an annotation tool exports it, is checked and parted
+* **Your own**: one COCO JSON, as an annotation tool exports it, is checked and divided
   into training and validation images.
 
 Read next: `ssis/datasets/split.py`, the labeled part.
@@ -33,17 +34,17 @@ from tqdm import tqdm
 
 from ssis import UserError, distributed
 from ssis.datasets import coco_json, convert, published, split
-from ssis.io.files import whole, write_text, writing
 from ssis.datasets.dataset import Dataset
+from ssis.io.files import whole, write_text, writing
 
-# Images of the training and validation parts, as the sites say.
+# Images of the training and the validation part, as the datasets' sites state them.
 OFFICIAL = {
     "coco": (118_287, 5_000),
     "cityscapes": (2_975, 500),
     "voc": (1_464, 1_449),
 }
-# The labeled shares that the papers report, in percent; VOC is in neither.
-SHARES = {"coco": (1, 2, 5, 10), "cityscapes": (5, 10, 20, 30), "voc": (5, 10, 20, 30)}
+# Percentages of labeled images that the papers report; VOC is in neither.
+PERCENT = {"coco": (1, 2, 5, 10), "cityscapes": (5, 10, 20, 30), "voc": (5, 10, 20, 30)}
 SEEDS = (0, 1, 2)
 
 
@@ -53,17 +54,10 @@ def link(path: Path, target: Path) -> None:
         raise UserError(f"{target}: not found; is --root the folder that holds it?")
     if path.exists() and not path.is_symlink():
         raise UserError(f"{path}: is there and is no link; choose another --out")
-    with writing(path, "--out"), whole_link(path) as temporary:
-        temporary.symlink_to(target.resolve())
-
-
-@contextlib.contextmanager
-def whole_link(path: Path):
-    """As `files.whole`, for a link, which has no content to be forced to disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    yield temporary
-    temporary.replace(path)
+    with writing(path, "--out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as temporary:
+            temporary.symlink_to(target.resolve())
 
 
 def check(dataset: str, out: Path, part: str, names=None) -> Dataset:
@@ -73,22 +67,22 @@ def check(dataset: str, out: Path, part: str, names=None) -> Dataset:
         dataset: its name.
         out: the folder.
         part: "train" or "val".
-        names: the classes of the training part, for the other.
+        names: the classes of the training part, when the validation part is checked.
     """
     source, folder = str(out / f"instances_{part}.json"), str(out / part)
-    found = coco_json.load_coco(source, folder, names)
-    for index in tqdm(range(len(found)), unit="image", desc=f"check {part}"):
-        found.check_file(index)
-    crowds = int(found.crowd.sum())
-    official = OFFICIAL.get(dataset, 2 * [len(found)])[part == "val"]
-    note = "" if len(found) == official else f" (the official part has {official})"
+    images = coco_json.load_coco(source, folder, names)
+    for index in tqdm(range(len(images)), unit="image", desc=f"check {part}"):
+        images.check_file(index)
+    crowds = int(images.crowd.sum())
+    official = OFFICIAL.get(dataset, 2 * [len(images)])[part == "val"]
+    note = "" if len(images) == official else f" (the official part has {official})"
     print(
-        f"{part}: {len(found)} images{note}, {len(found.labels) - crowds} instances of "
-        f"{len(found.names)} classes, {crowds} crowds"
+        f"{part}: {len(images)} images{note}, {len(images.labels) - crowds} instances "
+        f"of {len(images.names)} classes, {crowds} crowds"
     )
-    for line in found.warnings:
+    for line in images.warnings:
         print(f"warning: {line}", file=sys.stderr)
-    return found
+    return images
 
 
 def write_splits(dataset: str, out: Path, train_set, lists: list[str]) -> None:
@@ -96,23 +90,22 @@ def write_splits(dataset: str, out: Path, train_set, lists: list[str]) -> None:
     folder, names = out / "splits", []
 
     def add(name: str, chosen: list[int], seed: int | None, source: str) -> None:
-        # Two lists of one name, in two folders.
+        # Lists in different folders may have the same name.
         unique, number = name, 2
         while unique in names:
             unique, number = f"{name}-{number}", number + 1
-        name = unique
-        names.append(name)
-        with writing(folder / f"{name}.json", "--out"):
+        names.append(unique)
+        path = folder / f"{unique}.json"
+        with writing(path, "--out"):
             folder.mkdir(exist_ok=True)
-            with whole(folder / f"{name}.json") as temporary:
-                split.write_split(train_set, chosen, temporary, seed, source)
+            split.write_split(train_set, chosen, path, seed, source)
 
     for seed in SEEDS:
-        for share in SHARES[dataset]:
+        for percent in PERCENT[dataset]:
             # `--labeled 5% --seed 1` draws the same one.
             with contextlib.suppress(UserError):  # so few images that 1 % is none
-                chosen, _ = split.draw_split(train_set, f"{share}%", seed)
-                add(f"seed{seed}-{share}pct", chosen, seed, "")
+                chosen, _ = split.draw_split(train_set, f"{percent}%", seed)
+                add(f"seed{seed}-{percent}pct", chosen, seed, "")
     for path in lists:
         for name, chosen in published.read(path, train_set).items():
             add(name, chosen, None, Path(path).name)
@@ -122,12 +115,16 @@ def write_splits(dataset: str, out: Path, train_set, lists: list[str]) -> None:
 
 
 def claim(dataset: str, out: Path, source: str) -> None:
-    """Refuse a folder whose files are not this command's own, before it writes any.
+    """Refuse a folder with files that are not this command's own, before writing any.
 
     Args:
         dataset: what is to be put there.
         out: the folder.
-        source: the JSON of `own`, which must not be written over.
+        source: the JSON of `own`, which must not be overwritten.
+
+    Raises:
+        UserError: the folder has an image folder or a JSON that this command, for this
+            dataset, did not make.
     """
     for part in ("train", "val"):
         folder, target = out / part, out / f"instances_{part}.json"
@@ -135,8 +132,8 @@ def claim(dataset: str, out: Path, source: str) -> None:
             raise UserError(f"{folder}: is there and is no link; choose another --out")
         if not target.exists() or target.is_symlink():
             continue
-        said = convert.description(target)
-        if said[:2] != ["ssis.prepare", dataset] or (
+        words = convert.description(target)
+        if words[:2] != ["ssis.prepare", dataset] or (
             source and target.samefile(source)
         ):
             raise UserError(
@@ -145,26 +142,29 @@ def claim(dataset: str, out: Path, source: str) -> None:
             )
 
 
-def part_own(source: str, folder: Path, out: Path, share: str) -> None:
-    """Part one JSON into `instances_train.json` and `instances_val.json`.
+def divide_own(source: str, folder: Path, out: Path, amount: str) -> None:
+    """Divide one JSON into `instances_train.json` and `instances_val.json`.
 
-    Images that an earlier call has put into the validation part stay there: a model of
-    before must not be judged by what it was trained on, nor trained on what it was
-    judged by. The last image of a class stays in the training part.
+    Images that an earlier call put into the validation part stay there: otherwise a
+    model trained before the call could be evaluated on images that it has seen. The
+    last image of a class stays in the training part.
 
     Args:
         source: the COCO JSON.
         folder: its images.
         out: folder to write.
-        share: of the validation part, as for `--labeled`: 20% or 6.
+        amount: size of the validation part, as for `--labeled`: 20% or 6.
+
+    Raises:
+        UserError: the amount leaves no training image, or no image can be spared.
     """
     dataset = coco_json.load_coco(source, str(folder))
     try:
-        count = split.how_many(share, len(dataset))
+        count = split.how_many(amount, len(dataset))
     except UserError as error:
         raise UserError(str(error).replace("--labeled", "--val")) from error
     if count == len(dataset):
-        raise UserError(f"--val {share}: leaves no image to train on")
+        raise UserError(f"--val {amount}: leaves no image to train on")
     earlier = set()
     if (out / "instances_val.json").exists():
         before = coco_json.load_json(str(out / "instances_val.json"), "COCO JSON")
@@ -172,7 +172,7 @@ def part_own(source: str, folder: Path, out: Path, share: str) -> None:
     val = {i for i, name in enumerate(dataset.files) if name in earlier}
     # How many images of the training part have each class.
     labels = [dataset.present_labels(i) for i in range(len(dataset))]
-    left = Counter(k for i, found in enumerate(labels) if i not in val for k in found)
+    left = Counter(k for i, held in enumerate(labels) if i not in val for k in held)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     for index in order.tolist():
         if len(val) >= count:
@@ -186,10 +186,10 @@ def part_own(source: str, folder: Path, out: Path, share: str) -> None:
     if not val:
         raise UserError(
             f"{source}: each image is the only one of some class, none can be spared "
-            "to judge by; annotate more"
+            "for validation; annotate more"
         )
     raw = coco_json.load_json(source, "COCO JSON")
-    # Without a tool's placeholder for all the others.
+    # Without the category that a tool adds in front to stand for all the others.
     categories = [c for c in raw["categories"] if c["name"] in dataset.names]
     for part in ("train", "val"):
         # The reader keeps the order of the JSON's images.
@@ -225,7 +225,7 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--out", type=Path, help="default: data/<dataset>")
     parser.add_argument("--json", help="of own: its COCO JSON")
     parser.add_argument(
-        "--val", default="20%", help="of own: share or number of images"
+        "--val", default="20%", help="of own: percentage or number of images"
     )
     parser.add_argument(
         "--lists", nargs="+", default=[], metavar="FILE", help="published splits"
@@ -246,7 +246,7 @@ def run(argv: list[str] | None) -> None:
             raise UserError(f"--lists {path}: no such file")
     claim(args.dataset, out, args.json)
     if args.dataset == "own":
-        part_own(args.json, args.root, out, args.val)
+        divide_own(args.json, args.root, out, args.val)
         train_set = check(args.dataset, out, "train")
         check(args.dataset, out, "val", train_set.names)
         print(f"ready: train.py --preset custom --data {out} --labeled 100% ...")
@@ -254,8 +254,8 @@ def run(argv: list[str] | None) -> None:
     train_set = None
     for part in ("train", "val"):
         if args.dataset == "coco":
-            truth = args.root / "annotations" / f"instances_{part}2017.json"
-            link(out / f"instances_{part}.json", truth)
+            source = args.root / "annotations" / f"instances_{part}2017.json"
+            link(out / f"instances_{part}.json", source)
             folder = args.root / f"{part}2017"
         else:
             folder = convert.convert_part(
@@ -263,8 +263,8 @@ def run(argv: list[str] | None) -> None:
             )
         link(out / part, folder)
         names = train_set.names if train_set else None
-        found = check(args.dataset, out, part, names)
-        train_set = train_set or found
+        images = check(args.dataset, out, part, names)
+        train_set = train_set or images
     write_splits(args.dataset, out, train_set, args.lists)
     print(f"ready: train.py --preset {args.dataset} --data {out}")
 

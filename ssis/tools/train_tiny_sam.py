@@ -1,12 +1,12 @@
 r"""The tiny SAM: Segment Anything's own parts, small, trained on scenes of no class.
 
-The built-in dataset needs something that plays SAM's part within seconds on a CPU: it
-knows what an object is and where it ends, and nothing of classes. The official models
-are a hundred times too large for that, so this one is put together from
+The built-in dataset needs something that plays SAM's part within seconds on a CPU: a
+model that knows what an object is and where it ends, and nothing about classes. The
+official models are a hundred times too large for that, so this one is built from
 `segment_anything.modeling` (image encoder, prompt encoder, mask decoder; a frame of 96
 pixels, patches of 6, masks of 64 x 64) and trained here, on scenes that are *not* the
-built-in dataset: random polygons, blobs, spiked ones, plates with holes, in any
-rotation, with textures of their own. Nothing tells it one kind from another.
+built-in dataset: random polygons, blobs, spiked outlines, plates with holes, in any
+rotation, with textures of their own. It is never told which kind an object is.
 
 Training is SAM's own (Kirillov et al., arXiv 2304.02643, section 3): a prompt of one to
 three points on an object; three candidate masks, of which only the best is trained,
@@ -15,10 +15,11 @@ since a point may mean a part or a whole; a head that predicts each candidate's 
 $$L = \min_k (20 \, L_{focal}^k + L_{dice}^k) + \mathrm{MSE}(IoU, \hat{IoU})$$
 SAM (train)
 
-Two things are not SAM's. A share of the prompts is drawn from a blurred mask, so that
-some points miss the object by a pixel or two: the prompts will come from a teacher's
-mask, which is not exact. And the encoder is told directly which patches belong together
-(`grouping`): in minutes instead of days, the way through the decoder is too long.
+Two things are not SAM's. Three of ten scenes draw their prompts from blurred masks, so
+that some points miss the object by a pixel or two: later the prompts come from a
+teacher's mask, which is not exact. And the encoder is told directly which patches
+belong together (`grouping`): minutes instead of days are too short to learn that
+through the decoder.
 
     torchrun --nproc_per_node 2 -m ssis sam --out tiny_sam.pt --minutes 40
 
@@ -44,8 +45,9 @@ from ssis.io.files import whole
 
 SIDE, PATCH = 96, 6
 LR, WARMUP = 1e-3, 200
-# Prompts of one image in a step, and smallest object, as a share of the image.
+# Prompts of one image in a step; smallest object, as a fraction of the image's area.
 PROMPTS, SMALLEST = 4, 0.004
+SCENES = ("mixed", "blobs")
 
 
 # ----------------------------------------------------------------------------- scenes
@@ -58,6 +60,9 @@ def outline(rng: np.random.RandomState, angle: np.ndarray, kind: int) -> np.ndar
         rng: source of randomness.
         angle: radians, any shape.
         kind: 0 a blob, 1 any polygon, 2 a nearly regular one, 3 one with spikes.
+
+    Raises:
+        ValueError: another kind.
     """
     if kind == 0:
         # A few waves around a circle.
@@ -73,12 +78,14 @@ def outline(rng: np.random.RandomState, angle: np.ndarray, kind: int) -> np.ndar
         n = rng.randint(3, 8)
         corners = (np.arange(n) + rng.normal(0, 0.08, n)) / n * 2 * math.pi
         lengths = rng.uniform(0.9, 1.15, n)
-    else:
+    elif kind == 3:
         # Corners alternately far and near, in any number and depth.
         n = 2 * rng.randint(3, 9)
         corners = (np.arange(n) + rng.normal(0, 0.1, n)) / n * 2 * math.pi
         lengths = np.where(np.arange(n) % 2, rng.uniform(0.3, 0.7), 1.15)
         lengths = lengths * rng.uniform(0.9, 1.1, n)
+    else:
+        raise ValueError(f"no outline of kind {kind!r}")
     order = np.argsort(corners % (2 * math.pi))
     corners, lengths = (corners % (2 * math.pi))[order], lengths[order]
     # The straight line through the corners before and after, in polar form.
@@ -89,7 +96,7 @@ def outline(rng: np.random.RandomState, angle: np.ndarray, kind: int) -> np.ndar
     part = (angle - a1) % (2 * math.pi)
     bottom = r1 * np.sin(part) + r2 * np.sin(span - part)
     line = r1 * r2 * np.sin(span) / np.where(np.abs(bottom) < 1e-3, 1e-3, bottom)
-    # Across half a turn or more no straight line serves: an arc.
+    # No straight line spans half a turn or more: an arc there.
     return np.where(span < 2.8, line, np.minimum(r1, r2)).clip(0.15, 1.6)
 
 
@@ -125,12 +132,17 @@ def scene(rng: np.random.RandomState, side: int, kind: str):
 
     Returns:
         image (side, side, 3) uint8, and the visible masks (N, side, side) bool.
+
+    Raises:
+        ValueError: another kind.
     """
+    if kind not in SCENES:
+        raise ValueError(f"no scenes of kind {kind!r}; there are {', '.join(SCENES)}")
     blobs = kind == "blobs"
     image, masks = surface(rng, side), []
     y, x = np.mgrid[:side, :side] + 0.5
     if blobs:
-        # Dark grounds, as of fluorescence, and light ones.
+        # Dark backgrounds, as in fluorescence, and light ones.
         image = image * rng.uniform(0.0, 1.0)
     size = rng.uniform(0.025, 0.07) if blobs else 0.0
     paint = surface(rng, side)
@@ -139,15 +151,15 @@ def scene(rng: np.random.RandomState, side: int, kind: str):
         stretch, turn = rng.uniform(0.6, 1.0), math.pi * rng.rand()
         across = (x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)
         down = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / stretch
-        share = size * rng.uniform(0.7, 1.4) if blobs else rng.uniform(0.07, 0.3)
+        radius = size * rng.uniform(0.7, 1.4) if blobs else rng.uniform(0.07, 0.3)
         angle = np.arctan2(down, across)
-        distance = np.hypot(across, down) / (side * share)
+        distance = np.hypot(across, down) / (side * radius)
         mask = distance < outline(rng, angle, 0 if blobs else rng.randint(4))
         if not blobs and rng.rand() < 0.15:
-            # A plate with a hole: what shows through it is not the object.
+            # A plate with a hole: what is seen through the hole is not the object.
             mask &= distance > rng.uniform(0.3, 0.6)
         if blobs:
-            # Alike, but each lighter or darker, fading towards its edge.
+            # Alike, but each lighter or darker, and darker towards its edge.
             fading = 20 * distance[..., None].clip(0, 1)
             shade = paint * rng.uniform(0.5, 1.2) - fading
         else:
@@ -163,8 +175,8 @@ def scene(rng: np.random.RandomState, side: int, kind: str):
             maps = F.avg_pool2d(maps[None], 3, 1, 1, count_include_pad=False)[0]
             image = maps.permute(1, 2, 0).numpy()
     image = image + rng.normal(0, rng.uniform(0, 10), image.shape)
-    least = (0.1 if blobs else 1) * SMALLEST * side**2
-    masks = [mask for mask in masks if mask.sum() >= least]
+    smallest = (0.1 if blobs else 1) * SMALLEST * side**2
+    masks = [mask for mask in masks if mask.sum() >= smallest]
     return image.clip(0, 255).astype(np.uint8), np.array(masks, bool)
 
 
@@ -176,13 +188,14 @@ def draw_points(masks: Tensor, count: int, blurred: bool) -> Tensor:
 
     Args:
         masks: (N, side, side) bool, none of them empty.
-        count: points a mask; they may coincide.
-        blurred: a pixel's chance is the mask's mean in the 5 x 5 pixels around it.
+        count: points of each mask; they may coincide.
+        blurred: draw a pixel with the mean of the mask in the 5 x 5 pixels around it as
+            its weight, instead of the mask itself.
     """
-    chance = masks.float()
+    weights = masks.float()
     if blurred:
-        chance = F.avg_pool2d(chance[None], 5, stride=1, padding=2)[0]
-    chosen = torch.multinomial(chance.flatten(1), count, replacement=True)
+        weights = F.avg_pool2d(weights[None], 5, stride=1, padding=2)[0]
+    chosen = torch.multinomial(weights.flatten(1), count, replacement=True)
     return torch.stack([chosen % masks.shape[2], chosen // masks.shape[2]], 2).float()
 
 
@@ -192,38 +205,42 @@ def candidates(sam: Sam, embedding: Tensor, points: Tensor) -> tuple[Tensor, Ten
     Args:
         sam: the model.
         embedding: (1, D, cells, cells).
-        points: (N, K, 2), pixels of the frame, all of them on the object.
+        points: (N, K, 2), pixels of the frame, all of them positive prompts.
     """
     ones = torch.ones(points.shape[:2], dtype=torch.int64)
     sparse, dense = sam.prompt_encoder((points, ones), None, None)
-    place = sam.prompt_encoder.get_dense_pe()
-    low, iou = sam.mask_decoder(embedding, place, sparse, dense, True)
+    positions = sam.prompt_encoder.get_dense_pe()
+    low, iou = sam.mask_decoder(embedding, positions, sparse, dense, True)
     side = (sam.image_encoder.img_size,) * 2
     return sam.postprocess_masks(low.float(), side, side), iou.float()
 
 
-def mask_losses(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+def mask_losses(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of each candidate and its true IoU, both (N, 3).
 
     Args:
         logits: (N, 3, side, side).
-        truth: (N, side, side) bool.
+        masks: (N, side, side) bool, the ground truth.
     """
-    truth = truth[:, None].expand_as(logits).float()
+    target = masks[:, None].expand_as(logits).float()
     probs = logits.sigmoid()
-    cross = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    right = probs * truth + (1 - probs) * (1 - truth)
+    cross = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    # Focal loss: a pixel that is almost right already counts little.
+    right = probs * target + (1 - probs) * (1 - target)
     focal = (cross * (1 - right) ** 2).mean(dim=(2, 3))
-    both = (probs * truth).sum(dim=(2, 3))
-    dice = 1 - (2 * both + 1) / (probs.sum(dim=(2, 3)) + truth.sum(dim=(2, 3)) + 1)
-    hard, true = logits > 0, truth > 0.5
+    both = (probs * target).sum(dim=(2, 3))
+    dice = 1 - (2 * both + 1) / (probs.sum(dim=(2, 3)) + target.sum(dim=(2, 3)) + 1)
+    hard, true = logits > 0, target > 0.5
     iou = (hard & true).sum(dim=(2, 3)) / (hard | true).sum(dim=(2, 3)).clamp(min=1)
     # SAM (train)
     return 20 * focal + dice, iou
 
 
 def grouping(embedding: Tensor, masks: Tensor) -> Tensor:
-    """Do two patches lie on the same thing? A scalar loss on the encoder.
+    """Do two patches lie on the same object? A scalar loss on the encoder.
+
+    For 128 random patches against all patches, the answer is read from the cosine of
+    the two embeddings; the background counts as one more object.
 
     Args:
         embedding: (D, cells, cells).
@@ -231,29 +248,35 @@ def grouping(embedding: Tensor, masks: Tensor) -> Tensor:
     """
     patch = masks.shape[-1] // embedding.shape[-1]
     cells = F.avg_pool2d(masks.float()[None], patch)[0].flatten(1)  # (N, cells^2)
+    # The object that covers most of a cell; 0 is the background.
     owner = torch.cat([1 - cells.sum(dim=0, keepdim=True), cells]).argmax(dim=0)
     some = torch.randperm(len(owner))[:128]
     direction = F.normalize(embedding.flatten(1).T, dim=1)  # (cells^2, D)
+    # A cosine is in [-1, 1], and a sigmoid of that never leaves [0.27, 0.73]: no answer
+    # could be sure. Times 10, less 5, the answer changes at a cosine of 0.5 (logit 0);
+    # equal directions are a sure yes (logit 5, probability 0.993), and orthogonal ones
+    # already a sure no (-5, 0.007). So patches of different objects need not be
+    # opposites, which no three objects could be of one another.
     logits = 10 * direction[some] @ direction.T - 5
     same = (owner[some][:, None] == owner[None]).float()
     # Both answers weigh the same, however much of the image is background.
-    share = same.mean().clamp(0.01, 0.99)
-    weight = same * 0.5 / share + (1 - same) * 0.5 / (1 - share)
+    fraction = same.mean().clamp(0.01, 0.99)
+    weight = same * 0.5 / fraction + (1 - same) * 0.5 / (1 - fraction)
     return F.binary_cross_entropy_with_logits(logits, same, weight)
 
 
 def image_loss(sam: Sam, embedding: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of one scene, and the mean IoU of the candidates that it would choose."""
     loss = grouping(embedding, masks)
-    truth = masks[torch.randperm(len(masks))[:PROMPTS]]
+    chosen = masks[torch.randperm(len(masks))[:PROMPTS]]
     count, blurred = int(torch.randint(1, 4, ())), torch.rand(()).item() < 0.3
     with torch.autocast("cpu", torch.bfloat16):
-        points = draw_points(truth, count, blurred)
-        logits, guess = candidates(sam, embedding[None], points)
-    losses, iou = mask_losses(logits, truth)
-    chosen = iou.gather(1, guess.argmax(dim=1, keepdim=True)).mean()
+        points = draw_points(chosen, count, blurred)
+        logits, predicted = candidates(sam, embedding[None], points)
+    losses, iou = mask_losses(logits, chosen)
+    quality = iou.gather(1, predicted.argmax(dim=1, keepdim=True)).mean()
     # SAM (train)
-    return loss + losses.min(dim=1).values.mean() + F.mse_loss(guess, iou), chosen
+    return loss + losses.min(dim=1).values.mean() + F.mse_loss(predicted, iou), quality
 
 
 def start_from(sam: Sam, path: Path) -> None:
@@ -293,7 +316,20 @@ def train(
     patch: int = PATCH,
     weights: Path | None = None,
 ) -> None:
-    """Train for some minutes, 8 scenes a step on each process; write the checkpoint."""
+    """Train for some minutes, 8 scenes a step on each process; write the checkpoint.
+
+    Args:
+        out: the checkpoint.
+        minutes: time to train; the learning rate follows the clock, not the step.
+        seed: of weights and scenes.
+        kind: of scenes, "mixed" or "blobs".
+        side: of the frame, pixels.
+        patch: side of a patch, pixels; it divides `side`.
+        weights: checkpoint to start from; None: random weights.
+
+    Raises:
+        UserError: `weights` cannot be used.
+    """
     rank, world, _ = distributed.start("cpu")
     torch.manual_seed(seed)
     sam = sam_module.build_tiny(side, patch)
@@ -302,8 +338,8 @@ def train(
     rng = np.random.RandomState([seed, rank])
     torch.manual_seed(seed * 1000 + rank)
     optimizer = torch.optim.AdamW(sam.parameters(), lr=LR, weight_decay=0.05)
-    began, step, seen, share = time.monotonic(), 0, 0.0, 0.0
-    while share < 1:
+    began, step, quality, progress = time.monotonic(), 0, 0.0, 0.0
+    while progress < 1:
         scenes = []
         while len(scenes) < 8:
             image, masks = scene(rng, side, kind)
@@ -328,22 +364,23 @@ def train(
                 p.grad = grad.view_as(p)
         nn.utils.clip_grad_norm_(used, 1.0)
         # By rank 0's clock: a warm-up, then half a cosine to the end of the time.
-        share = (time.monotonic() - began) / (60 * minutes)
-        share = distributed.from_main(lambda share=share: share)
-        rate = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * share))
+        progress = (time.monotonic() - began) / (60 * minutes)
+        progress = distributed.from_main(lambda progress=progress: progress)
+        rate = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = LR * max(rate, 0.0)
         optimizer.step()
         step += 1
-        seen = 0.98 * seen + 0.02 * sum(iou.item() for _, iou in parts) / len(parts)
+        total = sum(iou.item() for _, iou in parts)
+        quality = 0.98 * quality + 0.02 * total / len(parts)
         if rank == 0 and step % 100 == 0:
             print(
-                f"step {step}, {60 * minutes * share:.0f} s: IoU of the chosen "
-                f"candidate {seen / (1 - 0.98**step):.3f}",
+                f"step {step}, {60 * minutes * progress:.0f} s: IoU of the chosen "
+                f"candidate {quality / (1 - 0.98**step):.3f}",
                 flush=True,
             )
     if rank == 0:
-        # 16 bits are enough to use it, and half the file.
+        # 16 bits are enough for its use, and halve the file.
         state = {name: value.half() for name, value in sam.state_dict().items()}
         with whole(out) as temporary:
             torch.save(dict(side=side, patch=patch, model=state), temporary)
@@ -362,7 +399,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of weights and scenes")
     parser.add_argument(
         "--scenes",
-        choices=("mixed", "blobs"),
+        choices=SCENES,
         default="mixed",
         help="mixed: few objects of all outlines; blobs: many like cells",
     )

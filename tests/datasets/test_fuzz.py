@@ -45,7 +45,8 @@ def nodes(value, path=()):
 
 def spoil(raw, rng):
     """A copy with one to three random places changed, and what was done."""
-    raw, done = copy.deepcopy(raw), []
+    # Faster than a deep copy.
+    raw, done = json.loads(json.dumps(raw)), []
     for _ in range(rng.randint(1, 3)):
         path = rng.choice(list(nodes(raw)))
         if not path:

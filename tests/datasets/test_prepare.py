@@ -21,9 +21,8 @@ from conftest import ROOT, real, write_coco
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from ssis.datasets import parts
 from ssis import UserError, config
-from ssis.datasets import coco_json, published, split
+from ssis.datasets import coco_json, parts, published, split
 from ssis.tools import prepare
 
 CITIES = {"train": ("aachen", "bremen"), "val": ("frankfurt",)}
@@ -79,17 +78,26 @@ def write_voc(root):
     return numbers
 
 
+@pytest.fixture(scope="module")
+def cityscapes(tmp_path_factory):
+    """A site's folder and the dataset that was made of it; tests that write make their own."""
+    root = tmp_path_factory.mktemp("cityscapes")
+    write_cityscapes(root)
+    prepare.run(["cityscapes", "--root", str(root), "--out", str(root / "out"), "--workers", "1"])
+    return root, root / "out"
+
+
 def masks_of(path):
     """file name -> list of (class, crowd, mask) of a JSON."""
     raw = json.loads(path.read_text())
     names = {c["id"]: c["name"] for c in raw["categories"]}
     files = {image["id"]: image["file_name"] for image in raw["images"]}
-    found = {name: [] for name in files.values()}
+    instances = {name: [] for name in files.values()}
     for a in raw["annotations"]:
         mask = mask_utils.decode(a["segmentation"]).astype(bool)
         assert a["area"] == mask.sum()
-        found[files[a["image_id"]]].append((names[a["category_id"]], a["iscrowd"], mask))
-    return found
+        instances[files[a["image_id"]]].append((names[a["category_id"]], a["iscrowd"], mask))
+    return instances
 
 
 def test_cityscapes_instances_and_groups(tmp_path, capsys):
@@ -97,13 +105,13 @@ def test_cityscapes_instances_and_groups(tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["cityscapes", "--root", str(tmp_path / "site"), "--out", str(out)]
     prepare.run([*arguments, "--workers", "2"])
-    found = masks_of(out / "instances_train.json")
-    assert sorted(found) == [
+    images = masks_of(out / "instances_train.json")
+    assert sorted(images) == [
         f"{city}/{city}_{k:06d}_000019_leftImg8bit.png"
         for city in ("aachen", "bremen")
         for k in range(2)
     ]
-    for instances in found.values():
+    for instances in images.values():
         assert [(name, crowd) for name, crowd, _ in instances] == [
             ("person", 1),
             ("car", 0),
@@ -173,16 +181,17 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_file(tmp_path):
     out, kills = tmp_path / "out", 0
     command = [sys.executable, "-m", "ssis", "prepare", *arguments, str(out)]
     partial = out / ".instances_train.partial"
-    for _ in range(30):
+    for _ in range(3):
         process = subprocess.Popen(
             command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
         lines = partial.read_bytes().count(b"\n") if partial.exists() else 0
-        # Until some more images are done; then all of its processes die at once.
+        # Until some more images are done; then all of its processes die at once. Twice, so
+        # that it goes on from what it went on from.
         while process.poll() is None:
             now = partial.read_bytes().count(b"\n") if partial.exists() else 0
-            if now > lines + 20:
+            if kills < 2 and now > lines + 20:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 kills += 1
@@ -217,7 +226,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_file(tmp_path):
         ),
         (
             lambda root: Image.new("RGB", (8, 8)).save(next(root.glob("leftImg8bit/train/*/*"))),
-            r"leftImg8bit.png: is \(8, 8\), its truth .* is \(32, 64\)",
+            r"leftImg8bit.png: is \(8, 8\), its ground truth .* is \(32, 64\)",
         ),
     ],
     ids=["empty", "no truth", "broken", "size"],
@@ -256,7 +265,21 @@ def test_a_folder_of_images_is_never_replaced_by_a_link(tmp_path):
     assert (tmp_path / "out" / "train" / "mine.png").read_bytes() == b"mine"
 
 
-def test_ones_own_json_is_parted(tmp_path, capsys, coco_folder):
+def test_a_link_is_replaced_in_one_step(tmp_path):
+    """Also one to a folder: what is written is never put into that folder."""
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    path = tmp_path / "out" / "train"
+    prepare.link(path, tmp_path / "old")
+    prepare.link(path, tmp_path / "new")
+    assert path.readlink() == tmp_path / "new"
+    assert list(path.parent.iterdir()) == [path] and not list((tmp_path / "old").iterdir())
+    with pytest.raises(UserError, match="not found; is --root the folder that holds it"):
+        prepare.link(path, tmp_path / "nothing")
+    assert path.readlink() == tmp_path / "new"
+
+
+def test_ones_own_json_is_divided(tmp_path, capsys, coco_folder):
     arguments = ["own", "--json", str(coco_folder / "coco.json"), "--out", str(tmp_path / "o")]
     prepare.run([*arguments, "--root", str(coco_folder / "images"), "--val", "2"])
     whole = json.loads((coco_folder / "coco.json").read_text())
@@ -315,10 +338,10 @@ def test_unbiased_teachers_positions_are_among_the_images_with_instances(tmp_pat
     path = tmp_path / "COCO_supervision.txt"
     # 0.01 % of so few is no image: no split.
     path.write_text(json.dumps({"0.01": {"0": [], "1": []}, "10.0": folds}))
-    found = published.read(str(path), dataset)
-    assert set(found) == {"COCO_supervision-10pct-fold0", "COCO_supervision-10pct-fold1"}
+    splits = published.read(str(path), dataset)
+    assert set(splits) == {"COCO_supervision-10pct-fold0", "COCO_supervision-10pct-fold1"}
     for fold, positions in folds.items():
-        names = {dataset.files[i] for i in found[f"COCO_supervision-10pct-fold{fold}"]}
+        names = {dataset.files[i] for i in splits[f"COCO_supervision-10pct-fold{fold}"]}
         assert names == {name[usable[position]] for position in positions}
     # That of the real COCO is not taken for this one's.
     path.write_text(json.dumps({"1.0": {"1": list(range(1172))}}))
@@ -335,15 +358,13 @@ def test_unbiased_teachers_positions_are_among_the_images_with_instances(tmp_pat
         "{}",
     ],
 )
-def test_lists_of_names(tmp_path, line):
-    write_cityscapes(tmp_path)
-    out = tmp_path / "out"
+def test_lists_of_names(tmp_path, cityscapes, line):
+    root, out = cityscapes
     names = ["bremen_000001_000019", "aachen_000000_000019"]
-    (tmp_path / "perc_50.txt").write_text("".join(line.format(n) + "\n" for n in names))
-    prepare.run(
-        ["cityscapes", "--root", str(tmp_path), "--out", str(out), "--lists"]
-        + [str(tmp_path / "perc_50.txt")]
-    )
+    path = tmp_path / "perc_50.txt"
+    path.write_text("".join(line.format(n) + "\n" for n in names))
+    # Converted already: only the list is new.
+    prepare.run(["cityscapes", "--root", str(root), "--out", str(out), "--lists", str(path)])
     given = json.loads((out / "splits" / "perc_50.json").read_text())
     assert given["labeled"] == [
         "aachen/aachen_000000_000019_leftImg8bit.png",
@@ -359,9 +380,9 @@ def test_lists_of_names(tmp_path, line):
         ("", "none of 0 that"),
         ("[1, 2", "does not"),
         ("[1, 2]", "not a list of labeled images"),
-        ('{"5.0": [1, 2]}', "'5.0' is not a share with folds"),
-        ('{"five": {"1": [1]}}', "'five' is not a share"),
-        ('{"5.0": {"1": ["a"]}}', "is not a share with folds of positions"),
+        ('{"5.0": [1, 2]}', "'5.0' is not a percentage with folds"),
+        ('{"five": {"1": [1]}}', "'five' is not a percentage"),
+        ('{"5.0": {"1": ["a"]}}', "is not a percentage with folds of positions"),
         (b"\xff\xfe\x00", "cannot be read .not text"),
         (None, "cannot be read .No such file"),
     ],
@@ -393,7 +414,7 @@ def test_validation_images_in_the_folder_of_photos_are_not_trained_on(tmp_path, 
     photos = coco_folder / "images"
     Image.new("L", (50, 40)).save(photos / "new.png")
     out = tmp_path / "o"
-    prepare.part_own(str(coco_folder / "coco.json"), photos, out, "2")
+    prepare.divide_own(str(coco_folder / "coco.json"), photos, out, "2")
     settings = config.parse(["--preset", "custom", "--method", "pl-dc", "--data", str(out)])
     settings.unlabeled_images = str(photos)
     train_set, val, _ = parts.open_parts(settings)
@@ -415,8 +436,8 @@ def test_copies_of_validation_images_are_known(tmp_path, coco_folder):
     # Another picture that happens to be of the same size in bytes.
     (photos / "other.png").write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
     dataset = coco_json.load_coco(str(coco_folder / "coco.json"), str(coco_folder / "images"))
-    found = [dataset.files[i] for i in coco_json.add_folder(dataset, str(photos))]
-    assert found == ["broken.png", "other.png"]
+    added = [dataset.files[i] for i in coco_json.add_folder(dataset, str(photos))]
+    assert added == ["broken.png", "other.png"]
     # The first is told by its name when the files are looked at.
     with pytest.raises(UserError, match=r"broken.png: image not found"):
         dataset.check_files()
@@ -465,7 +486,7 @@ def test_the_only_image_of_a_class_is_trained_on(tmp_path, capsys):
     assert "cannot be learned: unused" in capsys.readouterr().err
 
 
-def test_what_is_not_its_own_is_never_written_over(tmp_path, coco_folder):
+def test_what_is_not_its_own_is_never_written_over(tmp_path, coco_folder, cityscapes):
     """The user's JSON and folders; and another dataset's, converted before."""
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -479,16 +500,14 @@ def test_what_is_not_its_own_is_never_written_over(tmp_path, coco_folder):
     with pytest.raises(UserError, match="was not made by prepare own"):
         prepare.run(arguments)
     assert (mine / "instances_train.json").read_bytes() == source
-    write_cityscapes(tmp_path / "site")
-    city = ["cityscapes", "--root", str(tmp_path / "site"), "--out"]
+    root, converted = cityscapes
     with pytest.raises(UserError, match="was not made by prepare cityscapes"):
-        prepare.run([*city, str(mine)])
-    prepare.run([*city, str(tmp_path / "city")])
+        prepare.run(["cityscapes", "--root", str(root), "--out", str(mine)])
     with pytest.raises(UserError, match="was not made by prepare own"):
-        prepare.run(own(coco_folder, tmp_path / "city"))
+        prepare.run(own(coco_folder, converted))
 
 
-def test_the_spelling_of_the_root_does_not_matter_and_the_truth_does(tmp_path, monkeypatch, capsys):
+def test_the_ground_truth_matters_and_the_spelling_of_the_root_not(tmp_path, monkeypatch, capsys):
     write_cityscapes(tmp_path / "site")
     out = str(tmp_path / "out")
     prepare.run(["cityscapes", "--root", str(tmp_path / "site"), "--out", out])
@@ -500,9 +519,8 @@ def test_the_spelling_of_the_root_does_not_matter_and_the_truth_does(tmp_path, m
     Image.fromarray(np.full((32, 64), 24001, np.uint16)).save(path)
     prepare.run(["cityscapes", "--root", "site", "--out", out])
     assert capsys.readouterr().out.count("is there already") == 1
-    assert any(
-        len(found) == 1 for found in masks_of(tmp_path / "out/instances_train.json").values()
-    )
+    images = masks_of(tmp_path / "out/instances_train.json")
+    assert any(len(instances) == 1 for instances in images.values())
 
 
 KILLS_ITSELF = """
@@ -510,8 +528,6 @@ import os, signal, sys
 from pathlib import Path
 from ssis import UserError
 from ssis.datasets import convert
-from ssis.datasets import parts
-from ssis.datasets import parts
 
 def killed(job):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -534,6 +550,6 @@ def test_a_process_that_is_killed_does_not_hang_the_command(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert "was killed, perhaps for want of memory; give fewer --workers" in done.stdout, (
+    assert "was killed, perhaps because memory ran out; give fewer --workers" in done.stdout, (
         done.stderr
     )

@@ -13,9 +13,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from ssis import UserError
-from ssis.datasets import shapes, signs
 from ssis.config import parse
-from ssis.datasets import parts
+from ssis.datasets import parts, shapes, signs
 
 pytestmark = pytest.mark.fast
 # sha256 of 20 scenes of each part, images, masks and labels, with seed 0.
@@ -107,11 +106,17 @@ def test_another_dataset_in_the_folder_is_not_taken_for_this_one(tmp_path):
         shapes.make(tmp_path, seed=1, parts=parts)
 
 
-def test_the_command_makes_another_one(tmp_path, capsys):
+def test_an_unknown_shape_is_an_error():
+    with pytest.raises(ValueError, match="no shape 'pentagon'"):
+        shapes.outline("pentagon")
+
+
+def test_the_command_makes_another_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shapes, "PARTS", dict(train=5, val=2, test=4))
     shapes.main(["--out", str(tmp_path), "--seed", "9", "--images", "3"])
     assert "wrote" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "instances_train.json").read_text())["images"]) == 3
-    assert len(json.loads((tmp_path / "instances_test.json").read_text())["images"]) == 256
+    assert len(json.loads((tmp_path / "instances_test.json").read_text())["images"]) == 4
     with pytest.raises(SystemExit) as stop:
         shapes.main(["--out", str(tmp_path), "--images", "0"])
     assert stop.value.code == 2

@@ -1,4 +1,11 @@
-"""The audit: a case small enough to count by hand, and its limits."""
+"""The audit: cases small enough to count by hand, and its limits.
+
+Claims: the numbers are those of a count by hand; boxes are matched one to one; a fraction of
+nothing is None; images are read one at a time; the oracle replaces what it says; a teacher that
+collapses or explodes, as a whole or in one class, is reported with advice for its filter.
+"""
+
+import weakref
 
 import pytest
 import torch
@@ -33,7 +40,7 @@ def pseudo(places, labels):
     )
 
 
-def truth(places, labels):
+def ground_truth(places, labels):
     masks = squares(places)
     return data.sanitize(dict(masks=masks.to(torch.uint8), labels=torch.tensor(labels)))
 
@@ -41,7 +48,7 @@ def truth(places, labels):
 def test_the_audit_counts_as_a_person_would():
     # Exact and right; shifted by 2 of 10 and of the wrong class; a duplicate; nowhere.
     kept = pseudo([(0, 0, 10), (20, 2, 10), (1, 0, 10), (28, 28, 10)], [1, 2, 1, 3])
-    true = truth([(0, 0, 10), (20, 0, 10), (0, 20, 8)], [1, 3, 2])
+    true = ground_truth([(0, 0, 10), (20, 0, 10), (0, 20, 8)], [1, 3, 2])
     result = audit.summary(audit.tally(kept, true, 3), images=1, labeled_per_image=2.5)
     assert result == dict(
         pseudo_per_image=4.0,
@@ -59,7 +66,9 @@ def test_the_audit_counts_as_a_person_would():
 
 def test_matching_by_hand():
     """A duplicate has to take the second best; 5 of 10 is enough, less is not; none is -1."""
-    truth = torch.tensor([[0.0, 0.0, 10.0, 10.0], [2.0, 0.0, 12.0, 10.0], [30.0, 0.0, 40.0, 10.0]])
+    instances = torch.tensor(
+        [[0.0, 0.0, 10.0, 10.0], [2.0, 0.0, 12.0, 10.0], [30.0, 0.0, 40.0, 10.0]]
+    )
     boxes = torch.tensor(
         [
             [0.0, 0.0, 10.0, 10.0],  # the first, exactly
@@ -69,13 +78,14 @@ def test_matching_by_hand():
             [30.0, 0.0, 35.0, 10.0],  # 0.50 of it
         ]
     )
-    assert audit.match(boxes, truth).tolist() == [0, 1, -1, -1, 2]
-    assert audit.match(boxes, truth[:0]).tolist() == [-1] * 5
-    assert audit.match(boxes[:0], truth).shape == (0,)
+    assert audit.match(boxes, instances).tolist() == [0, 1, -1, -1, 2]
+    assert audit.match(boxes, instances[:0]).tolist() == [-1] * 5
+    assert audit.match(boxes[:0], instances).shape == (0,)
 
 
-def test_nothing_kept_and_nothing_there_are_no_shares():
-    none = audit.summary(audit.tally(pseudo([], []), truth([(0, 0, 9)], [1]), 3), 1, 1.0)
+def test_a_fraction_of_nothing_is_none():
+    true = ground_truth([(0, 0, 9)], [1])
+    none = audit.summary(audit.tally(pseudo([], []), true, 3), 1, 1.0)
     assert none["box_precision"] is None and none["recall"] == 0.0
     empty = dict(
         boxes=torch.zeros(0, 4),
@@ -98,13 +108,46 @@ def watched(rule: str, labels: list[list[int]], shares: list[float], per_image: 
     return lines
 
 
-@pytest.mark.parametrize("found, word", [(0, "collapsed"), (2, None), (15, "explodes")])
-def test_a_collapsing_and_an_exploding_teacher_are_told(found, word):
-    for rule, flag in (("score", "--tau-class"), ("adaptive", "--tau-min")):
-        lines = watched(rule, 8 * [[1] * found], [1.0, 0.0, 0.0], 2.5)
+@pytest.mark.parametrize("kept, word", [(0, "collapsed"), (2, None), (15, "explodes")])
+def test_a_collapsing_and_an_exploding_teacher_are_reported(kept, word):
+    rules = dict(score="--tau-class", coupled="--tau-class", adaptive="--tau-min")
+    for rule, flag in dict(rules, dual="--tau-class or --tau-mask").items():
+        lines = watched(rule, 8 * [[1] * kept], [1.0, 0.0, 0.0], 2.5)
         assert len(lines) == (word is not None)
         # With the advice that belongs to the filter.
         assert word is None or (word in lines[0] and flag in lines[0])
+
+
+def test_an_unknown_filter_and_an_unknown_oracle_are_errors():
+    with pytest.raises(ValueError, match="unknown filter 'sure'"):
+        audit.Watch(["a"], "sure", 1.0, torch.ones(1))
+    with pytest.raises(ValueError, match="unknown oracle 'boxes'"):
+        audit.apply_oracle(pseudo([], []), {}, "boxes")
+
+
+def test_stages_are_audited_one_image_at_a_time():
+    """`pairs` may be a generator; the next image is asked for when the last one is counted."""
+    target = ground_truth([(0, 0, 10)], [1])
+    released = []
+
+    def pairs():
+        for k in range(3):
+            kept = pseudo([(0, 0, 10)], [1 + k % 2])
+            weakref.finalize(kept, released.append, k)
+            stages = dict(kept=[kept], final=[kept])
+            del kept
+            yield dict(target=target), stages
+            stages.clear()
+            # At most the last one is still in the hands of the caller.
+            assert len(released) >= k
+
+    result = audit.measure(pairs(), ["a", "b", "c"], 2.0, 3, torch.device("cpu"))
+    assert result["audit"] == result["audit_stages"]["kept"]
+    assert result["audit"]["class_accuracy"] == round(2 / 3, 4)
+    assert result["audit"]["pseudo_per_image"] == 1.0 and result["audit"]["recall"] == 1.0
+    assert result["audit_per_class"]["b"]["class_accuracy"] == 0.0
+    nothing = audit.measure(iter(()), ["a"], 2.0, 0, torch.device("cpu"))
+    assert nothing == dict(audit=None, audit_per_class=None, audit_stages=None)
 
 
 def test_a_class_that_is_lost_or_overrun_is_named():
@@ -124,7 +167,7 @@ def test_a_class_that_is_lost_or_overrun_is_named():
 def test_the_oracle_replaces_what_it_says_and_nothing_else():
     # On the first instance, shifted and of the wrong class; and nowhere.
     kept = pseudo([(2, 0, 10), (28, 28, 10)], [2, 3])
-    true = truth([(0, 0, 10), (20, 0, 10)], [1, 3])
+    true = ground_truth([(0, 0, 10), (20, 0, 10)], [1, 3])
     by_class = audit.apply_oracle(kept, true, "class")
     assert by_class.labels.tolist() == [1, 3] and torch.equal(by_class.masks, kept.masks)
     by_mask = audit.apply_oracle(kept, true, "mask")

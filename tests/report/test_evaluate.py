@@ -1,4 +1,9 @@
-"""Evaluation: perfect and empty predictions, pycocotools on the saved files, order."""
+"""Evaluation: AP of a model, and what an evaluation leaves behind.
+
+Claims: perfect predictions score 100 and none 0; a class without instances has no AP; the saved
+files give the same AP to pycocotools alone; sizes go by masks; detections lie in the original
+frame; boundary AP is that of the paper; memory goes back to the system.
+"""
 
 import contextlib
 import io
@@ -17,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 import evaluate
 from ssis import UserError, model
-from ssis.datasets import coco_json
+from ssis.datasets import coco_json, rle
 from ssis.report import ap
 
 pytestmark = pytest.mark.fast
@@ -26,21 +31,11 @@ pytestmark = pytest.mark.fast
 def perfect(dataset) -> list[dict]:
     results = []
     for index in range(len(dataset)):
-        truth = dataset.coco([index]).dataset["annotations"]
-        for a in truth:
+        for a in dataset.coco([index]).dataset["annotations"]:
             if not a["iscrowd"]:
-                rle = dict(a["segmentation"])
-                counts = rle["counts"]
-                rle["counts"] = counts.decode() if isinstance(counts, bytes) else counts
-                results.append(
-                    dict(
-                        image_id=index,
-                        category_id=a["category_id"],
-                        score=0.9,
-                        bbox=a["bbox"],
-                        segmentation=rle,
-                    )
-                )
+                mask = mask_utils.decode(a["segmentation"])
+                keys = dict(image_id=index, category_id=a["category_id"], score=0.9)
+                results.append(dict(keys, bbox=a["bbox"], segmentation=rle.encode(mask)))
     return results
 
 
@@ -50,13 +45,13 @@ def load(folder):
 
 def test_perfect_predictions_score_100_and_none_score_0(coco_folder):
     dataset = load(coco_folder)
-    truth = dataset.coco(range(len(dataset)))
+    ground_truth = dataset.coco(range(len(dataset)))
     for kind in ("segm", "bbox"):
-        numbers, classes = ap.average_precision(truth, perfect(dataset), kind)
+        numbers, classes = ap.average_precision(ground_truth, perfect(dataset), kind)
         assert numbers["AP"] == numbers["AR100"] == 100.0
         # A class without any instance has no AP, not AP 0.
         assert classes == [100.0, 100.0, None] and numbers["APl"] is None
-        numbers, classes = ap.average_precision(truth, [], kind)
+        numbers, classes = ap.average_precision(ground_truth, [], kind)
         assert numbers["AP"] == 0.0 and classes == [0.0, 0.0, None]
 
 
@@ -81,28 +76,26 @@ def test_saved_predictions_give_the_same_ap_to_pycocotools(coco_folder, tmp_path
     for result in results:
         result["score"] = rng.random_sample()
         result["category_id"] = int(rng.choice([result["category_id"], 1, 2]))
-    boxes = ap.save_predictions(tmp_path / "found.json", dataset, results)
+    boxes = ap.save_predictions(tmp_path / "results.json", dataset, results)
     raw = json.loads((coco_folder / "coco.json").read_text())
     for a in raw["annotations"]:
         a["area"], a["bbox"] = 100, a.get("bbox") or [0, 0, 1, 1]
     raw["info"] = {}
-    ours_truth = dataset.coco(range(4))
-    for kind, path in (("segm", tmp_path / "found.json"), ("bbox", boxes)):
+    ground_truth = dataset.coco(range(4))
+    for kind, path in (("segm", tmp_path / "results.json"), ("bbox", boxes)):
         oracle = COCO()
-        # Boxes of the oracle's truth come from pycocotools' own reading of the masks.
+        # The oracle's ground-truth boxes come from pycocotools' own reading of the masks.
         with contextlib.redirect_stdout(io.StringIO()):
             oracle.dataset = raw
             oracle.createIndex()
             for a in raw["annotations"]:
-                from pycocotools import mask as mask_utils
-
                 a["bbox"] = mask_utils.toBbox(oracle.annToRLE(a)).tolist()
-            judge = COCOeval(oracle, oracle.loadRes(str(path)), kind)
-            judge.evaluate()
-            judge.accumulate()
-            judge.summarize()
-        ours, _ = ap.average_precision(ours_truth, results, kind)
-        assert ours["AP"] == pytest.approx(100 * judge.stats[0], abs=2e-3) and ours["AP"] > 5
+            coco_eval = COCOeval(oracle, oracle.loadRes(str(path)), kind)
+            coco_eval.evaluate()
+            coco_eval.accumulate()
+            coco_eval.summarize()
+        ours, _ = ap.average_precision(ground_truth, results, kind)
+        assert ours["AP"] == pytest.approx(100 * coco_eval.stats[0], abs=2e-3) and ours["AP"] > 5
 
 
 def test_ap_by_size_goes_by_the_mask_not_by_its_box(coco_folder):
@@ -110,14 +103,13 @@ def test_ap_by_size_goes_by_the_mask_not_by_its_box(coco_folder):
     dataset = load(coco_folder)
     mask = np.zeros((32, 48), np.uint8, order="F")
     mask[np.arange(32), np.arange(32) + 8] = 1
-    rle = mask_utils.encode(mask)
-    diagonal = dict(image_id=3, category_id=1, score=1.0, segmentation=rle)
+    diagonal = dict(image_id=3, category_id=1, score=1.0, segmentation=rle.encode(mask))
     results = [*perfect(dataset), dict(diagonal, bbox=[0, 0, 48, 32])]
-    truth = dataset.coco(range(4))
-    masks, classes = ap.average_precision(truth, results, "segm")
+    ground_truth = dataset.coco(range(4))
+    masks, classes = ap.average_precision(ground_truth, results, "segm")
     # A false positive among the small ones, before all true ones of its class.
     assert masks["APs"] < 100 and masks["APs"] == masks["AP"] and classes[0] < 100
-    boxes, _ = ap.average_precision(truth, results, "bbox")
+    boxes, _ = ap.average_precision(ground_truth, results, "bbox")
     assert boxes["APs"] == 100 and boxes["AP"] < 100
 
 
@@ -194,34 +186,35 @@ def erode(mask: np.ndarray, times: int) -> np.ndarray:
 @pytest.mark.parametrize("shift", [0, 1, 2, 4])
 def test_boundary_ap_is_the_papers(tmp_path, shift):
     """By hand: min(mask IoU, boundary IoU) with a band of 2 % of the diagonal, and the
-    share of the ten thresholds that it passes."""
+    fraction of the ten thresholds that it passes."""
     pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
     height, width = 120, 160
-    true, found = np.zeros((2, height, width), np.uint8)
+    true, detected = np.zeros((2, height, width), np.uint8)
     true[20:80, 30:110] = 1
-    found[20 + shift : 80 + shift, 30:110] = 1
+    detected[20 + shift : 80 + shift, 30:110] = 1
     band = round(0.02 * (height**2 + width**2) ** 0.5)
     assert band == 4
-    edges = [mask - erode(mask, band) for mask in (true, found)]
+    edges = [mask - erode(mask, band) for mask in (true, detected)]
     iou = min(
-        np.logical_and(*pair).sum() / np.logical_or(*pair).sum() for pair in ((true, found), edges)
+        np.logical_and(*pair).sum() / np.logical_or(*pair).sum()
+        for pair in ((true, detected), edges)
     )
     expected = 100 * np.mean([iou >= t for t in np.arange(0.5, 1, 0.05)])
-
-    def encoded(mask):
-        rle = mask_utils.encode(np.asfortranarray(mask))
-        return dict(rle, counts=rle["counts"].decode())
 
     raw = dict(
         images=[dict(id=1, file_name="a.png", height=height, width=width)],
         categories=[dict(id=1, name="cat")],
-        annotations=[dict(id=1, image_id=1, category_id=1, iscrowd=0, segmentation=encoded(true))],
+        annotations=[
+            dict(id=1, image_id=1, category_id=1, iscrowd=0, segmentation=rle.encode(true))
+        ],
     )
     (tmp_path / "coco.json").write_text(json.dumps(raw))
-    truth = coco_json.load_coco(str(tmp_path / "coco.json"), str(tmp_path)).coco([0])
-    results = [dict(image_id=0, category_id=1, score=0.9, segmentation=encoded(found))]
-    assert ap.boundary_average_precision(truth, results)["AP"] == pytest.approx(expected, abs=0.01)
-    assert ap.boundary_average_precision(truth, [])["AP"] == 0.0
+    ground_truth = coco_json.load_coco(str(tmp_path / "coco.json"), str(tmp_path)).coco([0])
+    results = [dict(image_id=0, category_id=1, score=0.9, segmentation=rle.encode(detected))]
+    assert ap.boundary_average_precision(ground_truth, results)["AP"] == pytest.approx(
+        expected, abs=0.01
+    )
+    assert ap.boundary_average_precision(ground_truth, [])["AP"] == 0.0
 
 
 def test_boundary_ap_without_its_package_is_one_line(coco_folder, monkeypatch):

@@ -1,9 +1,9 @@
-"""What is exported finds the same, without this project.
+"""An exported model gives the same detections, without this project.
 
-Claims: the file beside the weights needs torch and torchvision alone, and gives the
-boxes, classes and scores of the model that was trained, for both sizes of model, with
-frozen and with trainable norms; the ONNX file, run by another program, does too, at sizes
-that it was not traced at; and a missing package is one line.
+Claims: the file beside the weights needs torch and torchvision alone, and gives the boxes,
+classes and scores of the model that was trained, for both models, with frozen and with
+trainable norms; so does the ONNX file, run by another program, at sizes that it was not traced
+with; a missing package is one line, and a file of somebody else is not overwritten.
 """
 
 import subprocess
@@ -30,7 +30,7 @@ def trained(settings, names):
                 part.running_var.uniform_(1e-5, 2e-5)
                 part.running_mean.normal_(0, 0.1)
                 part.weight.copy_(part.running_var.sqrt() * torch.rand_like(part.weight) * 2)
-    # Random scores are all near 1 / C: some must pass.
+    # Random scores are all near 1 / C, and some must pass.
     net.roi_heads.score_thresh = 0.0
     return net.eval()
 
@@ -53,7 +53,7 @@ def same(ours, other) -> None:
     ],
     ids=["small", "from scratch", "frozen norms", "norms without epsilon"],
 )
-def test_the_plain_model_finds_the_same(tmp_path, flags):
+def test_the_plain_model_gives_the_same_detections(tmp_path, flags):
     settings = config.parse(
         [*flags, "--method", "pl-dc"]
         + ["--short-side-min", "64", "--short-side", "64", "--long-side", "96"]
@@ -104,18 +104,18 @@ def test_it_needs_nothing_of_this_project(exported):
     np.save(folder / "image.npy", image.numpy())
     program = (
         "import sys, numpy, torch, model; net = model.load(); net.roi_heads.score_thresh = 0.0; "
-        "found = net([torch.from_numpy(numpy.load('image.npy'))])[0]; "
+        "output = net([torch.from_numpy(numpy.load('image.npy'))])[0]; "
         "assert 'ssis' not in sys.modules and model.CLASSES == ['cat', 'dog']; "
-        "torch.save({k: v.detach() for k, v in found.items()}, 'found.pt')"
+        "torch.save({k: v.detach() for k, v in output.items()}, 'output.pt')"
     )
     subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); " + program],
                    cwd=folder, check=True)  # fmt: skip
     with torch.no_grad():
-        same(net([image])[0], torch.load(folder / "found.pt"))
+        same(net([image])[0], torch.load(folder / "output.pt"))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 90)])
-def test_onnx_finds_the_same_at_any_size(exported, size):
+def test_onnx_gives_the_same_detections_at_any_size(exported, size):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     folder, _ = exported
     plain = export.load_plain(folder)
@@ -123,11 +123,11 @@ def test_onnx_finds_the_same_at_any_size(exported, size):
     image = torch.rand(3, *size)
     session = runtime.InferenceSession(str(folder / "model.onnx"))
     values = map(torch.from_numpy, session.run(None, {"image": image.numpy()}))
-    found = dict(zip((o.name for o in session.get_outputs()), values, strict=True))
+    theirs = dict(zip((o.name for o in session.get_outputs()), values, strict=True))
     with torch.no_grad():
         ours = plain([image])[0]
-    same(ours, found)
-    torch.testing.assert_close(ours["masks"], found["masks"], rtol=1e-3, atol=1e-3)
+    same(ours, theirs)
+    torch.testing.assert_close(ours["masks"], theirs["masks"], rtol=1e-3, atol=1e-3)
 
 
 def test_a_missing_package_is_one_line(monkeypatch, exported):
@@ -137,7 +137,7 @@ def test_a_missing_package_is_one_line(monkeypatch, exported):
         export.run(["checkpoint.pt", "--out", str(exported[0]), "--onnx"])
 
 
-def test_a_file_of_ones_own_is_not_written_over(exported, tmp_path):
+def test_a_file_of_somebody_else_is_not_overwritten(exported, tmp_path):
     (tmp_path / "model.py").write_text("# mine")
     with pytest.raises(UserError, match="is there and was not exported"):
         export.run([str(exported[0].parent / "checkpoint.pt"), "--out", str(tmp_path)])

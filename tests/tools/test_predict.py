@@ -1,6 +1,6 @@
-"""Prediction on whatever files people have: one image in many formats, one answer.
+"""Prediction on image files: one image in many formats, one answer.
 
-The model has random weights, and finds the same things in the same pixels. Oracles: the
+The model has random weights, and detects the same things in the same pixels. Oracles: the
 RGB PNG of the image for all its other formats; pycocotools for the files that are written.
 """
 
@@ -44,9 +44,9 @@ def trained(tmp_path_factory, shapes_folder):
 
 
 def results(folder) -> dict[str, list]:
-    """file name -> what was found, without image ids."""
-    found = json.loads((folder / "coco.json").read_text())
-    names = {record["id"]: record["file_name"] for record in found["images"]}
+    """file name -> its detections, without image ids."""
+    dataset = json.loads((folder / "coco.json").read_text())
+    names = {record["id"]: record["file_name"] for record in dataset["images"]}
     by_name = {name: [] for name in names.values()}
     for result in json.loads((folder / "results.json").read_text()):
         by_name[names[result.pop("image_id")]].append(result)
@@ -78,30 +78,30 @@ def test_every_format_of_an_image_gives_the_same_answer(trained, tmp_path, capsy
     said = capsys.readouterr()
     assert "8 of 9 images" in said.out
     assert said.err.count("skipped") == 1 and "broken.jpg" in said.err
-    found = results(out)
-    assert len(found) == 8 and "broken.jpg" not in found
-    assert len(found["a.png"]) > 1
-    for name, value in found.items():
-        assert value == found["a.png"], name
-    scores = [instance["score"] for instance in found["a.png"]]
+    detections = results(out)
+    assert len(detections) == 8 and "broken.jpg" not in detections
+    assert len(detections["a.png"]) > 1
+    for name, value in detections.items():
+        assert value == detections["a.png"], name
+    scores = [instance["score"] for instance in detections["a.png"]]
     assert scores == sorted(scores, reverse=True) and scores[-1] >= 0.1
     pictures = {p.relative_to(out / "overlays").as_posix() for p in out.rglob("overlays/**/*.png")}
     assert {"a.png.png", "a.tiff.png", "sub folder/ünï.webp.png"} <= pictures
     assert len(pictures) == 8
     # Each mask as a PNG, as in the JSON, and upright.
     masks = sorted((out / "masks" / "turned.png").iterdir())
-    assert len(masks) == len(found["turned.png"])
-    for path, instance in zip(masks, found["turned.png"], strict=True):
+    assert len(masks) == len(detections["turned.png"])
+    for path, instance in zip(masks, detections["turned.png"], strict=True):
         mask = np.array(Image.open(path))
         assert mask.shape == (72, 90) and set(np.unique(mask)) <= {0, 255}
         assert (mask // 255 == mask_utils.decode(instance["segmentation"])).all()
 
 
 def test_the_output_is_no_input_and_names_stay_apart(tmp_path):
-    for name in ("one/a.png", "two/a.png", "two/A.png", "found/overlays/a.png.png"):
+    for name in ("one/a.png", "two/a.png", "two/A.png", "out/overlays/a.png.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (9, 9)).save(tmp_path / name)
-    out = tmp_path / "found"
+    out = tmp_path / "out"
     everything = predict.find_images([str(tmp_path)], out)
     assert sorted(everything) == ["one/a.png", "two/A.png", "two/a-2.png"]
     given = [str(tmp_path / "one"), str(tmp_path / "two" / "a.png"), str(tmp_path / "one/a.png")]
@@ -109,7 +109,7 @@ def test_the_output_is_no_input_and_names_stay_apart(tmp_path):
 
 
 def test_of_two_instances_in_one_place_the_surer_one_is_on_top():
-    """Two classes for one object: what can be read is the one that would be believed first."""
+    """Two classes for one object: color and name are those of the one with the higher score."""
     masks = torch.ones(2, 32, 32, dtype=torch.bool)
     draw = partial(pictures.overlay, torch.full((3, 32, 32), 0.5), masks, side=256)
     for scores in ([0.9, 0.6], [0.6, 0.9]):
@@ -118,6 +118,11 @@ def test_of_two_instances_in_one_place_the_surer_one_is_on_top():
         turned = torch.tensor(scores[::-1])
         back = draw(labels=torch.tensor([2, 1]), names=["a", "b"], scores=turned)
         assert np.array_equal(there, back)
+        # Of the other one not even the end of a long name shows.
+        other = ["a", "b"][::-1][int(scores[1] > scores[0])]
+        longer = [name + " of a long name" * (name == other) for name in ("a", "b")]
+        hidden = draw(labels=torch.tensor([1, 2]), names=longer, scores=torch.tensor(scores))
+        assert np.array_equal(there, hidden)
         # The line at the edge has the color of the surer one, mostly.
         surer = int(scores[1] > scores[0])
         red = np.array(there)[128, 0, 0] / 255
@@ -130,8 +135,9 @@ def test_the_overlay_shows_the_masks_where_they_are():
     image = torch.full((3, 1500, 3000), 128, dtype=torch.uint8)
     mask = np.zeros((1500, 3000), np.uint8, order="F")
     mask[300:600, 300:900] = 1
-    found = [dict(category_id=1, score=0.9, segmentation=mask_utils.encode(mask))]
-    picture = np.array(pictures.detections(image, found, ["thing"], predict.LARGEST)).astype(int)
+    instances = [dict(category_id=1, score=0.9, segmentation=mask_utils.encode(mask))]
+    picture = pictures.detections(image, instances, ["thing"], predict.LARGEST)
+    picture = np.array(picture).astype(int)
     assert picture.shape == (1024, 2048, 3)
     changed = np.abs(picture - 128).max(axis=2) > 20
     xs = np.where(changed[260:400])[1]  # below the text
@@ -139,7 +145,7 @@ def test_the_overlay_shows_the_masks_where_they_are():
     assert changed[250:400, 210:610].all() and not changed[420:].any()
 
 
-def test_what_was_found_is_kept_when_it_is_stopped(trained, tmp_path, monkeypatch):
+def test_results_are_written_when_it_is_stopped(trained, tmp_path, monkeypatch):
     for k in range(3):
         Image.new("RGB", (40, 40), (90 * k, 30, 200)).save(tmp_path / f"{k}.png")
     draw, calls = pictures.detections, []
@@ -153,8 +159,8 @@ def test_what_was_found_is_kept_when_it_is_stopped(trained, tmp_path, monkeypatc
     monkeypatch.setattr(pictures, "detections", stop_at_the_third)
     with pytest.raises(SystemExit, match="130"):
         predict.main([str(trained), str(tmp_path), "--out", str(tmp_path / "out"), "--score", "0"])
-    found = json.loads((tmp_path / "out" / "coco.json").read_text())
-    assert [record["file_name"] for record in found["images"]] == ["0.png", "1.png", "2.png"]
+    dataset = json.loads((tmp_path / "out" / "coco.json").read_text())
+    assert [record["file_name"] for record in dataset["images"]] == ["0.png", "1.png", "2.png"]
 
 
 def test_the_files_are_coco(trained, shapes_folder, tmp_path):

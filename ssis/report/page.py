@@ -64,7 +64,10 @@ def quality(dataset, index: int, detections: list[dict]) -> float | None:
     ground_truth, crowds = [], []
     for rle, (label, crowd) in annotations:
         # A crowd is no instance that could be missed; it is asked for below.
-        crowds.append(rle) if crowd else ground_truth.append((rle, label))
+        if crowd:
+            crowds.append(rle)
+        else:
+            ground_truth.append((rle, label))
     rles = [detection["segmentation"] for detection in sure]
     total, taken, matched = 0.0, set(), set()
     if sure and ground_truth:

@@ -40,7 +40,7 @@ from ssis.report.curves import MODELS
 # So many strips of pseudo-labels, from the first to the last.
 STRIPS = 6
 
-# The page, with a $name for each part that `page` fills in.
+# The page, with a placeholder for each part that `page` fills in.
 TEMPLATE = Path(__file__).with_name("page.html")
 
 

@@ -35,7 +35,7 @@ TINY = [
     "--long-side",
     "48",
     "--eval-every",
-    "5",
+    "7",
     "--audit-images",
     "4",
     "--warmup-steps",

@@ -51,7 +51,7 @@ def test_a_run_leaves_the_files_and_numbers_it_promises(whole):
         "best.png",
         "worst.png",
         "report.html",
-        "pseudo_000005.png",
+        "pseudo_000007.png",
     ):
         assert (folder / name).stat().st_size > 0, name
     summary = json.loads((folder / "summary.json").read_text())
@@ -68,7 +68,7 @@ def test_a_run_leaves_the_files_and_numbers_it_promises(whole):
         "recall",
     }
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [5, 5, 10, 10, 12]
+    assert [line["step"] for line in lines] == [7, 7, 10, 12]
     assert lines[2]["pseudo_per_image"] > 0 and lines[2]["unlabeled/loss_mask"] > 0
     assert "pretrained" in done.stdout and f"{folder}/report.html" in done.stdout
     assert not summary["first_teacher_given"] and "included" not in done.stdout
@@ -204,7 +204,7 @@ def spied(monkeypatch, run_folder, arguments) -> list:
     return seen
 
 
-def test_a_fresh_student_is_one(whole, tmp_path, monkeypatch):
+def test_a_fresh_student_is_one(whole, few, tmp_path, monkeypatch):
     """GD's way, and the real presets': the teacher stays, the student starts anew."""
     few = ["--tau-min", "0.02", "--tau-max", "0.1", "--burnin-init", "fresh"]
     filled, fill = [], correction.fill
@@ -231,7 +231,7 @@ def test_a_fresh_student_is_one(whole, tmp_path, monkeypatch):
     assert torch.equal(seen[3][2], seen[3][1]) and not torch.equal(seen[4][2], seen[4][1])
 
 
-def test_labeled_images_can_be_among_the_unlabeled(whole, tmp_path, monkeypatch):
+def test_labeled_images_can_be_among_the_unlabeled(whole, few, tmp_path, monkeypatch):
     folder, arguments, _ = whole
     # The shapes' files are named by their numbers.
     labeled = {
@@ -248,7 +248,7 @@ def test_labeled_images_can_be_among_the_unlabeled(whole, tmp_path, monkeypatch)
         assert shown & labeled == expected and len(shown) == (40 if flag else 32)
 
 
-def test_the_teacher_is_watched_until_the_end(whole, tmp_path, monkeypatch, capsys):
+def test_the_teacher_is_watched_until_the_end(whole, few, tmp_path, monkeypatch, capsys):
     folder, arguments, _ = whole
     given = [*arguments, "--pretrained", str(folder / "pretrained.pt")]
     given += ["--eval-every", "99", "--output", str(tmp_path)]
@@ -263,7 +263,7 @@ def test_the_teacher_is_watched_until_the_end(whole, tmp_path, monkeypatch, caps
         assert not often or "0.00 pseudo-labels per image" in said.out + said.err
 
 
-def test_the_teacher_pastes_nothing_that_no_rule_would_keep(whole, tmp_path, monkeypatch):
+def test_the_teacher_pastes_nothing_that_no_rule_would_keep(whole, few, tmp_path, monkeypatch):
     folder, arguments, _ = whole
     predict, lowest, asked = train.predict, [], []
 
@@ -375,7 +375,7 @@ def test_bf16_trains(shapes_folder, few, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")
-def test_fp16_trains_and_its_scaler_finds_a_scale(shapes_folder, tmp_path):
+def test_fp16_trains_and_its_scaler_finds_a_scale(shapes_folder, few, tmp_path):
     """The first scale, 65,536, is too high for any gradient: those steps are not taken."""
     short = ["--burnin-steps", "1", "--mutual-steps", "1", "--amp", "fp16"]
     train.main([*dataset_of(shapes_folder), *TINY, *short, "--output", str(tmp_path)])

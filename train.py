@@ -47,7 +47,7 @@ def train(config: Config) -> None:
             student=net, teacher=teacher, thresholds=thresholds, classifier=classifier,
             sam=embeddings, optimizer=optimizer, schedule=schedule, scaler=scaler,
         )  # fmt: skip
-        memory = (classifier, teacher, session.streams.labeled, rank, world_size)
+        filling = (classifier, teacher, session.streams.labeled, rank, world_size)
 
         def stages(items: list[dict], step: int):
             """Pseudo-labels of single images, one after the other, to be audited or drawn."""
@@ -65,20 +65,20 @@ def train(config: Config) -> None:
                 # PL-DC: the thresholds start from the class frequencies, and the category
                 # classifier gets its memory, as this teacher sees the labeled instances.
                 thresholds.start(session.class_frequency)
-                correction.fill(*memory)
+                correction.fill(*filling)
                 if config.burnin_init == "fresh":
                     # GD: a new student, which is not biased towards its own teacher. What the
                     # optimizer remembers of gradients was another network's.
                     model.start_afresh(net, config.seed, *model_of(config))
                     optimizer.state.clear()
             if step == burnin_end:
-                # PL-DC's correction counts most here, and nothing at the end: audit it now.
+                # PL-DC's correction has weight 0.5 until here, 0 at the end: audit it now.
                 session.audit_burnin(stages(session.audit_items(), step))
                 # GD: teacher := student; the student has caught up with its frozen teacher.
                 teacher.load_state_dict(net.state_dict())
                 if config.burnin_init == "fresh":
                     # Features of two networks cannot be compared: the memory starts anew.
-                    correction.fill(*memory)
+                    correction.fill(*filling)
 
             # One step, on labeled images alone while the first teacher is made, then on both.
             lr = schedule.get_last_lr()[-1]
@@ -153,8 +153,7 @@ def train_step(
     # Mixed precision covers the forward pass alone; a gradient has the type of its forward pass.
     with autocast(config, device):
         loss_s, counts, features = student(images, targets)
-    # GD Eq. (total): the labeled part. Through DDP's wrapper, so its backward pass averages the
-    # gradients of both passes over the processes; every process always has labeled images.
+    # GD Eq. (total): the labeled part.
     total_counts = distributed.all_sum(counts)
     objective = losses.total(loss_s, counts, total_counts, distributed.world_size())
     row |= losses.logged(loss_s, counts, "labeled/")
@@ -164,6 +163,8 @@ def train_step(
         loss_sd = sam_distill.loss(features, labeled, structure)
         objective = objective + config.structure_weight * loss_sd
         row["labeled/loss_structure"] = torch.stack([loss_sd.detach(), loss_sd.new_ones(())])
+    # Here the processes wait for each other. The forward pass went through DDP's wrapper, so this
+    # backward pass averages the gradients over them, those of the unlabeled pass included.
     scaler.scale(objective).backward()
 
     # Unscale before clipping: the limit is one for gradients, not for 65,536 times as much.
@@ -257,7 +258,7 @@ def pseudo_labels(
     Returns:
         stage -> B `PseudoLabels`; the student is trained on the stage "final".
     """
-    # What no rule would keep is not even pasted into the image: a soft mask is H x W floats.
+    # What no rule would keep is not predicted, unless the audit asks: a mask is H x W floats.
     passing = config.tau_min if config.filter == "adaptive" else config.tau_class
     with autocast(config, weak[0].device):
         predicted = predict(labeler.teacher, weak, min(passing, min_score))

@@ -13,7 +13,8 @@ does not copy it, so both passes have the same parameters, and `backward` *adds*
 gradient of its own unlabeled loss. The second, through the wrapper, adds the gradient
 of the labeled loss. As soon as `p.grad` of a parameter is complete, DDP replaces it by
 its mean over the processes, and so averages the sum of both. The processes wait for
-each other here: in the backward pass of the labeled loss, which every process has.
+each other here: in the backward pass of the labeled loss, which every process has
+(`scaler.scale(objective).backward()` in `train.train_step`).
 (The first pass could not go through the wrapper under `no_sync`: even then its second
 forward pass waits for all processes, to rebuild its buckets.)
 

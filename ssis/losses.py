@@ -22,9 +22,11 @@ $$u = 1 - 2 |p - 0.5|$$       PL-DC Eq. (uncertainty)
 $$L_{\mathrm{mask}} = \mathrm{mean}[(1 - u) \cdot \mathrm{BCE}]$$       PL-DC Eq. (PMUA)
 
 1 - u is 1 where p is 0 or 1, and 0 where it is 0.5. Only the masks' cross-entropy is
-weighted, and only on unlabeled images. The mean is over all pixels; it is not divided
-by the sum of the weights. So if the teacher is unsure of all masks of a batch, the mask
-loss of the batch is small.
+weighted, and only on unlabeled images. `teacher.PseudoLabels.target` puts the weights
+into the targets (with `--refine-calibrate` times m' of S4M Eq. (calibration)), and
+`model.WeightedRoIHeads.forward` aligns them with each proposal. The mean is over all
+pixels; it is not divided by the sum of the weights. So if the teacher is unsure of all
+masks of a batch, the mask loss of the batch is small.
 
 *Averaging.* Each loss is a mean over n things: sampled anchors, sampled proposals, or
 foreground proposals. n differs between processes: one with many instances has more

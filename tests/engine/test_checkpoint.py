@@ -15,7 +15,6 @@ from ssis import UserError, config, model
 from ssis.engine import resume
 from ssis.io import checkpoint
 
-pytestmark = pytest.mark.fast
 
 STATE = dict(config={}, names=["a"], student={}, teacher={}, weights=torch.arange(1000.0))
 

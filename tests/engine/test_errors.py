@@ -17,8 +17,6 @@ from ssis import config, model
 from ssis.engine import run_folder
 from ssis.io import checkpoint
 
-pytestmark = pytest.mark.fast
-
 
 def drop(key):
     def change(raw):

@@ -16,7 +16,6 @@ from ssis import losses
 from ssis.engine import guard
 from ssis.io import checkpoint
 
-pytestmark = pytest.mark.fast
 SUPERVISED = ["--method", "supervised", "--labeled", "100%", "--labeled-batch", "2"]
 
 

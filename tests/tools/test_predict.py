@@ -22,8 +22,6 @@ from ssis.io import checkpoint
 from ssis.report import pictures
 from ssis.tools import predict
 
-pytestmark = pytest.mark.fast
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, shapes_folder):

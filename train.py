@@ -15,13 +15,14 @@ keeps it alive (progress, files, resuming, evaluation) in `ssis/engine/session.p
 
 B = images in this process's batch, N = instances, C = classes.
 
-Chain: 1 of 16. Read next: `ssis/data.py`, where the batches come from.
+Chain: 1 of 17. Read next: `ssis/data.py`, where the batches come from.
 """
 
 import torch
 from torch import Tensor, nn
 
-from ssis import augment, correction, distributed, filters, losses, model, refine, sam_distill
+from ssis import augment, copy_paste, correction, distributed, filters
+from ssis import losses, model, refine, sam_distill
 from ssis.config import Config, parse
 from ssis.engine.build import Labeler, autocast, build, model_of
 from ssis.engine.guard import Guard
@@ -72,7 +73,7 @@ def train(config: Config) -> None:
                     model.start_afresh(net, config.seed, *model_of(config))
                     optimizer.state.clear()
             if step == burnin_end:
-                # PL-DC's correction has weight 0.5 until here, 0 at the end: audit it now.
+                # PL-DC's correction has weight 0.5 until here, 0 at the end: measure it now.
                 session.audit_burnin(stages(session.audit_items(), step))
                 # GD: teacher := student; the student has caught up with its frozen teacher.
                 teacher.load_state_dict(net.state_dict())
@@ -132,7 +133,7 @@ def train_step(
         labels (N,) of the pseudo-labels of each unlabeled image.
     """
     net, device = distributed.unwrap(student), next(student.parameters()).device
-    # Both passes add to the same gradients, so they are cleared here and nowhere else.
+    # Both passes add to the same gradients: they are cleared here and nowhere else.
     optimizer.zero_grad(set_to_none=True)
     guard.begin()
     # The unlabeled pass comes first and is freed by its own backward pass before the labeled
@@ -140,19 +141,21 @@ def train_step(
     both = unlabeled is not None
     row, kept = unlabeled_pass(net, labeler, unlabeled, step, config, scaler) if both else ({}, [])
 
-    # The labeled images get the strong view too. Otherwise a gain over supervised training
-    # would in part be that of the augmentation, which supervised training can have as well.
     images = [item["image"].to(device) for item in labeled]
     targets = [{k: v.to(device) for k, v in item["target"].items()} for item in labeled]
     # Pasting between labeled images is this project's option; S4M pastes unlabeled ones.
     if both and config.arp == "both":
-        images, targets = augment.arp(
-            images, targets, config.arp_min_area, config.arp_jitter, labeled[0]["seed"]
-        )
-    images = augment.strong_views(images, labeled)
+        pasting = (config.arp_min_area, config.arp_jitter, labeled[0]["seed"])
+        images, targets = copy_paste.arp(images, targets, *pasting, config.view_size.crop)
+    # By default the labeled images get the strong view too, so that no gain over supervised
+    # training is that of the augmentation. PL-DC trains on both views of them.
+    if config.labeled_view != "weak":
+        strong = augment.strong_views(images, labeled, config.strong_erasing)
+        images = strong if config.labeled_view == "strong" else images + strong
+    views = len(images) // len(labeled)
     # Mixed precision covers the forward pass alone; a gradient has the type of its forward pass.
     with autocast(config, device):
-        loss_s, counts, features = student(images, targets)
+        loss_s, counts, features = student(images, targets * views, config.no_object_labeled)
     # GD Eq. (total): the labeled part.
     total_counts = distributed.all_sum(counts)
     objective = losses.total(loss_s, counts, total_counts, distributed.world_size())
@@ -160,29 +163,27 @@ def train_step(
     if structure and not both:
         # S4M Eq. (teacher), while pretraining: the teacher-to-be gets SAM's layout. Later the
         # pseudo-labels bring what SAM knows, through its masks.
-        loss_sd = sam_distill.loss(features, labeled, structure)
+        loss_sd = sam_distill.loss(features, labeled * views, structure)
         objective = objective + config.structure_weight * loss_sd
         row["labeled/loss_structure"] = torch.stack([loss_sd.detach(), loss_sd.new_ones(())])
-    # Here the processes wait for each other. The forward pass went through DDP's wrapper, so this
-    # backward pass averages the gradients over them, those of the unlabeled pass included.
+    # Here the processes wait for each other: through DDP's wrapper this backward pass averages
+    # the gradients over them, those of the unlabeled pass included.
     scaler.scale(objective).backward()
 
-    # Unscale before clipping: the limit is one for gradients, not for 65,536 times as much.
+    # The gradient of one bad box can be a thousand times the usual; clipped it does no harm.
+    # Unscale first: the limit is one for gradients, not for 65,536 times as much.
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
-    # The gradient of one bad box can be a thousand times the usual; clipped it does no harm.
     # A step with NaN in it is not taken, and ends the run if it is the third in a row.
     if guard.allows(norm, row, labeled + (unlabeled or []), step + 1):
         scaler.step(optimizer)
     scaler.update()
-    # The learning rate moves on even if the step was skipped: it is a function of the number
-    # of steps done, and so are the stages and the data.
+    # The learning rate moves on even if the step was skipped: it is a function of the step.
     schedule.step()
     # DDP averages gradients only. BatchNorm's statistics are not learned by gradient: without
     # this, each process would have a student, and so a teacher, of its own.
     distributed.average_statistics(net)
-    # PL-DC: the category classifier's memory keeps up with the teacher, whose features change
-    # as it follows the student.
+    # PL-DC: the category classifier's memory keeps up with the teacher.
     if both and labeler.classifier and (step + 1) % correction.REFRESH_EVERY == 0:
         labeler.classifier.learn(labeler.teacher, labeled)
     return row, kept
@@ -196,37 +197,33 @@ def unlabeled_pass(
     Args as for `train_step`, but `net`: the student without DDP's wrapper. Returns as there.
     """
     device = next(net.parameters()).device
-    # 1. The teacher labels the weak view, in which fewer mistakes are made; its predictions are
-    #    filtered and corrected.
+    # 1. The teacher labels the weak view, in which fewer mistakes are made.
     weak = [item["image"].to(device) for item in unlabeled]
     stages = pseudo_labels(labeler, weak, unlabeled, config, step)
-    if config.filter == "adaptive":
+    if config.filter in filters.ADAPTIVE:
         # PL-DC Eq. (adapt): the thresholds follow what the teacher predicts.
         labeler.thresholds.update(stages["predicted"])
     pseudo = stages.pop("final")
     del stages  # soft masks of every stage: at 1024 pixels gigabytes
-    # 2. An image without a pseudo-label is left out, never trained as background: the teacher
-    #    may just not have been sure. In an image that has some, what is missing is background.
-    chosen = [i for i, labels in enumerate(pseudo) if len(labels)]
-    # PL-DC Eq. (PMUA): with the certainty of each mask pixel, the teacher's or SAM's, so that
-    # the doubtful edge of a mask is taught less than its inside.
+    # 2. An image without a pseudo-label is left out (PL-DC): the teacher may just not have been
+    #    sure. Or it is trained as background (GD, S4M), as what is missing in the others is.
+    trained = config.empty_images == "background"
+    chosen = [i for i, labels in enumerate(pseudo) if len(labels) or trained]
+    # PL-DC Eq. (PMUA): the doubtful edge of a mask is taught less than its inside.
     targets = [pseudo[i].target(config.uncertainty, config.refine_calibrate) for i in chosen]
     images, items = [weak[i] for i in chosen], [unlabeled[i] for i in chosen]
-    # 3. S4M: instances are pasted from image to image, before the strong view: what is pasted
-    #    and what was there are then distorted alike.
+    # 3. S4M: instances are pasted from image to image, before the strong view distorts all alike.
     if config.arp != "none":
-        images, targets = augment.arp(
-            images, targets, config.arp_min_area, config.arp_jitter, unlabeled[0]["seed"]
-        )
-    # 4. The student must see the same in the strong view of the same pixels: no pixel moves, so
-    #    the targets stay valid.
-    strong = augment.strong_views(images, items)
+        pasting = (config.arp_min_area, config.arp_jitter, unlabeled[0]["seed"])
+        images, targets = copy_paste.arp(images, targets, *pasting, config.view_size.crop)
+    # 4. The student must see the same in the strong view: no pixel moves, the targets stay valid.
+    strong = augment.strong_views(images, items, config.strong_erasing)
     loss_u, counts = None, torch.zeros(losses.COUNTS, device=device)
     # Not through DDP's wrapper: a process with no pseudo-label skips this pass, so nothing in
     # it may wait for the others. All take part in the sum of the counts.
     if chosen:
         with autocast(config, device):
-            loss_u, counts, _ = net(strong, targets)
+            loss_u, counts, _ = net(strong, targets, config.no_object_unlabeled)
     total_counts = distributed.all_sum(counts)
     if chosen:
         objective = losses.total(loss_u, counts, total_counts, distributed.world_size())
@@ -259,7 +256,7 @@ def pseudo_labels(
         stage -> B `PseudoLabels`; the student is trained on the stage "final".
     """
     # What no rule would keep is not predicted, unless the audit asks: a mask is H x W floats.
-    passing = config.tau_min if config.filter == "adaptive" else config.tau_class
+    passing = config.tau_min if config.filter in filters.ADAPTIVE else config.tau_class
     with autocast(config, weak[0].device):
         predicted = predict(labeler.teacher, weak, min(passing, min_score))
     # PL-DC, instance level: class and mask quality decide what is kept. A wrong pseudo-label
@@ -267,20 +264,23 @@ def pseudo_labels(
     rule = (config.filter, config.tau_class, config.tau_mask, config.min_area)
     latest = kept = [filters.keep(p, *rule, labeler.thresholds) for p in predicted]
     stages = dict(predicted=predicted, kept=kept)
-    # S4M: SAM, which sees the original image, redraws the masks; classes and scores stay the
-    # teacher's, for SAM knows no classes.
+    # S4M: SAM, which sees the original image, redraws the masks; it knows no classes.
     if config.refine != "none":
         how = (config.refine, config.refine_points, config.refine_sampling)
         how += (config.refine_gate, config.refine_calibrate, config.min_area)
         pairs = zip(kept, items, strict=True)
         latest = [refine.refine(p, labeler.embeddings, item, *how) for p, item in pairs]
         stages["refined"] = latest
-    # PL-DC, category level: another classifier has a say, less and less. It comes after SAM: a
-    # better silhouette is easier to name.
+    # PL-DC, category level: another classifier has a say, less and less.
     if config.correction != "none":
         weight = correction.weight(step, *config.stage_ends[1:])
         latest = correction.correct(latest, weak, labeler.classifier, weight)
         stages["corrected"] = latest
+    # This project's reading of the AAAI version: the correction decides on what was ambiguous.
+    if config.filter == "three-way":
+        pairs = zip(latest, kept, strict=True)
+        latest = [filters.decide(*pair, labeler.thresholds) for pair in pairs]
+        stages["decided"] = latest
     # Headroom, not a method: the ground truth replaces classes, masks or both.
     if config.oracle != "none":
         pairs = zip(latest, items, strict=True)

@@ -18,7 +18,7 @@ What is known of a field stands with it: its reason, its choices or range, and
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
 
-Chain: 15 of 16. Read next: `ssis/presets.py`, the settings of papers and datasets.
+Chain: 16 of 17. Read next: `ssis/presets.py`, the settings of papers and datasets.
 """
 
 import argparse
@@ -43,6 +43,7 @@ VALID = {
     ">= 0": lambda value: value >= 0,
     "from 0 to 1": lambda value: 0 <= value <= 1,
     "from 0 to below 1": lambda value: 0 <= value < 1,
+    "from 0 to 5": lambda value: 0 <= value <= 5,
     "> 0 and finite": lambda value: 0 < value < float("inf"),
 }
 # Fields that are gone, with the value that the present code stands for.
@@ -144,6 +145,14 @@ class Config:
         "the audit honest",
         scope=LATER,
     )
+    repeat_threshold: float = setting(
+        0.0,
+        "repeat-factor sampling of labeled images after pretraining: an image is drawn "
+        "in proportion to the largest sqrt(threshold / f) of its classes (at least 1), "
+        "f being the fraction of images that have the class (GD, S4M 10); 0: all alike",
+        valid=">= 0",
+        scope=LATER,
+    )
     workers: int = setting(
         0,
         "loader processes; 0 is fastest for tiny images, try 4 for real ones",
@@ -160,6 +169,11 @@ class Config:
         "none",
         "where resnet50 starts: none, imagenet, coco, or the PATH of a state dict",
     )
+    trained_stages: int = setting(
+        3,
+        "stages of a pretrained backbone that learn, from the top; 0: none (PL-DC)",
+        valid="from 0 to 5",
+    )
     short_side_min: int = setting(
         96,
         "smallest short side that a training image is resized to",
@@ -172,6 +186,32 @@ class Config:
     )
     long_side: int = setting(
         160, "limit of the long side, which bounds the memory", valid="at least 1"
+    )
+    crop_height: int = setting(
+        0,
+        "training views are random crops of this size, of images resized to scale_min "
+        "to scale_max times what fits into it (large-scale jitter); 0: no crops",
+        group="Views of training images, beside the sides above",
+        valid=">= 0",
+    )
+    crop_width: int = setting(0, "its other side", valid=">= 0")
+    scale_min: float = setting(
+        1.0, "smallest scale before a crop (COCO 0.1)", valid="> 0 and finite"
+    )
+    scale_max: float = setting(
+        1.0, "largest scale before a crop (COCO 2)", valid="> 0 and finite"
+    )
+    weak_color: bool = setting(
+        False, "distort the colors of every view, the teacher's too (Cityscapes)"
+    )
+    strong_erasing: bool = setting(
+        False, "erase up to three boxes of a strong view (PL-DC)"
+    )
+    labeled_view: str = setting(
+        "strong",
+        "view of a labeled image that is trained on: weak (GD, S4M), strong, or both "
+        "(PL-DC)",
+        choices=("weak", "strong", "both"),
     )
     pretrain_steps: int = setting(
         700,
@@ -196,6 +236,11 @@ class Config:
         "the student's first weights: the teacher's (quick), or fresh (as GD)",
         choices=("teacher", "fresh"),
     )
+    pretrain_batch: int = setting(
+        0,
+        "labeled images per step of pretraining (S4M: 16, then 12); 0: labeled_batch",
+        valid=">= 0",
+    )
     labeled_batch: int = setting(
         8, "labeled images per step, over all processes together", valid="at least 1"
     )
@@ -212,23 +257,37 @@ class Config:
         valid="> 0 and finite",
     )
     backbone_lr_factor: float = setting(
-        1.0, "pretrained features need smaller steps: GD has 0.1"
+        1.0, "the backbone's step size against the others' (GD 0.1; Mask R-CNNs 1)"
     )
     weight_decay: float = setting(
         0.05, "AdamW's, as in GD; not on biases and norms", valid=">= 0"
     )
     clip_norm: float = setting(
         1.0,
-        "limit of the gradient norm; GD has 0.01 (Mask2Former's)",
+        "limit of the gradient norm; the papers have 0.01, which is Mask2Former's",
         valid="> 0 and finite",
     )
     warmup_steps: int = setting(
         50, "linear warm-up: AdamW's second moments are noise at first", valid=">= 0"
     )
+    lr_schedule: str = setting(
+        "linear",
+        "how lr falls: linear to 0 from decay_at on, step to a tenth at decay_at and "
+        "again at decay_again_at, or poly from the start (Cityscapes)",
+        choices=("linear", "step", "poly"),
+    )
     decay_at: float = setting(
         0.7,
-        "fraction of pretraining, and of what follows it, after which lr falls to 0",
+        "fraction of a part of the run after which lr falls",
         valid="from 0 to below 1",
+    )
+    decay_again_at: float = setting(
+        1.0, "the same for the second step", valid="from 0 to 1"
+    )
+    lr_restart: bool = setting(
+        True,
+        "pretraining and what follows are two parts, each with its own fall of lr "
+        "(GD); without: the run is one (PL-DC)",
     )
     ema_decay: float = setting(
         0.99,
@@ -240,8 +299,9 @@ class Config:
     filter: str = setting(
         "adaptive",
         "what keeps a pseudo-label: class score (GD), score times mask quality, both "
-        "apart, or both with a threshold for each class (PL-DC)",
-        choices=("score", "coupled", "dual", "adaptive"),
+        "apart, both with a threshold for each class (PL-DC), or three-way: what lies "
+        "between T_min and that is left to the correction (this project's reading)",
+        choices=("score", "coupled", "dual", "adaptive", "three-way"),
         scope=LATER,
         part=True,
         absent="score",
@@ -261,13 +321,25 @@ class Config:
     )
     tau_min: float = setting(
         0.5,
-        "lowest adaptive threshold (PL-DC: not published)",
+        "lowest adaptive threshold of the class quality (PL-DC's code: 0.85)",
         valid="from 0 to 1",
         scope=LATER,
     )
     tau_max: float = setting(
         0.9,
-        "highest adaptive threshold (PL-DC: not published)",
+        "highest adaptive threshold of the class quality (PL-DC's code: 0.85)",
+        valid="from 0 to 1",
+        scope=LATER,
+    )
+    tau_mask_min: float = setting(
+        0.5,
+        "lowest of the mask quality, which is above 0.5 (PL-DC's code: 0.9)",
+        valid="from 0 to 1",
+        scope=LATER,
+    )
+    tau_mask_max: float = setting(
+        0.9,
+        "highest of the mask quality (PL-DC's code: 0.9)",
         valid="from 0 to 1",
         scope=LATER,
     )
@@ -279,7 +351,8 @@ class Config:
     )
     min_area: int = setting(
         5,
-        "a pseudo-label needs more mask pixels than this (GD 5)",
+        "a pseudo-label needs more mask pixels than this (PL-DC 5; GD and S4M: a mass "
+        "of 5 at stride 4)",
         valid=">= 0",
         scope=LATER,
     )
@@ -329,6 +402,25 @@ class Config:
         valid=">= 0",
         scope=LATER,
     )
+    no_object_labeled: float = setting(
+        1.0,
+        "weight of background anchors and proposals of labeled images in the two "
+        "classification losses (all three papers 0.1)",
+        valid="from 0 to 1",
+    )
+    no_object_unlabeled: float = setting(
+        1.0,
+        "the same for unlabeled images, whose background may be a missed object",
+        valid="from 0 to 1",
+        scope=LATER,
+    )
+    empty_images: str = setting(
+        "skip",
+        "unlabeled images without any pseudo-label: skip them, or train them "
+        "as background (GD, S4M; PL-DC skips where a whole GPU has none)",
+        choices=("skip", "background"),
+        scope=LATER,
+    )
     structure_weight: float = setting(
         0.0,
         "weight of structural distillation from SAM while pretraining (S4M 1)",
@@ -343,16 +435,18 @@ class Config:
         scope=STRUCTURE,
     )
     structure_boundary: float = setting(
-        0.0,
-        "fraction of those on the objects that is drawn from the band at their edges",
+        0.5,
+        "fraction of those on the objects that is drawn from the band at their edges "
+        "(this project's; S4M 0)",
         valid="from 0 to 1",
         scope=STRUCTURE,
+        absent=0.0,
     )
     refine: str = setting(
         "agreement",
         "SAM redraws the masks of pseudo-labels (S4M); of its candidates the one with "
-        "the highest predicted IoU (paper), or which agrees best with the teacher's "
-        "mask",
+        "the highest predicted IoU (S4M), or which agrees best with the teacher's mask "
+        "(this project's)",
         choices=("none", "iou", "agreement"),
         scope=LATER,
         part=True,
@@ -374,16 +468,19 @@ class Config:
     )
     refine_gate: float = setting(
         0.5,
-        "IoU with the teacher's mask under which SAM's is not taken; 0: always (S4M)",
+        "IoU with the teacher's mask under which SAM's is not taken (this project's); "
+        "0: always (S4M)",
         valid="from 0 to 1",
         scope=LATER,
         part=True,
     )
     refine_calibrate: bool = setting(
-        False,
-        "weight the mask loss by mask quality times agreement of the two masks",
+        True,
+        "weight the mask loss by mask quality times agreement of the two masks (this "
+        "project's)",
         scope=LATER,
         part=True,
+        absent=False,
     )
     arp: str = setting(
         "unlabeled",
@@ -401,7 +498,8 @@ class Config:
     )
     arp_jitter: float = setting(
         0.0,
-        "scale of what is pasted: 1 plus or minus",
+        "each pasted instance at a random place, its scale 1 plus or minus this (S4M "
+        "on COCO 0.2); 0: at its own place and scale",
         valid="from 0 to below 1",
         scope=LATER,
     )
@@ -491,7 +589,14 @@ class Config:
     @property
     def view_size(self) -> ViewSize:
         """The limits of a training view's sides."""
-        return ViewSize(self.short_side_min, self.short_side, self.long_side)
+        return ViewSize(
+            self.short_side_min,
+            self.short_side,
+            self.long_side,
+            (self.crop_height, self.crop_width),
+            (self.scale_min, self.scale_max),
+            self.weak_color,
+        )
 
     @property
     def run_folder(self) -> Path:
@@ -538,8 +643,31 @@ class Config:
             raise UserError(
                 "--short-side-min <= --short-side <= --long-side does not hold"
             )
-        if self.tau_min > self.tau_max:
-            raise UserError("--tau-min <= --tau-max does not hold")
+        for low, high in (
+            ("tau_min", "tau_max"),
+            ("tau_mask_min", "tau_mask_max"),
+            ("scale_min", "scale_max"),
+        ):
+            if getattr(self, low) > getattr(self, high):
+                raise UserError(f"{flag(low)} <= {flag(high)} does not hold")
+        if bool(self.crop_height) != bool(self.crop_width):
+            raise UserError("--crop-height and --crop-width: give both, or none")
+        if not self.crop_height and (self.scale_min, self.scale_max) != (1.0, 1.0):
+            raise UserError(
+                "--scale-min, --scale-max: scale a view before it is cropped; give "
+                "--crop-height and --crop-width too"
+            )
+        if self.filter == "three-way" and self.correction == "none":
+            raise UserError(
+                "--filter three-way: the correction decides on what is in between; add "
+                "--correction prototypes, or take --filter adaptive"
+            )
+        semi = self.method != "supervised"
+        if semi and self.burnin_init == "fresh" and not self.burnin_steps:
+            raise UserError(
+                "--burnin-steps 0 --burnin-init fresh: the teacher would become a copy "
+                "of an untrained student; give burn-in steps, or --burnin-init teacher"
+            )
         if self.descriptions and self.correction != "clip":
             raise UserError(
                 f"--descriptions {self.descriptions}: are for --correction clip alone"
@@ -612,6 +740,9 @@ def parse(argv: list[str] | None = None) -> Config:
     model = given.get("model", PRESETS[preset].get("model", Config.model))
     own = switches(preset, method, model)
     config = Config(**{**PRESETS[preset], **own, **given})
+    if config.refine == "none" and "refine_calibrate" not in given:
+        # Nothing to calibrate: `--method full --refine none` need not say so.
+        config.refine_calibrate = False
     config.check()
     return config
 
@@ -673,7 +804,11 @@ def after_pretraining(config: Config) -> set[str]:
     scopes = (
         {PLACE, LATER} if config.structure_weight > 0 else {PLACE, LATER, STRUCTURE}
     )
-    return {f.name for f in dataclasses.fields(Config) if f.metadata["scope"] in scopes}
+    names = {
+        f.name for f in dataclasses.fields(Config) if f.metadata["scope"] in scopes
+    }
+    # In a run of one part the learning rate of pretraining depends on the steps in all.
+    return names if config.lr_restart else names - {"burnin_steps", "mutual_steps"}
 
 
 def save(config: Config, path: Path) -> None:
@@ -684,6 +819,9 @@ def save(config: Config, path: Path) -> None:
 def completed(saved: dict) -> dict:
     """A stored record with every field there is or was, as it meant them."""
     absent = {f.name: f.metadata["absent"] for f in dataclasses.fields(Config)}
+    # Until the mask quality got a range of its own, it had that of the class quality.
+    for end in ("min", "max"):
+        absent[f"tau_mask_{end}"] = saved.get(f"tau_{end}", absent[f"tau_{end}"])
     return GONE | absent | saved
 
 

@@ -10,14 +10,20 @@ which image it is and the seed of its augmentation. So a resumed run needs nothi
 the number of the step, and neither the number of loader workers nor that of processes
 changes what is trained on.
 
+*Rare classes.* If each labeled image comes once in an epoch, a class that few of them
+have is seldom seen. With repeat-factor sampling (GD, S4M) an image comes in proportion
+to the need of its rarest class; an epoch keeps its length.
+
 *Only two of the three streams know any ground truth.* The labeled stream trains the
 student, and the audit's measures the pseudo-labels. The unlabeled stream does not even
 read the annotations of its images, so nothing can leak.
 
-Chain: 2 of 16. Read next: `ssis/augment.py`, the views of an image.
+Chain: 2 of 17. Read next: `ssis/augment.py`, the views of an image.
 """
 
 import hashlib
+import math
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -79,19 +85,31 @@ def sanitize(target: dict) -> dict:
 
 
 class ViewSize(NamedTuple):
-    """How large a view may be, in pixels: the short side from `short_min` to
-    `short_max`, unless the long side would pass `long_max`."""
+    """What a weak view may look like.
+
+    Attributes:
+        short_min, short_max, long_max: pixels; the short side is drawn from the first
+            to the second, unless the long side would pass the third.
+        crop: height and width, pixels. With a crop the three do not count: the image is
+            resized to `scale` times what fits into the crop, and cut. (0, 0): no crop.
+        scale: the smallest and the largest scale before a crop.
+        color: whether colors are distorted.
+    """
 
     short_min: int
     short_max: int
     long_max: int
+    crop: tuple[int, int] = (0, 0)
+    scale: tuple[float, float] = (1.0, 1.0)
+    color: bool = False
 
 
 class Stream(torch.utils.data.Dataset):
     """An endless shuffled sequence of views; item k is the same in every run.
 
-    Item k is image `perm_e[k mod n]` in epoch `e = k div n`, with a permutation and an
-    augmentation that depend on (seed, k) alone.
+    Item k is image `order_e[k mod n]` in epoch `e = k div n`, with an order and an
+    augmentation that depend on (seed, k) alone. The order is a permutation, or, with
+    factors, a draw in which frequent images take the place of others.
 
     Args:
         dataset: where the images are.
@@ -99,12 +117,20 @@ class Stream(torch.utils.data.Dataset):
         size: of the views.
         seed: of this stream; labeled and unlabeled streams have different ones.
         with_target: False hides the annotations, as semi-supervised learning demands.
+        factors: how often each image is drawn, in proportion; None: all alike.
     """
 
     def __init__(
-        self, dataset, indices: list[int], size: ViewSize, seed: int, with_target: bool
+        self,
+        dataset,
+        indices: list[int],
+        size: ViewSize,
+        seed: int,
+        with_target: bool,
+        factors: list[float] | None = None,
     ):
         self.dataset, self.indices = dataset, np.array(indices, np.int64)
+        self.factors = None if factors is None else np.array(factors)
         self.size, self.seed, self.with_target = size, seed, with_target
         self._epoch, self._order = -1, np.zeros(0, np.int64)
 
@@ -122,6 +148,14 @@ class Stream(torch.utils.data.Dataset):
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
             order = torch.randperm(len(self.indices), generator=generator).numpy()
+            if self.factors is not None:
+                # Images laid end to end, each as long as its factor, and read off at
+                # equal distances from a random start: an image with twice the factor
+                # is read twice as often, and no epoch is far from the proportion.
+                ends = np.cumsum(self.factors)
+                start = torch.rand((), generator=generator).item()
+                marks = (start + np.arange(len(ends))) * ends[-1] / len(ends)
+                order = np.searchsorted(ends, marks, side="right")[order]
             self._epoch, self._order = epoch, order
         index = int(self.indices[self._order[position]])
         target = self.dataset.target(index) if self.with_target else None
@@ -146,12 +180,42 @@ def _mix(seed: int, number: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def repeat_factors(dataset, indices: list[int], threshold: float) -> list[float]:
+    """Repeat-factor sampling (LVIS): how often each image is to be drawn.
+
+    With f_c the fraction of the images that have class c, the factor of a class is
+    max(1, sqrt(threshold / f_c)), that of an image the largest of its classes. GD and
+    S4M have a threshold of 10, which no f_c reaches, so only the square root of the
+    frequency of an image's rarest class counts: on Cityscapes an image with a train is
+    drawn some four times as often as one with cars alone.
+
+    Args:
+        dataset: with `present_labels`.
+        indices: images among which the fractions are taken.
+        threshold: above 0.
+
+    Returns:
+        A factor >= 1 for each image; 1 without any instance.
+    """
+    present = [dataset.present_labels(index) for index in indices]
+    counts = Counter(label for labels in present for label in labels)
+    of = {
+        label: max(1.0, math.sqrt(threshold * len(indices) / count))
+        for label, count in counts.items()
+    }
+    return [max((of[label] for label in labels), default=1.0) for labels in present]
+
+
 class Streams(NamedTuple):
-    """The three streams of a run. Only `labeled` and `audit` know any ground truth."""
+    """The streams of a run. Only `unlabeled` knows no ground truth.
+
+    `repeated` is `labeled`, or the same images drawn by their repeat factors.
+    """
 
     labeled: Stream
     unlabeled: Stream
     audit: Stream | None
+    repeated: Stream
 
 
 def make_streams(
@@ -161,6 +225,7 @@ def make_streams(
     size: ViewSize,
     seed: int,
     oracle: str,
+    repeat_threshold: float = 0.0,
 ) -> Streams:
     """The streams of a run.
 
@@ -170,9 +235,11 @@ def make_streams(
         size: of the views.
         seed: of the run.
         oracle: "none", or what the ground truth replaces in the pseudo-labels.
+        repeat_threshold: of `repeat_factors`, for the labeled images after pretraining;
+            0: all alike.
 
     Returns:
-        The three streams. The audit's is over those unlabeled images whose ground truth
+        The streams. The audit's is over those unlabeled images whose ground truth
         is known; None without any.
 
     Raises:
@@ -185,14 +252,19 @@ def make_streams(
             "--unlabeled-images has none; leave one of the two out"
         )
     audited = [i for i in sorted(hidden) if i < train_set.annotated]
+    plain = repeated = Stream(train_set, labeled, size, seed * 3, True)
+    if repeat_threshold:
+        factors = repeat_factors(train_set, labeled, repeat_threshold)
+        repeated = Stream(train_set, labeled, size, seed * 3, True, factors)
     # Three seeds for each run: run 0 has 0, 1, 2; run 1 has 3, 4, 5. With seed + i the
     # unlabeled stream of run 0 would be shuffled as the labeled one of run 1 is, and
     # the runs of a study would not be independent.
     return Streams(
-        Stream(train_set, labeled, size, seed * 3, True),
+        plain,
         # The one exception: an oracle replaces pseudo-labels by the ground truth.
         Stream(train_set, unlabeled, size, seed * 3 + 1, oracle != "none"),
         Stream(train_set, audited, size, seed * 3 + 2, True) if audited else None,
+        repeated,
     )
 
 
@@ -207,15 +279,25 @@ class Shard(torch.utils.data.Sampler):
         batch: B, images in a global batch; a multiple of `world_size`.
         start, stop: steps; a resumed run starts where it was stopped.
         rank, world_size: r and n.
+        ahead: added to the number of every item, where an earlier part of the run had
+            larger batches (below 0: smaller ones).
     """
 
-    def __init__(self, batch: int, start: int, stop: int, rank: int, world_size: int):
-        self.batch, self.start, self.stop = batch, start, stop
+    def __init__(
+        self,
+        batch: int,
+        start: int,
+        stop: int,
+        rank: int,
+        world_size: int,
+        ahead: int = 0,
+    ):
+        self.batch, self.start, self.stop, self.ahead = batch, start, stop, ahead
         self.rank, self.size = rank, batch // world_size
 
     def __iter__(self):
         for step in range(self.start, self.stop):
-            begin = step * self.batch + self.rank * self.size
+            begin = self.ahead + step * self.batch + self.rank * self.size
             yield list(range(begin, begin + self.size))
 
     def __len__(self) -> int:

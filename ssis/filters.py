@@ -12,7 +12,7 @@ $$c = \max_k P(k), \qquad
 
 with P the class distribution and p the mask probability. (As in torchvision, a proposal
 can be a candidate for two classes; then c is P of the candidate's own class, which is
-the largest one whenever it is above one half.) Four rules (`--filter`) say
+the largest one whenever it is above one half.) Five rules (`--filter`) say
 what is kept:
 
 * `score`, Guided Distillation's: the mask quality plays no part.
@@ -34,12 +34,25 @@ $$c \ge \tau_{\mathrm{class}} \;\wedge\; m \ge \tau_{\mathrm{mask}}$$ PL-DC Eq. 
 $$c \ge T^{\mathrm{class}}_k \;\wedge\; m \ge T^{\mathrm{mask}}_k$$ PL-DC Eq. (adaptive)
 
 The adaptive thresholds start at the frequency of the class among the labeled
-instances, rare classes low, and follow the mean quality q of the class:
+instances, rare classes low, and follow the mean quality q of the class. Class and mask
+quality each have a range [T_min, T_max] of their own:
 
 $$T_k^0 = T_{\mathrm{min}} + (T_{\mathrm{max}} - T_{\mathrm{min}}) \, \frac{n_k}{N}$$
 PL-DC Eq. (init)
 
 $$T_k \leftarrow a T_k + (1 - a) \, \bar q_k$$ PL-DC Eq. (adapt)
+
+* `three-way`: the summary of the AAAI paper says that instances of which both qualities
+  are high are kept, that those far below are dropped, and that category correction
+  decides on those in between. How, it does not say, and the released code does not have
+  it. This project's reading: *ambiguous* is what reaches T_min in both qualities, but
+  not T_k in both. It is kept if its class quality reaches T_k after the correction:
+
+$$T^{\mathrm{class}}_{\mathrm{min}} \le c, \;
+  T^{\mathrm{mask}}_{\mathrm{min}} \le m, \;
+  \max_k p_k \ge T^{\mathrm{class}}_k$$ ssis Eq. (ambiguous)
+
+  with p of PL-DC Eq. (DICC) and k its argmax.
 
 With a single class n / N is 1, so the thresholds start at T_max: a teacher that is less
 confident keeps nothing at first (the run warns). Lower `--tau-max`, or take
@@ -52,14 +65,13 @@ processes, T stays within [T_min, T_max], and the thresholds are in the checkpoi
 
 All rules also ask for a mask of more than `min_area` pixels.
 
-What a missing pseudo-label teaches depends on the image. If the image has others, the
-dropped object is trained as background, at full weight: to Mask R-CNN, an anchor or
-proposal that matches no instance *is* background. If the image has none, it is left out
-of the step and teaches nothing (`train.unlabeled_pass`); otherwise an unsure teacher
-would teach that the world is empty. The papers' models differ here: they teach "no
-object" at a tenth of the weight (`docs/differences.md`).
+What a missing pseudo-label teaches: to Mask R-CNN, an anchor or proposal that matches
+no instance *is* background, so a dropped object is trained as background, at the weight
+`no_object_unlabeled` (`ssis/losses.py`). An image without any pseudo-label is left out
+of the step, as in PL-DC, or all of it is trained as background, as in Guided
+Distillation and S4M (`empty_images`).
 
-Chain: 6 of 16. Read next: `ssis/sam.py`, which redraws the masks of what is kept.
+Chain: 7 of 17. Read next: `ssis/sam.py`, which redraws the masks of what is kept.
 """
 
 import torch
@@ -69,20 +81,35 @@ from ssis import distributed
 from ssis.teacher import PseudoLabels
 
 
+# The rules whose thresholds follow the teacher.
+ADAPTIVE = ("adaptive", "three-way")
+
+
 class Thresholds(nn.Module):
     """PL-DC's adaptive class-aware thresholds; a module for its state dict.
 
     Args:
         classes: C.
-        lowest, highest: T_min and T_max, in [0, 1].
+        class_range, mask_range: T_min and T_max of each quality, in [0, 1].
         decay: a, in [0, 1]; how slowly the thresholds follow.
     """
 
-    def __init__(self, classes: int, lowest: float, highest: float, decay: float):
+    def __init__(
+        self,
+        classes: int,
+        class_range: tuple[float, float],
+        mask_range: tuple[float, float],
+        decay: float,
+    ):
         super().__init__()
-        self.lowest, self.highest, self.decay = lowest, highest, decay
-        # Row 0 for the class quality, row 1 for the mask quality.
-        self.register_buffer("values", torch.full((2, classes), self.lowest))
+        self.decay = decay
+        # Row 0 for the class quality, row 1 for the mask quality. The ranges are
+        # settings, so they are not saved; as buffers they move to the GPU with the
+        # rest.
+        lowest, highest = torch.tensor([class_range, mask_range]).T
+        self.register_buffer("lowest", lowest[:, None], persistent=False)  # (2, 1)
+        self.register_buffer("highest", highest[:, None], persistent=False)
+        self.register_buffer("values", self.lowest.repeat(1, classes))  # (2, C)
 
     def start(self, frequency: Tensor) -> None:
         """Set all to their first values.
@@ -91,9 +118,9 @@ class Thresholds(nn.Module):
             frequency: (C,) in [0, 1], the fraction n_k / N of each class among the
                 labeled instances.
         """
-        # PL-DC Eq. (init). The same for both rows, class quality and mask quality.
+        # PL-DC Eq. (init), each row in its own range.
         first = self.lowest + (self.highest - self.lowest) * frequency.float()
-        self.values.copy_(first.expand_as(self.values))
+        self.values.copy_(first)
 
     @torch.no_grad()
     def update(self, predictions: list[PseudoLabels]) -> None:
@@ -107,7 +134,7 @@ class Thresholds(nn.Module):
         for image in predictions:
             # Candidates: what could pass at T_min. Without this limit the many
             # detections of low confidence would pull every threshold down.
-            candidates = image[image.class_quality >= self.lowest]
+            candidates = image[image.class_quality >= self.lowest[0]]
             qualities = torch.stack([candidates.class_quality, candidates.mask_quality])
             ones = torch.ones_like(qualities[:1])
             # Sums of c, of m and of 1 for each class: column n is added to the class of
@@ -122,8 +149,8 @@ class Thresholds(nn.Module):
         means = sums[:2] / sums[2].clamp(min=1)
         # PL-DC Eq. (adapt)
         followed = self.decay * self.values + (1 - self.decay) * means
-        self.values.copy_(torch.where(seen, followed, self.values))
-        self.values.clamp_(self.lowest, self.highest)
+        followed = torch.where(seen, followed, self.values)
+        self.values.copy_(followed.clamp(self.lowest, self.highest))
 
 
 def keep(
@@ -138,11 +165,14 @@ def keep(
 
     Args:
         predictions: of the teacher.
-        rule: "score", "coupled", "dual" or "adaptive".
+        rule: "score", "coupled", "dual", "adaptive" or "three-way".
         tau_class: threshold of the class quality, or of the product, in [0, 1].
         tau_mask: threshold of the mask quality, for "dual", in [0, 1].
         min_area: pixels; a mask needs more.
-        thresholds: for the rule "adaptive".
+        thresholds: for the rules "adaptive" and "three-way".
+
+    Returns:
+        What is kept; of "three-way" with what is ambiguous, for `decide`.
 
     Raises:
         ValueError: an unknown rule.
@@ -161,10 +191,34 @@ def keep(
         # PL-DC Eq. (adaptive): each instance against the thresholds of its own class.
         own_class, own_mask = thresholds.values[:, predictions.labels - 1]
         good = (c >= own_class) & (m >= own_mask)
+    elif rule == "three-way":
+        # ssis Eq. (ambiguous), its first half; what is certain is above T_min as well.
+        good = (c >= thresholds.lowest[0]) & (m >= thresholds.lowest[1])
     else:
-        raise ValueError(f"no rule {rule!r}: score, coupled, dual or adaptive")
+        raise ValueError(
+            f"no rule {rule!r}: score, coupled, dual, adaptive or three-way"
+        )
     # A few pixels are noise, whatever the scores say.
     return predictions[good & (area(predictions) > min_area)]
+
+
+def decide(
+    corrected: PseudoLabels, kept: PseudoLabels, thresholds: Thresholds
+) -> PseudoLabels:
+    """The last step of the rule "three-way": what is certain, and what was confirmed.
+
+    Args:
+        corrected: the instances of one image after refinement and correction.
+        kept: the same instances, in the same order, as `keep` gave them.
+        thresholds: T_k.
+    """
+    # Certain: both of the teacher's qualities reach the thresholds of its own class.
+    own_class, own_mask = thresholds.values[:, kept.labels - 1]
+    certain = (kept.class_quality >= own_class) & (kept.mask_quality >= own_mask)
+    # ssis Eq. (ambiguous), its second half: two classifiers together are confident
+    # enough. The class may be another one now, so its threshold is too.
+    confirmed = corrected.class_quality >= thresholds.values[0, corrected.labels - 1]
+    return corrected[certain | confirmed]
 
 
 def area(predictions: PseudoLabels) -> Tensor:

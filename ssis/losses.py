@@ -23,13 +23,28 @@ $$L_{\mathrm{mask}} = \mathrm{mean}[(1 - u) \cdot \mathrm{BCE}]$$       PL-DC Eq
 
 1 - u is 1 where p is 0 or 1, and 0 where it is 0.5. Only the masks' cross-entropy is
 weighted, and only on unlabeled images. `teacher.PseudoLabels.target` puts the weights
-into the targets (with `--refine-calibrate` times m' of S4M Eq. (calibration)), and
+into the targets (with `--refine-calibrate` times m' of ssis Eq. (calibration)), and
 `model.WeightedRoIHeads.forward` aligns them with each proposal. The mean is over all
 pixels; it is not divided by the sum of the weights. So if the teacher is unsure of all
 masks of a batch, the mask loss of the batch is small.
 
+*No-object weight.* In all three papers a query that matches no instance is taught "no
+object" at a tenth of the weight of an instance (0.1 in Mask2Former), in a weighted
+mean:
+
+$$L_{\mathrm{class}} = \frac{\sum_i w_i \, \mathrm{CE}_i}{\sum_i w_i}, \qquad
+  w_i = w_0 \; \text{for background}, \; 1 \; \text{otherwise}$$ GD Eq. (no object)
+
+So an object that the filter dropped is punished as background at a tenth. Here w_0 is
+`no_object_labeled` and `no_object_unlabeled`, one for each pass, and weighs the sampled
+background anchors of the RPN and the sampled background proposals of the classifier.
+But Mask R-CNN *samples* its background, three for each foreground proposal or more,
+where Mask2Former takes all of its hundred queries: the same number is another weight
+here (docs/differences.md).
+
 *Averaging.* Each loss is a mean over n things: sampled anchors, sampled proposals, or
-foreground proposals. n differs between processes: one with many instances has more
+foreground proposals; of the two weighted ones n is the sum of the weights. n differs
+between processes: one with many instances has more
 foreground proposals. DDP takes the mean of the processes' gradients, in which each
 process counts the same. For the gradient of the mean over the *global* batch, each
 process's loss is first multiplied by
@@ -39,7 +54,7 @@ $$\frac{n_{\mathrm{rank}} \cdot \mathrm{world\_size}}{n_{\mathrm{total}}}$$
 With this factor a process without pseudo-labels (n = 0) counts for nothing. On one
 process the factor is 1.
 
-Chain: 11 of 16. Read next: `ssis/sam_distill.py`, the one loss beside these five.
+Chain: 12 of 17. Read next: `ssis/sam_distill.py`, the one loss beside these five.
 """
 
 import torch
@@ -48,17 +63,34 @@ from torch.nn import functional as F
 
 from ssis import distributed
 
-# Loss -> the index of its n in the counts of `model.MaskRCNN`, which are the sampled
-# anchors, the sampled proposals and the foreground proposals. Both box losses sum over
-# foreground alone, but divide by all samples, so their n is that of the samples.
+# Loss -> the index of its n in the counts of `model.MaskRCNN`: the weights of the
+# sampled anchors and their number, the weights of the sampled proposals and their
+# number, and the number of foreground proposals. Both box losses sum over foreground
+# alone, but divide by the number of all samples.
 COUNT_OF = {
     "loss_objectness": 0,
-    "loss_rpn_box_reg": 0,
-    "loss_classifier": 1,
-    "loss_box_reg": 1,
-    "loss_mask": 2,
+    "loss_rpn_box_reg": 1,
+    "loss_classifier": 2,
+    "loss_box_reg": 3,
+    "loss_mask": 4,
 }
-COUNTS = 3
+COUNTS = 5
+
+
+def weighted_mean(each: Tensor, labels: Tensor, no_object: float) -> tuple:
+    """GD Eq. (no object): a mean in which background counts `no_object` times.
+
+    Args:
+        each: (n,) losses of the samples.
+        labels: (n,) of the samples; 0 is background.
+        no_object: w_0, in [0, 1].
+
+    Returns:
+        The mean, 0 without any weight, and the sum of the weights: two scalars.
+    """
+    weights = torch.where(labels > 0, 1.0, no_object)  # (n,)
+    count = weights.sum()
+    return (weights * each).sum() / count.clamp(min=1e-6), count
 
 
 def certainty(mask_probs: Tensor) -> Tensor:
@@ -106,15 +138,15 @@ def total(
 
     Args:
         losses: the five scalars of this process.
-        counts: (3,) float, what they were averaged over on this process.
-        total_counts: (3,) float, the sum of `counts` over all processes.
+        counts: (5,) float, what they were averaged over on this process.
+        total_counts: (5,) float, the sum of `counts` over all processes.
         world_size: number of processes.
 
     Returns:
         A scalar; the mean of it over the processes is the loss of the global batch.
     """
     # A batch without any instance anywhere has n = 0 and loss 0: no 0 / 0.
-    factor = counts * world_size / total_counts.clamp(min=1)
+    factor = counts * world_size / total_counts.clamp(min=1e-6)
     return sum(losses[name] * factor[index] for name, index in COUNT_OF.items())
 
 
@@ -128,7 +160,7 @@ def logged(
 
     Args:
         losses: the five scalars; None: the pass was skipped.
-        counts: (3,) float, what they were averaged over.
+        counts: (5,) float, what they were averaged over.
         prefix: "labeled/" or "unlabeled/".
 
     Returns:

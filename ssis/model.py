@@ -21,9 +21,10 @@ What is added to torchvision's model:
   pixels need more than the 8 significant bits of bf16;
 * the strides of the RoI pooling, stated instead of guessed;
 * a mask loss that takes a weight for each pixel (PL-DC);
-* counts: how many anchors, proposals and foreground proposals each loss was averaged
-  over. With them the losses of N processes can be averaged as those of one process
-  would be; the mean of N means is something else (`ssis/losses.py`);
+* a weight of background in both classification losses (all three papers);
+* counts: how many anchors, proposals and foreground proposals, or how much weight, each
+  loss was averaged over. With them the losses of N processes can be averaged as those
+  of one process would be; the mean of N means is something else (`ssis/losses.py`);
 * the stride-4 feature map as an output in training, for S4M's distillation.
 
 What happens to an image in training, and where the five losses come from:
@@ -49,11 +50,12 @@ are the backward pass (each gradient has the type of its forward operation), the
 the losses, S4M's distillation loss, and the optimizer. The weights are always float32:
 a step of 1e-4 on a weight of 1 would be rounded away in 16 bits.
 
-Chain: 4 of 16. Read next: `ssis/teacher.py`, the second copy of this model.
+Chain: 5 of 17. Read next: `ssis/teacher.py`, the second copy of this model.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import resnet
 from torchvision.models.detection import mask_rcnn
 from torchvision.models.detection._utils import (
@@ -67,6 +69,7 @@ from torchvision.models.detection.backbone_utils import (
     _resnet_fpn_extractor,
 )
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.roi_heads import (
     RoIHeads,
     fastrcnn_loss,
@@ -82,17 +85,17 @@ from ssis.io.backbone_weights import load_matching, read_weights
 class CountingSampler(BalancedPositiveNegativeSampler):
     """torchvision's sampler of foreground and background, which counts what it draws.
 
-    After a call, `positives` and `sampled` are the numbers of foreground and of all
-    drawn anchors (or proposals) in the batch, 0-dim int64 tensors. The losses of this
-    stage are means over as many.
+    After a call, `positive` and `drawn` are bool masks over the anchors (or proposals)
+    of all images together: which were drawn as foreground, and which at all. The losses
+    of this stage are means over these.
     """
 
     def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         # For each image two masks over its anchors (or proposals): which are trained as
         # foreground, and which as background. The rest is not trained in this step.
         positive, negative = super().__call__(matched_idxs)
-        self.positives = sum(mask.sum() for mask in positive)
-        self.sampled = self.positives + sum(mask.sum() for mask in negative)
+        self.positive = torch.cat(positive).bool()
+        self.drawn = self.positive | torch.cat(negative).bool()
         return positive, negative
 
 
@@ -126,12 +129,46 @@ def fix_scales(pool: MultiScaleRoIAlign) -> None:
     )
 
 
-class WeightedRoIHeads(RoIHeads):
-    """torchvision's second stage, whose mask loss takes a weight for each pixel.
+class WeightedRPN(RegionProposalNetwork):
+    """torchvision's first stage, with a weight of background in its objectness loss.
 
-    A target may have `mask_weights` (N, H, W) float in [0, 1] beside its `masks`. In
-    evaluation mode it is torchvision's, unchanged.
+    Attributes:
+        no_object: w_0 of GD Eq. (no object), set by `MaskRCNN.forward`.
+        weight: the sum of the weights of the anchors drawn last, a scalar.
     """
+
+    no_object = 1.0
+
+    def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
+        """Two scalars, as torchvision's; its arguments."""
+        # torchvision draws the anchors here. Its box loss is used, its objectness loss,
+        # in which all anchors count the same, is not.
+        _, loss_box = super().compute_loss(
+            objectness, pred_bbox_deltas, labels, regression_targets
+        )
+        drawn = self.fg_bg_sampler.drawn
+        labels = torch.cat(labels)[drawn]
+        # Is there an object? Cross-entropy with two outcomes for each drawn anchor.
+        each = F.binary_cross_entropy_with_logits(
+            objectness.flatten()[drawn], labels, reduction="none"
+        )
+        loss, self.weight = losses.weighted_mean(each, labels, self.no_object)
+        return loss, loss_box
+
+
+class WeightedRoIHeads(RoIHeads):
+    """torchvision's second stage, with weights in two of its losses.
+
+    A target may have `mask_weights` (N, H, W) float in [0, 1] beside its `masks`: a
+    weight for each pixel of the mask loss. In evaluation mode it is torchvision's,
+    unchanged.
+
+    Attributes:
+        no_object: w_0 of GD Eq. (no object), set by `MaskRCNN.forward`.
+        weight: the sum of the weights of the proposals drawn last, a scalar.
+    """
+
+    no_object = 1.0
 
     def forward(self, features, proposals, image_shapes, targets=None):
         """Losses of the second stage, in torchvision's form.
@@ -160,8 +197,12 @@ class WeightedRoIHeads(RoIHeads):
         # Classes by cross-entropy over all samples; boxes by smooth L1 over the
         # foreground, but divided by the number of all samples, as Fast R-CNN does.
         logits, deltas = self.box_predictor(box_features)
-        loss_classifier, loss_box_reg = fastrcnn_loss(
-            logits, deltas, labels, regression
+        _, loss_box_reg = fastrcnn_loss(logits, deltas, labels, regression)
+        # torchvision's loss of the classes, but with a weight of background.
+        classes = torch.cat(labels)
+        each = F.cross_entropy(logits, classes, reduction="none")
+        loss_classifier, self.weight = losses.weighted_mean(
+            each, classes, self.no_object
         )
         # Masks are learned on foreground proposals alone, since background has no mask.
         # The head predicts a mask for each class, so that classes do not compete for
@@ -174,7 +215,7 @@ class WeightedRoIHeads(RoIHeads):
         mask_logits = self.mask_predictor(mask_features)
 
         # The targets of the mask loss, image by image.
-        side, aligned, weights, classes = mask_logits.shape[-1], [], [], []
+        side, aligned, weights, own = mask_logits.shape[-1], [], [], []
         for target, box, match, keep in zip(
             targets, boxes, matched, foreground, strict=True
         ):
@@ -189,11 +230,11 @@ class WeightedRoIHeads(RoIHeads):
                 weights.append(
                     project_masks_on_boxes(target["mask_weights"], box, instance, side)
                 )
-            classes.append(target["labels"][instance])
+            own.append(target["labels"][instance])
         # PL-DC Eq. (PMUA), or the plain mean without weights.
         loss_mask = losses.mask_loss(
             mask_logits,
-            torch.cat(classes),
+            torch.cat(own),
             torch.cat(aligned),
             torch.cat(weights) if weights else None,
         )
@@ -208,12 +249,11 @@ class MaskRCNN(mask_rcnn.MaskRCNN):
     """torchvision's Mask R-CNN, which in training returns counts and features too.
 
     In evaluation mode it is torchvision's model, unchanged. In training mode, called
-    with images, a list of (3, H, W) float tensors in [0, 1] of any sizes, and their
-    targets, it returns
+    with images, a list of (3, H, W) float tensors in [0, 1] of any sizes, their
+    targets, and the weight of background (w_0 of GD Eq. (no object)), it returns
 
     * losses: torchvision's dict of five scalars;
-    * counts: (3,) float, the numbers of sampled anchors, sampled proposals and
-      foreground proposals, which the losses are means over (`losses.COUNT_OF`);
+    * counts: (5,) float, what these are means over (`losses.COUNT_OF`);
     * features: (B, D, H / 4, W / 4), the FPN's stride-4 level of the padded batch.
     """
 
@@ -221,8 +261,9 @@ class MaskRCNN(mask_rcnn.MaskRCNN):
         # `_skip_resize`: torchvision's own switch for images resized beforehand. They
         # are still normalized, and padded to one size, a multiple of 32.
         super().__init__(backbone, num_classes, _skip_resize=True, **settings)
-        # The same object with another `forward`. torchvision has no argument for a
-        # second stage of one's own, and a new one would repeat all of its settings.
+        # The same objects with other losses. torchvision has no argument for stages of
+        # one's own, and new ones would repeat all of their settings.
+        self.rpn.__class__ = WeightedRPN
         self.roi_heads.__class__ = WeightedRoIHeads
         # Both stages sample and decode boxes, so both get the two small changes.
         for part in (self.rpn, self.roi_heads):
@@ -234,9 +275,16 @@ class MaskRCNN(mask_rcnn.MaskRCNN):
         for pool in (self.roi_heads.box_roi_pool, self.roi_heads.mask_roi_pool):
             fix_scales(pool)
 
-    def forward(self, images: list[Tensor], targets: list[dict] | None = None):
+    def forward(
+        self,
+        images: list[Tensor],
+        targets: list[dict] | None = None,
+        no_object: float = 1.0,
+    ):
         if not self.training:
             return super().forward(images, targets)
+        # torchvision calls the losses itself, without room for an argument more.
+        self.rpn.no_object = self.roi_heads.no_object = no_object
         # torchvision's own five lines, written out because they do not return features.
         # First stage: boxes that may hold an object. Second stage: which class, and
         # which pixels. To the second stage proposals are constants: no gradient flows
@@ -246,8 +294,10 @@ class MaskRCNN(mask_rcnn.MaskRCNN):
         proposals, first = self.rpn(batch, features, targets)
         _, second = self.roi_heads(features, proposals, batch.image_sizes, targets)
         # What the five losses were means of, in the order of `losses.COUNT_OF`.
-        rpn, roi = self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler
-        counts = torch.stack([rpn.sampled, roi.sampled, roi.positives]).float()
+        anchors, samples = self.rpn.fg_bg_sampler, self.roi_heads.fg_bg_sampler
+        counts = [self.rpn.weight, anchors.drawn.sum()]
+        counts += [self.roi_heads.weight, samples.drawn.sum(), samples.positive.sum()]
+        counts = torch.stack([count.float() for count in counts])
         return {**second, **first}, counts, features["0"]
 
 
@@ -305,7 +355,12 @@ def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
 
 
 def build_resnet50(
-    num_classes: int, min_size: int, max_size: int, weights: str, fetch: bool = True
+    num_classes: int,
+    min_size: int,
+    max_size: int,
+    weights: str,
+    trained_stages: int = 3,
+    fetch: bool = True,
 ) -> MaskRCNN:
     """torchvision's ResNet-50-FPN Mask R-CNN.
 
@@ -314,22 +369,24 @@ def build_resnet50(
         weights: "none", "imagenet", "coco", or the path of a state dict: of a ResNet-50
             (`fc.` keys are ignored) or of a whole Mask R-CNN (its last layers are
             ignored where the number of classes differs).
+        trained_stages: how many of the backbone's five stages learn, from the top; the
+            others keep their pretrained weights. Without weights all of them learn.
         fetch: load them; False builds the same model with random values, to be filled
             from a checkpoint.
 
     With any weights but "none" BatchNorm's statistics are frozen, since the few images
-    of a step would estimate them badly, and so are the two lowest stages. torchvision
-    does the same.
+    of a step would estimate them badly. torchvision does the same.
 
     Raises:
         UserError: no network, no such file, or a file that does not fit.
     """
     # The pretrained statistics are kept, so the norms are frozen; without weights there
-    # is nothing to keep, and they learn. 3 of the 5 stages are trained, or all.
+    # is nothing to keep, and they learn.
     pretrained = weights != "none"
     norm = FrozenBatchNorm2d if pretrained else nn.BatchNorm2d
     backbone = _resnet_fpn_extractor(
-        resnet.resnet50(weights=None, norm_layer=norm), 3 if pretrained else 5
+        resnet.resnet50(weights=None, norm_layer=norm),
+        trained_stages if pretrained else 5,
     )
     model = MaskRCNN(backbone, num_classes, min_size=min_size, max_size=max_size)
     if weights == "coco":
@@ -352,6 +409,7 @@ def build(
     short_side: int,
     long_side: int,
     weights: str = "none",
+    trained_stages: int = 3,
     fetch: bool = True,
 ) -> MaskRCNN:
     """A model of one of the two sizes, on the CPU.
@@ -360,7 +418,8 @@ def build(
         kind: "small" or "resnet50".
         num_classes: C + 1.
         short_side, long_side: sides of an image in evaluation, pixels.
-        weights, fetch: of `build_resnet50`; the small model has random weights.
+        weights, trained_stages, fetch: of `build_resnet50`; the small model has random
+            weights, and all of it learns.
 
     Raises:
         ValueError: another kind.
@@ -368,24 +427,24 @@ def build(
     if kind == "small":
         return build_small(num_classes, short_side, long_side)
     if kind == "resnet50":
-        return build_resnet50(num_classes, short_side, long_side, weights, fetch)
+        return build_resnet50(
+            num_classes, short_side, long_side, weights, trained_stages, fetch
+        )
     raise ValueError(f"no model {kind!r}: small or resnet50")
 
 
-def start_afresh(
-    net: MaskRCNN, seed: int, kind: str, short_side: int, long_side: int, weights: str
-) -> None:
+def start_afresh(net: MaskRCNN, seed: int, kind: str, *settings) -> None:
     """Set a network to new first weights: GD's student after pretraining.
 
     Args:
         net: changed in place, so that optimizer and DDP keep their parameters.
         seed: of the run; the new weights are drawn from another one.
-        kind, short_side, long_side, weights: of `build`.
+        kind, settings: of `build`, but the number of classes.
     """
     # In a fork of the random state: all draws of the run that follow are the same as
     # without the fresh start. seed + 1, or the weights would be those of the first net.
     with torch.random.fork_rng():
         torch.manual_seed(seed + 1)
         num_classes = net.roi_heads.box_predictor.cls_score.out_features
-        fresh = build(kind, num_classes, short_side, long_side, weights)
+        fresh = build(kind, num_classes, *settings)
     net.load_state_dict(fresh.state_dict())

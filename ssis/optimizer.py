@@ -1,19 +1,24 @@
 r"""AdamW and its learning rate.
 
-GD (arXiv 2308.02668), section 4: AdamW at 1e-4 with weight decay 0.05, and a tenth of
-this learning rate for the pretrained backbone, whose features need to change least.
+All three papers: AdamW at 1e-4. GD and S4M have weight decay 0.05, and a tenth of the
+learning rate for the pretrained backbone, whose features need to change least; PL-DC
+has weight decay 1e-4 and a frozen backbone. What the presets have for Mask R-CNN, and
+whose recipes it follows, says `ssis/presets.py`.
 
-The learning rate rises over the first steps, stays constant, and falls linearly to 0.
-If t of T steps of a part of the run are done, W of them are the warm-up, and the fall
-begins at the fraction d of T, it is the base rate times
+The learning rate rises over the first W steps. How it falls (`--lr-schedule`), with t
+of T steps of a part of the run done:
 
-$$\min\left(1, \frac{t + 1}{W}\right) \cdot
-  \min\left(1, \frac{1 - t / T}{1 - d}\right)$$
+    linear    constant until the fraction d of T, then linearly to 0:
+              min(1, (1 - t/T) / (1 - d))
+    step      to a tenth at d, to a hundredth at a second fraction (COCO)
+    poly      (1 - t/T)^0.9 from the start (Cityscapes; GD, S4M)
 
 A run has two such parts, pretraining and the rest. A teacher trained with a learning
-rate that never fell would label badly, so pretraining has a fall of its own.
+rate that never fell would label badly, so pretraining has a fall of its own; in GD and
+S4M it is a training run of its own. In PL-DC the student simply goes on, so the run is
+one part (`--no-lr-restart`).
 
-Chain: 13 of 16. Read next: `ssis/distributed.py`, the same step on several processes.
+Chain: 14 of 17. Read next: `ssis/distributed.py`, the same step on several processes.
 """
 
 import torch
@@ -57,7 +62,10 @@ def lr_factor(
     pretrain_end: int,
     total: int,
     warmup_steps: int,
+    schedule: str,
     decay_at: float,
+    decay_again_at: float,
+    restart: bool,
     rewarm: bool,
 ) -> float:
     """The learning rate of a step, as a fraction of the base rate.
@@ -67,17 +75,33 @@ def lr_factor(
         pretrain_end, total: steps at which pretraining and the run end.
         warmup_steps: W. At first AdamW's estimates of the gradients' size rest on a few
             steps, and large steps would be taken in random directions.
+        schedule: "linear", "step" or "poly".
         decay_at: d, in [0, 1).
+        decay_again_at: the second fraction of "step", in [0, 1].
+        restart: whether pretraining is a part of its own.
         rewarm: whether the student starts afresh after pretraining.
 
     Returns:
         A factor in [0, 1].
+
+    Raises:
+        ValueError: an unknown schedule.
     """
     # The part of the run that the step belongs to: t = step - first, T = last - first.
-    first, last = (0, pretrain_end) if step < pretrain_end else (pretrain_end, total)
+    first, last = 0, total
+    if restart:
+        first, last = (
+            (0, pretrain_end) if step < pretrain_end else (pretrain_end, total)
+        )
     warm = min(1.0, (step - first + 1) / max(1, warmup_steps))
     # A student that goes on from its pretrained weights needs no second warm-up.
     if first and not rewarm:
         warm = 1.0
     done = (step - first) / max(1, last - first)
-    return warm * min(1.0, (1 - done) / (1 - decay_at))
+    if schedule == "linear":
+        return warm * min(1.0, (1 - done) / (1 - decay_at))
+    if schedule == "step":
+        return warm * 0.1 ** ((done >= decay_at) + (done >= decay_again_at))
+    if schedule == "poly":
+        return warm * (1 - done) ** 0.9
+    raise ValueError(f"no schedule {schedule!r}: linear, step or poly")

@@ -10,40 +10,41 @@ class quality stay (S4M, section on pseudo-label refinement):
 $$P(x) \propto p(x) \; \text{inside} \; \{p > 0.5\}$$ S4M Eq. (PR sampling)
 
    with p the teacher's mask probability: points lie where the teacher is most confident
-   that the object is. The released code draws from a softmax over the logits of the
-   whole map instead, which is proportional to p / (1 - p): then almost all points lie
-   where p is nearly 1.
+   that the object is. The released code draws from a softmax over the logits z of the
+   whole map instead, $P(x) \propto e^{z(x)}$, which is proportional to p / (1 - p):
+   then almost all points lie where p is nearly 1. (It takes the logits themselves:
+   beyond 17 all probabilities are rounded to 1.)
 
 2. *Candidates.* SAM is prompted with these points, all positive, and answers with three
    masks, since a point may mean a part or a whole. For each it predicts its IoU with
-   the
-   object that is meant: the *predicted IoU*.
+   the object that is meant: the *predicted IoU*.
 
 3. *Choice.* The paper takes the candidate k with the highest predicted IoU,
 
 $$k^* = \mathrm{argmax}_k \; \widehat{\mathrm{IoU}}_k$$ S4M Eq. (PR choice)
 
-   The alternative, instance-level matching, takes the candidate that agrees best with
-   the teacher's mask: SAM knows edges, but only the teacher knows whether a part, an
-   object or a group is meant.
+S4M's refinement ends here. Three parts more are *this project's*, each with a switch;
+of the presets, `full` has them, and `s4m` is as published:
 
-4. *Gate.* The candidate is taken only if its IoU with the teacher's mask reaches
-   `refine_gate`; otherwise the teacher's mask stays. With a gate of 0 it is the paper's
-   method, which has no gate, and which loses to its own baseline where the teacher is
-   already good (COCO 10 %).
+* *Instance-level matching* takes the candidate that agrees best with the teacher's
+  mask: SAM knows edges, but only the teacher knows whether a part, an object or a group
+  is meant.
 
-5. *Calibration.* Two models as different as SAM and the teacher seldom make the same
-   mistake, so their agreement says how good the mask is:
+* *Gate.* The candidate is taken only if its IoU with the teacher's mask reaches
+  `refine_gate`; otherwise the teacher's mask stays. Without a gate S4M loses to its own
+  baseline where the teacher is already good (COCO 10 %).
 
-$$m' = m \cdot \mathrm{IoU}(M_{SAM}, M_T)$$ S4M Eq. (calibration)
+* *Dynamic confidence calibration.* Two models as different as SAM and the teacher
+  seldom make the same mistake, so their agreement says how good the mask is:
 
-   The mask loss of the instance is then weighted by m'. The paper's summary mentions
-   confidence calibration; the formula is this project's.
+$$m' = m \cdot \mathrm{IoU}(M_{SAM}, M_T)$$ ssis Eq. (calibration)
+
+  The mask loss of the instance is then weighted by m'.
 
 SAM works in the original frame, on the one embedding of the image. The points are
 mapped to that frame, and the masks back to the view (`augment.Geometry`).
 
-Chain: 8 of 16. Read next: `ssis/correction.py`, which doubts the classes.
+Chain: 9 of 17. Read next: `ssis/correction.py`, which doubts the classes.
 """
 
 import dataclasses
@@ -53,37 +54,50 @@ from torch import Tensor
 
 from ssis import data
 from ssis.sam import CHUNK, Embeddings
-from ssis.teacher import PseudoLabels, mask_quality
+from ssis.teacher import PseudoLabels, mask_quality, paste
 
 
-def sample_points(
-    mask_probs: Tensor, count: int, rule: str, generator: torch.Generator
-) -> Tensor:
-    """Prompts for some instances of a view.
+def point_weights(pseudo: PseudoLabels, rule: str) -> Tensor:
+    """How likely each pixel is to become a prompt.
 
     Args:
-        mask_probs: (N, H, W) float in [0, 1], none without a pixel above 0.5.
-        count: K; where a mask has fewer pixels, some points coincide.
+        pseudo: of one image, with masks of the teacher.
         rule: "paper" or "code"; see the module's text.
-        generator: on the device of `mask_probs`.
 
     Returns:
-        (N, K, 2) float32, x and y in the view; the first pixel's center is 0.5.
+        (N, H, W) float >= 0; proportional to the probability.
 
     Raises:
         ValueError: an unknown rule.
     """
     if rule == "paper":
         # S4M Eq. (PR sampling)
-        weights = mask_probs * (mask_probs > 0.5)
-    elif rule == "code":
-        # softmax(logit p) = p / (1 - p), normalized
-        weights = mask_probs / (1 - mask_probs).clamp(min=1e-6)
-    else:
-        raise ValueError(f"no sampling rule {rule!r}: paper or code")
+        return pseudo.mask_probs * (pseudo.mask_probs > 0.5)
+    if rule == "code":
+        # The logits in the frame of the view. Outside of the box there are none: no
+        # point is drawn there.
+        size, boxes = pseudo.masks.shape[1:], pseudo.feature_boxes
+        logits = paste(pseudo.mask_logits, boxes, size)
+        inside = paste(torch.ones_like(pseudo.mask_logits), boxes, size) > 0
+        logits = logits.masked_fill(~inside, -torch.inf)
+        return logits.flatten(1).softmax(dim=1).view_as(logits)
+    raise ValueError(f"no sampling rule {rule!r}: paper or code")
+
+
+def sample_points(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Prompts for some instances of a view.
+
+    Args:
+        weights: (N, H, W) float >= 0, of `point_weights`, none all 0.
+        count: K; where a mask has fewer pixels, some points coincide.
+        generator: on the device of `weights`.
+
+    Returns:
+        (N, K, 2) float32, x and y in the view; the first pixel's center is 0.5.
+    """
     # One distribution over all pixels for each instance; `multinomial` scales each to a
     # sum of 1, and draws without replacement.
-    weights = weights.flatten(1)  # (N, H * W)
+    width, weights = weights.shape[2], weights.flatten(1)  # (N, H * W)
     if not len(weights):
         return torch.zeros(0, count, 2, device=weights.device)
     # A mask may have fewer than K pixels, and `multinomial` cannot draw three of two.
@@ -94,7 +108,6 @@ def sample_points(
     best = weights.argmax(dim=1, keepdim=True)
     index = torch.where(empty, torch.where(empty[:, :1], best, index[:, :1]), index)
     # From the number of a pixel to its center, x before y as SAM wants it.
-    width = mask_probs.shape[2]
     return torch.stack([index % width, index // width], dim=2).float() + 0.5
 
 
@@ -157,15 +170,18 @@ def refine(
     embedding = embeddings[item["index"]]
     generator = torch.Generator(device).manual_seed(item["seed"])
     parts = []
-    # A few at a time: three candidates in 1024 x 1024 are 12 MB an instance.
-    for soft, masks in zip(
-        pseudo.mask_probs.split(CHUNK), pseudo.masks.split(CHUNK), strict=True
-    ):
-        prompts = geometry.to_original(sample_points(soft, points, sampling, generator))
-        # Candidates have the size of the view, to be compared with the teacher's masks;
-        # `to_view` mirrors them if the view is mirrored.
-        answer = sam.candidates(embedding, prompts, geometry.original, geometry.view)
-        parts.append(choose(geometry.to_view(answer[0]), answer[1], masks, rule))
+    # A few at a time: three candidates in 1024 x 1024 are 12 MB an instance. Where a
+    # view is a crop of a larger image, they are first as large as that.
+    height, width = geometry.scaled
+    few = max(1, min(CHUNK, CHUNK * 1024**2 // (height * width)))
+    for chunk in torch.arange(len(pseudo), device=device).split(few):
+        some = pseudo[chunk]
+        prompts = sample_points(point_weights(some, sampling), points, generator)
+        prompts = geometry.to_original(prompts)
+        # Candidates have the scale of the view; `to_view` crops and mirrors them as the
+        # view was, so that they can be compared with the teacher's masks.
+        answer = sam.candidates(embedding, prompts, geometry.original, geometry.scaled)
+        parts.append(choose(geometry.to_view(answer[0]), answer[1], some.masks, rule))
     logits, agreement = (torch.cat(part) for part in zip(*parts, strict=True))
     return apply_gate(pseudo, logits, agreement, gate, calibrate, min_area)
 
@@ -185,7 +201,7 @@ def apply_gate(
         logits: (N, H, W), the chosen candidates.
         agreement: (N,), their IoU with the teacher's masks.
         gate: agreement from which SAM's mask is taken, in [0, 1].
-        calibrate: set the mask quality to m' of S4M Eq. (calibration).
+        calibrate: set the mask quality to m' of ssis Eq. (calibration).
         min_area: pixels; SAM's mask needs more.
     """
     redrawn = logits.sigmoid()
@@ -198,7 +214,7 @@ def apply_gate(
     masks = soft > 0.5
     quality = torch.where(taken, mask_quality(soft), pseudo.mask_quality)
     if calibrate:
-        # S4M Eq. (calibration): for all instances. Where the teacher's mask was kept,
+        # ssis Eq. (calibration): for all instances. Where the teacher's mask was kept,
         # SAM saw something else, which is a reason for doubt too.
         quality = pseudo.mask_quality * agreement
     boxes = torch.where(taken[:, None], data.boxes_of(masks), pseudo.boxes)

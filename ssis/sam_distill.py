@@ -12,8 +12,8 @@ S4M Eq. (SD)
 $$L_T = L_{\mathrm{labeled}} + \lambda_{SD} \, L_{SD}$$ S4M Eq. (teacher)
 
 with $\lambda_{SD}$ = `structure_weight`, i a query point, and j all locations of the
-image. Why not compare the features themselves? SAM's features know no classes, and a
-teacher that copies them loses its own (S4M's ablation).
+image, as far as the view shows them. Why not compare the features themselves? SAM's
+features know no classes, and a teacher that copies them loses its own (S4M's ablation).
 
 An example: i lies on a zebra. To SAM the whole zebra is alike, whatever the stripe, and
 unlike the grass. To a young teacher a black stripe is like any other black thing. L_SD
@@ -26,8 +26,9 @@ from a map of its own.
 
 *The teacher's side.* The FPN's stride-4 level takes the part of Mask2Former's pixel
 decoder in the paper. It is sampled at the centers of SAM's cells, which undoes flip,
-resizing and padding of the view in one step. Cells whose center lies in SAM's padding
-do not count.
+crop, resizing and padding of the view in one step. Cells whose center lies in SAM's
+padding, or outside of a cropped view, do not count. (The released code has the padding
+in both maps, and on padded views of COCO takes the cell of a point from another scale.)
 
 *Query points.* Half of them lie in the union of the ground-truth masks, half anywhere
 (released code: 64 + 64). The fraction `structure_boundary` of the first half is drawn
@@ -39,7 +40,7 @@ on the image and the point alone. So each image gets its query points once, and 
 embeddings; other rows are computed again. The released code draws new points in every
 step (docs/differences.md).
 
-Chain: 12 of 16. Read next: `ssis/optimizer.py`, which follows the gradient.
+Chain: 13 of 17. Read next: `ssis/optimizer.py`, which follows the gradient.
 """
 
 import math
@@ -225,18 +226,17 @@ def sampled(
     Args:
         features: (D, H / 4, W / 4), stride 4, of one padded view.
         geometry: of the view.
-        rows, columns: (R,), (K,) locations, as fractions of height and width.
+        rows, columns: (R,), (K,) locations, as fractions of the original's height and
+            width; those outside of the view have no meaning.
 
     Returns:
         (R * K, D).
     """
-    # A fraction of the original is the same fraction of the view, or its mirror image.
-    height, width = geometry.view
     # In pixels of the view, then on the scale of `grid_sample`: -1 and 1 are the ends
     # of the padded batch, whose sides are 4 times those of the map.
-    across = 1 - columns if geometry.flip else columns
-    x = 2 * across * width / (4 * features.shape[2]) - 1
-    y = 2 * rows * height / (4 * features.shape[1]) - 1
+    y, x = geometry.from_original(rows, columns)
+    x = 2 * x / (4 * features.shape[2]) - 1
+    y = 2 * y / (4 * features.shape[1]) - 1
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)  # (R, K, 2)
     # Bilinear: the center of a SAM cell seldom falls on the center of a student's cell.
     values = F.grid_sample(
@@ -248,6 +248,16 @@ def sampled(
     return values[0].flatten(1).T
 
 
+def shown(geometry: Geometry, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows and columns of locations lie in a view: bool (R,) and (K,).
+
+    All of them without a crop. The padding of a batch begins where the view ends.
+    """
+    y, x = geometry.from_original(rows, columns)
+    height, width = geometry.view
+    return (y >= 0) & (y < height), (x >= 0) & (x < width)
+
+
 def loss(features: Tensor, items: list[dict], structure: Structure) -> Tensor:
     """S4M Eq. (SD) over a labeled batch: a scalar.
 
@@ -255,17 +265,31 @@ def loss(features: Tensor, items: list[dict], structure: Structure) -> Tensor:
         features: (B, D, H / 4, W / 4), the student's stride-4 level, with gradient.
         items: B items of `data.Stream`.
         structure: SAM's side, without gradient.
+
+    Returns:
+        The mean over the images. One whose view shows no query point has loss 0.
     """
     total = features.new_zeros(())
     # float32, also under mixed precision: cosines are near 1, where 16 bits are coarse.
     for own, item in zip(features.float(), items, strict=True):
-        # Both sides at the same locations of the original image.
+        # Both sides at the same locations of the original image: SAM's cells in it.
         geometry = item["geometry"]
         queries, sam_rows = structure[item["index"]]
-        # The gradient flows into the features at the query and at all other locations;
-        # SAM's rows are constants.
-        cells = sampled(own, geometry, *centers(structure.sam, geometry.original))
-        rows = similarity(cells, queries.to(own.device))
+        rows, columns = centers(structure.sam, geometry.original)
+        in_rows, in_columns = shown(geometry, rows, columns)
+        # Without a crop all cells are seen; else both i and j must be in it.
+        seen = (in_rows[:, None] & in_columns).flatten()  # (P,)
+        asked = seen[queries]
+        # A crop may show none of the query points; the mean over nothing would be NaN.
+        if not asked.any():
+            continue
+        # The cells in the view are numbered anew: by how many of them come before.
+        number = (seen.cumsum(dim=0) - 1)[queries[asked]]
+        cells = sampled(own, geometry, rows[in_rows], columns[in_columns])
+        # The gradient flows into the features at the query and at all other locations.
+        similar = similarity(cells, number.to(own.device))
+        # SAM's rows are constants, cut to what the view shows.
+        wanted = sam_rows[asked][:, seen]
         # S4M Eq. (SD); smooth L1 with beta 1 is the Huber loss with delta 1.
-        total = total + F.smooth_l1_loss(rows, sam_rows.to(rows), beta=1.0)
+        total = total + F.smooth_l1_loss(similar, wanted.to(similar), beta=1.0)
     return total / len(items)

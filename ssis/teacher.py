@@ -36,7 +36,7 @@ rounded to a multiple of 4, and a probability of 0.9 by up to 0.002, which is en
 move it across a threshold. `Tensor.float` marks the border. The EMA update is float32
 too, like all weights: adding 0.0004 of a difference would change nothing in 16 bits.
 
-Chain: 5 of 16. Read next: `ssis/filters.py`, which decides what is kept.
+Chain: 6 of 17. Read next: `ssis/filters.py`, which decides what is kept.
 """
 
 import copy
@@ -49,7 +49,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
 from ssis import losses
@@ -113,6 +112,8 @@ class PseudoLabels:
             a sum of 1 is the probability of background, until the category classifier's
             distribution is mixed in (`correction.fuse`), which has no background.
         features: (N, D, 7, 7) float32, the network's feature map in each predicted box.
+        mask_logits: (N, 1, 28, 28) float32, the mask head's output in this box; where
+            a logit passes 17, its probability is rounded to 1.
         feature_boxes: (N, 4) these boxes; `boxes` may be SAM's after `refine`.
     """
 
@@ -124,6 +125,7 @@ class PseudoLabels:
     masks: Tensor
     distribution: Tensor
     features: Tensor
+    mask_logits: Tensor
     feature_boxes: Tensor
 
     def __len__(self) -> int:
@@ -139,7 +141,7 @@ class PseudoLabels:
 
         Args:
             uncertainty: with `mask_weights` (N, H, W): 1 - u, PL-DC Eq. (uncertainty).
-            calibrated: these (or ones) times the mask quality, S4M Eq. (calibration).
+            calibrated: these (or ones) times the mask quality, ssis Eq. (calibration).
         """
         target = dict(
             boxes=self.boxes, labels=self.labels, masks=self.masks.to(torch.uint8)
@@ -254,8 +256,8 @@ class Detections(NamedTuple):
     """The network's detections in one image, in the image's frame.
 
     boxes (N, 4), labels (N,), scores (N,), distributions (N, C), features
-    (N, D, 7, 7) as in `PseudoLabels`; masks (N, 1, 28, 28) float32 in [0, 1], each
-    relative to its box.
+    (N, D, 7, 7), mask_logits (N, 1, 28, 28) as in `PseudoLabels`; masks
+    (N, 1, 28, 28) float32 in [0, 1], their sigmoid.
     """
 
     boxes: Tensor
@@ -263,6 +265,7 @@ class Detections(NamedTuple):
     scores: Tensor
     distributions: Tensor
     features: Tensor
+    mask_logits: Tensor
     masks: Tensor
 
 
@@ -307,14 +310,15 @@ def detect(model: MaskRCNN, images: list[Tensor], min_score: float) -> list[Dete
     # of the label is kept.
     kept_boxes, labels = [s[0] for s in selected], [s[1] for s in selected]
     pooled = roi.mask_roi_pool(features, kept_boxes, sizes)  # (N of all, D, 14, 14)
-    mask_logits = roi.mask_predictor(roi.mask_head(pooled)).float()
-    masks = maskrcnn_inference(mask_logits, labels)
+    logits = roi.mask_predictor(roi.mask_head(pooled)).float()  # (N of all, C + 1, ..)
+    own = torch.cat(labels)
+    logits = logits[torch.arange(len(own), device=own.device), own][:, None]
     # The mask head's input, reduced to 7 x 7 cells, is kept for the category
     # classifier: the prototypes need no forward pass of their own.
     small = F.adaptive_avg_pool2d(pooled.float(), CELLS)
-    small = small.split([len(boxes) for boxes in kept_boxes])
-    parts = zip(selected, small, masks, strict=True)
-    return [Detections(*s, cells, mask) for s, cells, mask in parts]
+    counts = [len(boxes) for boxes in kept_boxes]
+    parts = zip(selected, small.split(counts), logits.split(counts), strict=True)
+    return [Detections(*s, cells, mask, mask.sigmoid()) for s, cells, mask in parts]
 
 
 @torch.no_grad()
@@ -359,14 +363,14 @@ def predict(
     result = []
     detections = detect(model, images, min_score)
     for image, detected in zip(images, detections, strict=True):
-        boxes, labels, scores, distributions, features, small = detected
+        boxes, labels, scores, distributions, features, logits, small = detected
         # Two masks: the hard one is the student's target; the soft one gives the mask
         # quality, SAM's points and the uncertainty of each pixel.
         soft = paste(small, boxes, tuple(image.shape[-2:]))  # (N, H, W)
         hard, quality = soft > 0.5, mask_quality(soft)
         parts = (boxes, labels, scores, quality, soft, hard, distributions, features)
-        # The boxes twice: at the end those that the features belong to.
-        result.append(PseudoLabels(*parts, boxes))
+        # The boxes twice: at the end those that features and logits belong to.
+        result.append(PseudoLabels(*parts, logits, boxes))
     return result
 
 

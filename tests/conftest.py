@@ -87,8 +87,10 @@ def made_labels(labels, class_quality, mask_quality, distribution=None, features
     if distribution is None:
         distribution = torch.full((n, 3), 0.01)
     return PseudoLabels(
-        boxes, torch.tensor(labels), torch.tensor(class_quality), torch.tensor(mask_quality),
-        masks.float(), masks, torch.as_tensor(distribution), torch.rand(n, *features), boxes,
+        boxes, torch.tensor(labels, dtype=torch.int64), torch.tensor(class_quality),
+        torch.tensor(mask_quality),
+        masks.float(), masks, torch.as_tensor(distribution), torch.rand(n, *features),
+        torch.zeros(n, 1, 28, 28), boxes,
     )  # fmt: skip
 
 

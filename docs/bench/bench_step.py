@@ -88,10 +88,11 @@ def setup(**settings) -> tuple[Run, list, list]:
 
 
 def plain_net(run: Run) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A copy of the student with torchvision's own samplers (ours count), and AdamW."""
+    """A copy of the student with torchvision's own losses and samplers, and AdamW."""
     kind, *rest = model_of(run.config)
     net = model.build(kind, len(run.net.roi_heads.box_predictor.cls_score.bias), *rest).train()
     net.load_state_dict(run.net.state_dict())
+    net.rpn.__class__, net.roi_heads.__class__ = model.RegionProposalNetwork, model.RoIHeads
     for part in (net.rpn, net.roi_heads):
         ours = part.fg_bg_sampler
         part.fg_bg_sampler = model.BalancedPositiveNegativeSampler(

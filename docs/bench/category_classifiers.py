@@ -163,7 +163,9 @@ def main() -> None:
     print(f"{'category classifier':48} alone  w=0.5  w=0.4")
 
     def line(name: str, opinion: Tensor) -> None:
-        mixed = [right(w * opinion + (1 - w) * said) for w in (0.5, 0.4)]
+        # As `correction.fuse`: the teacher's distribution over the classes alone.
+        alone = said / said.sum(dim=1, keepdim=True)
+        mixed = [right(w * opinion + (1 - w) * alone) for w in (0.5, 0.4)]
         print(f"{name:48} {right(opinion)}  {mixed[0]}  {mixed[1]}")
 
     for name in asked:

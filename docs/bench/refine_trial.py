@@ -68,9 +68,9 @@ def main() -> None:
                 continue
             sums[name, "iou"] += data.mask_iou(refined.masks, masks).sum().item()
             said = classifier(item["image"], refined)
-            mixed = 0.5 * said + 0.5 * pseudo.distribution
+            mixed = correction.fuse(refined, said, 0.5).labels - 1
             sums[name, "category"] += (said.argmax(1) == true).sum().item()
-            sums[name, "mixed"] += (mixed.argmax(1) == true).sum().item()
+            sums[name, "mixed"] += (mixed == true).sum().item()
     number = sums["number"]
     print(f"{number} pseudo-labels; the teacher's class is right in {sums['class'] / number:.3f}\n")
     print(f"{'':42}mask IoU  category  mixed")

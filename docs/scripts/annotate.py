@@ -32,8 +32,8 @@ from pygments.lexers import PythonLexer
 ROOT = Path(__file__).resolve().parents[2]
 STYLE = Path(__file__).with_name("annotate.css")
 # A name such as "PL-DC Eq. (DICC)"; it is the equation's address on every page.
-LABEL = re.compile(r"(GD|PL-DC|S4M)\s+Eq\. \(([^)]+)\)")
-DISPLAY = re.compile(r"\$\$(.+?)\$\$(?:\s+((?:GD|PL-DC|S4M)\s+Eq\. \([^)]+\)))?", re.DOTALL)
+LABEL = re.compile(r"(GD|PL-DC|S4M|ssis)\s+Eq\. \(([^)]+)\)")
+DISPLAY = re.compile(r"\$\$(.+?)\$\$(?:\s+((?:GD|PL-DC|S4M|ssis)\s+Eq\. \([^)]+\)))?", re.DOTALL)
 INLINE = re.compile(r"(?<![\\$])\$([^$]+?)\$")
 # The sections of a Google-style docstring that list names.
 LISTS = ("Args", "Attributes", "Raises")

@@ -11,9 +11,9 @@ import ast
 from pathlib import Path
 
 # The loop and the papers' parts. With the rest of what lies flat in ssis/: the method.
-NINE = ["train", "model", "teacher", "filters", "correction", "losses", "augment", "refine"]
-NINE += ["sam_distill"]
-METHOD = [*NINE, "data", "sam", "clip", "optimizer", "distributed", "config", "presets"]
+TEN = ["train", "model", "teacher", "filters", "correction", "losses", "augment", "refine"]
+TEN += ["sam_distill", "copy_paste"]
+METHOD = [*TEN, "data", "sam", "clip", "optimizer", "distributed", "config", "presets"]
 
 
 def count(path: Path) -> tuple[int, int, int]:
@@ -35,9 +35,9 @@ def parts(root: Path) -> dict[str, list[Path]]:
     # A room may have a file of the same name as a part of the method: that is not it.
     flat = {path.stem: path for path in top if path.parent in (root, root / "ssis")}
     method = [flat[name] for name in METHOD]
-    nine = [flat[name] for name in NINE]
-    return {path.relative_to(root).as_posix(): [path] for path in nine} | {
-        "these nine": nine,
+    ten = [flat[name] for name in TEN]
+    return {path.relative_to(root).as_posix(): [path] for path in ten} | {
+        "these ten": ten,
         "method": method,
         "support": [path for path in top if path not in method],
         "tests": [*root.glob("tests/**/*.py")],

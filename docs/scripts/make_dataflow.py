@@ -48,7 +48,7 @@ BOXES = [
         "S4M Eq. (PR sampling)", 4, 0),
     Box("category", "category correction", PL_DC, "ssis/correction.py", "fuse",
         "PL-DC Eq. (DICC)", 4, 1),
-    Box("paste", "copy-paste", S4M, "ssis/augment.py", "arp", "S4M Eq. (ARP)", 4, 2),
+    Box("paste", "copy-paste", S4M, "ssis/copy_paste.py", "arp", "S4M Eq. (ARP)", 4, 2),
     Box("strong", "strong view", GD, "ssis/augment.py", "strong_view", "", 3, 2),
     # The student, its losses, and the way back to the teacher.
     Box("student", "student predicts", NET, "ssis/model.py", "MaskRCNN", "", 2, 2),

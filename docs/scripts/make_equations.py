@@ -17,7 +17,7 @@ from generated import reflow, write_or_check
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "equations.md"
-NAME = r"(?:GD|PL-DC|S4M) Eq\. \([^)]+\)"
+NAME = r"(?:GD|PL-DC|S4M|ssis) Eq\. \([^)]+\)"
 DEFINITION = re.compile(rf"\$\$(.+?)\$\$\s+({NAME})", re.DOTALL)
 HEAD = """# Equations
 
@@ -27,7 +27,7 @@ with the equation's name stands above the line.
 Letters: [notation](notation.md). Which part of which paper: [papers](papers.md).
 GD = Guided Distillation, arXiv 2308.02668; PL-DC = arXiv 2505.11075 and its AAAI 2026
 successor; S4M = arXiv 2504.05301. The names in brackets are this project's, to be searched
-for; they are not the papers' numbers.
+for; they are not the papers' numbers. Equations that begin with "ssis" are this project's own.
 """
 
 

@@ -51,7 +51,7 @@ import walk_pictures as pictures
 from walk_pictures import table
 
 import train
-from ssis import augment, config, correction, data, filters, losses, refine
+from ssis import augment, config, copy_paste, correction, data, filters, losses, refine
 from ssis.datasets import parts, split
 from ssis.engine import loader, resume
 from ssis.engine.build import build
@@ -62,8 +62,8 @@ from ssis.teacher import ema_update
 # %% [markdown]
 # ## 1. The run
 #
-# The settings are those of the row "full (both papers)" of the ladder in docs/results.md: the
-# built-in shapes, seed 0, 64 of 1,280 images labeled.
+# The settings are those of the row "full (both papers, own parts)" of the ladder in
+# docs/results.md: the built-in shapes, seed 0, 64 of 1,280 images labeled.
 
 # %%
 FLAGS = "--method full --seed 0 --pretrain-steps 900 --mutual-steps 600 --device cpu"
@@ -175,7 +175,7 @@ BATCHES = 8
 
 
 def paired(final: list, seed: int) -> list[tuple[int, int]]:
-    """ARP's pairs in a batch: as `augment.arp` draws them among images with pseudo-labels."""
+    """ARP's pairs in a batch: as `copy_paste.arp` draws them among images with pseudo-labels."""
     usable = [i for i, labels in enumerate(final) if len(labels)]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(usable), generator=generator).tolist()
@@ -205,7 +205,8 @@ def events(stages: dict, i: int, pairs: list) -> dict[str, bool]:
 
 
 t_max = settings.stage_ends[-1]
-batches = loader.batches(streams.unlabeled, settings.unlabeled_batch, t, t_max, 0, 1, 0)
+shard = data.Shard(settings.unlabeled_batch, t, t_max, 0, 1)
+batches = loader.batches(streams.unlabeled, shard, 0)
 seen, best, chosen = [], -1, None
 for number in range(BATCHES):
     candidates = next(batches)
@@ -357,11 +358,10 @@ print(f"#{k}: c * m = {c[k]:.3f} * {m[k]:.3f} = {c[k] * m[k]:.3f}, tau_class {se
 # `refine.refine`, step by step, on as many instances as it takes at a time.
 part = kept[slice(refine.CHUNK)]
 generator = torch.Generator().manual_seed(item["seed"])
-places = refine.sample_points(
-    part.mask_probs, settings.refine_points, settings.refine_sampling, generator
-)  # (N, K, 2)
+weights = refine.point_weights(part, settings.refine_sampling)  # (N, H, W)
+places = refine.sample_points(weights, settings.refine_points, generator)  # (N, K, 2)
 prompts = geometry.to_original(places)
-# By hand: the way back is a mirror and a scale.
+# By hand: without a crop the way back is a mirror and a scale.
 height, width = geometry.view
 x = width - places[..., 0] if geometry.flip else places[..., 0]
 assert torch.allclose(prompts[..., 0], x * geometry.original[1] / width)
@@ -388,7 +388,7 @@ table("#  points in the view (x, y)  in the original  p there", rows)
 # %%
 embedding = embeddings[item["index"]]
 logits, predicted_iou = embeddings.sam.candidates(
-    embedding, prompts, geometry.original, geometry.view
+    embedding, prompts, geometry.original, geometry.scaled
 )
 logits = geometry.to_view(logits)  # (N, 3, H, W), in the view again
 agreement = data.mask_iou(logits > 0, part.masks[:, None])  # (N, 3)
@@ -441,7 +441,7 @@ pictures.show(figure, "2-sam", "For each instance: points, SAM's three candidate
 # This comes after SAM, because a better silhouette is easier to name. The category classifier
 # compares each instance with the remembered labeled ones: the teacher's features inside the mask,
 # and the silhouette. The cosines of the three nearest of each class are averaged, and a softmax
-# makes them a distribution. It is mixed with the teacher's:
+# makes them a distribution. It is mixed with the teacher's, without background:
 #
 # $$p = w(t) \, p_{\mathrm{category}} + (1 - w(t)) \, p_{\mathrm{teacher}}$$
 #
@@ -465,7 +465,9 @@ table("step t  w(t)", rows)
 
 # %%
 opinion = classifier(weak, refined)  # (N, C)
-mixed = w * opinion + (1 - w) * refined.distribution
+# The teacher's over the classes alone: the instance was kept, so background is no question.
+named_by_teacher = refined.distribution / refined.distribution.sum(dim=1, keepdim=True)
+mixed = w * opinion + (1 - w) * named_by_teacher
 quality, index = mixed.max(dim=1)
 final = stages["corrected"][chosen]
 # By hand and by `correction.correct`: the same labels, the same class qualities.
@@ -473,7 +475,7 @@ assert torch.equal(final.labels, index + 1) and torch.allclose(final.class_quali
 
 rows = []
 for k, label in enumerate(refined.labels):
-    for who, P in {"teacher": refined.distribution, "category": opinion, "mixed": mixed}.items():
+    for who, P in {"teacher": named_by_teacher, "category": opinion, "mixed": mixed}.items():
         says, was = train_set.names[P[k].argmax()], train_set.names[label - 1]
         note = f" (was {was})" if who == "mixed" and says != was else ""
         rows.append((f"#{ids[k]}", who, *P[k].tolist(), says + note))
@@ -484,7 +486,7 @@ count = min(len(refined), pictures.INSTANCES)
 figure, axes = pictures.sheet(count, 3, 0.5)
 for k, row in enumerate(axes):
     opinions = {
-        f"#{ids[k]}: the teacher": refined.distribution[k],
+        f"#{ids[k]}: the teacher": named_by_teacher[k],
         "the category classifier": opinion[k],
         f"mixed, w = {w:.2f}": mixed[k],
     }
@@ -596,7 +598,7 @@ pseudo = stages["final"]
 usable = [i for i, labels in enumerate(pseudo) if len(labels)]
 weaks = [batch[i]["image"] for i in usable]
 targets = [pseudo[i].target(settings.uncertainty, settings.refine_calibrate) for i in usable]
-pasted, pasted_targets = augment.arp(
+pasted, pasted_targets = copy_paste.arp(
     weaks, targets, settings.arp_min_area, settings.arp_jitter, batch[0]["seed"]
 )
 
@@ -684,7 +686,7 @@ pictures.show(figure, "7-strong", "Weak view, strong view, and the strong view w
 
 # %%
 labeled_batch = next(
-    loader.batches(streams.labeled, settings.labeled_batch, t + place, t_max, 0, 1, 0)
+    loader.batches(streams.labeled, data.Shard(settings.labeled_batch, t + place, t_max, 0, 1), 0)
 )
 labeled_targets = [part["target"] for part in labeled_batch]
 labeled_strong = augment.strong_views([part["image"] for part in labeled_batch], labeled_batch)

@@ -41,7 +41,10 @@ def build(
     net = model.build(kind, len(names) + 1, *rest).to(device).train()
     student, teacher = distributed.wrap(net, device), make_teacher(net)
     thresholds = filters.Thresholds(
-        len(names), config.tau_min, config.tau_max, config.threshold_decay
+        len(names),
+        (config.tau_min, config.tau_max),
+        (config.tau_mask_min, config.tau_mask_max),
+        config.threshold_decay,
     ).to(device)
     classifier = make_classifier(
         config.correction, names, net.backbone.out_channels, config.prototypes,
@@ -70,7 +73,8 @@ def build(
         net, config.lr, config.backbone_lr_factor, config.weight_decay
     )
     pretrain_end, _, total = config.stage_ends
-    shape = (pretrain_end, total, config.warmup_steps, config.decay_at)
+    shape = (pretrain_end, total, config.warmup_steps, config.lr_schedule)
+    shape += (config.decay_at, config.decay_again_at, config.lr_restart)
     rewarm = config.burnin_init == "fresh"
     schedule = LambdaLR(optim, lambda step: optimizer.lr_factor(step, *shape, rewarm))
     # fp16 loses gradients under 6e-8; the scaler lifts them by a factor that it finds.
@@ -111,8 +115,9 @@ def make_classifier(
 
 
 def model_of(config: Config) -> tuple:
-    """What says which model: kind, sizes and first weights."""
-    return config.model, config.short_side, config.long_side, config.backbone_weights
+    """What says which model: kind, sizes, first weights, and which of them learn."""
+    sides = (config.short_side, config.long_side)
+    return config.model, *sides, config.backbone_weights, config.trained_stages
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:

@@ -32,10 +32,13 @@ def dead_workers():
     """
     try:
         yield
-    except (RuntimeError, UserError) as error:
+    except (RuntimeError, UserError, ConnectionResetError) as error:
         first = error.__cause__ if isinstance(error, UserError) else error
         said = str(first).strip()
-        if not said.startswith("DataLoader worker (pid"):
+        # Killed while it was handing over a batch, it is met as a broken connection.
+        if isinstance(error, ConnectionResetError):
+            said = f"DataLoader worker: {said}"
+        elif not said.startswith("DataLoader worker (pid"):
             raise
         raise UserError(
             f"a loader worker died ({said.splitlines()[0].strip()}): often for "
@@ -62,36 +65,18 @@ def end_workers() -> None:
         signal.signal(child_ended, before or signal.SIG_DFL)
 
 
-def batches(
-    stream: Stream,
-    batch: int,
-    start: int,
-    stop: int,
-    rank: int,
-    world_size: int,
-    workers: int,
-):
-    """Batches (lists of items) of one process, from a step on.
+def batches(stream: Stream, shard: Shard, workers: int):
+    """Batches (lists of items) of one process.
 
     Args:
         stream: what to draw from.
-        batch: size of the global batch.
-        start, stop: the first step, and the one after the last.
-        rank, world_size: of this process.
+        shard: the numbers of its items, batch by batch.
         workers: loader processes; 0: none.
-
-    Raises:
-        UserError: the batch cannot be shared out equally.
     """
-    if batch % world_size:
-        raise UserError(
-            f"a batch of {batch} images cannot be shared by {world_size} processes; "
-            "choose --labeled-batch and --unlabeled-batch accordingly"
-        )
     return iter(
         torch.utils.data.DataLoader(
             stream,
-            batch_sampler=Shard(batch, start, stop, rank, world_size),
+            batch_sampler=shard,
             num_workers=workers,
             # Images differ in size: a batch is a list.
             collate_fn=list,

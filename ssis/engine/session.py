@@ -19,14 +19,13 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssis import augment, data, distributed, losses
-from ssis.config import Config
+from ssis import UserError, copy_paste, data, distributed, losses
+from ssis.config import Config, flag
 from ssis.datasets import parts, split
 from ssis.engine import loader, resume, run_folder
 from ssis.engine.signals import StopSignals
@@ -62,6 +61,7 @@ class Session:
         self.config, self.rank, self.world_size = config, rank, world_size
         self.device, self.folder = device, config.run_folder
         self.pretrain_end, self.burnin_end, self.total = config.stage_ends
+        distributed.from_main(check_batches, config, world_size)
         torch.use_deterministic_algorithms(config.deterministic)
         # Rank 0 draws the shapes, checks the files and decides the split; the others
         # read what it wrote, so no two processes can disagree on what is labeled.
@@ -80,6 +80,7 @@ class Session:
             config.view_size,
             config.seed,
             config.oracle,
+            config.repeat_threshold,
         )
         self.class_frequency = self.train_set.class_shares(labeled)
         self.per_image = self.train_set.instances_per_image(labeled)
@@ -114,17 +115,33 @@ class Session:
         self.metrics = run_folder.Metrics(
             path, self.done, self.rank == 0, config.tensorboard
         )
-        batches = partial(
-            loader.batches,
-            stop=self.total,
-            rank=self.rank,
-            world_size=self.world_size,
-            workers=config.workers,
-        )
-        self.labeled = batches(self.streams.labeled, config.labeled_batch, self.done)
         first = max(self.done, self.pretrain_end)
-        self.unlabeled = batches(self.streams.unlabeled, config.unlabeled_batch, first)
+        self.labeled = self.labeled_batches()
+        self.unlabeled = self.batches(
+            self.streams.unlabeled, config.unlabeled_batch, first, self.total
+        )
         self.began = time.monotonic()
+
+    def batches(self, stream, batch: int, start: int, stop: int, ahead: int = 0):
+        """This process's batches of a stream, from step `start` to before `stop`."""
+        shard = data.Shard(batch, start, stop, self.rank, self.world_size, ahead)
+        return loader.batches(stream, shard, self.config.workers)
+
+    def labeled_batches(self) -> Iterator[list[dict]]:
+        """Batches of labeled images: of pretraining, then of what follows.
+
+        S4M has another batch while the first teacher is made; GD and S4M draw rare
+        classes more often after it. The second loader is opened when its turn comes:
+        its workers would hold their first batches all the time.
+        """
+        config, end = self.config, self.pretrain_end
+        batch = config.pretrain_batch or config.labeled_batch
+        if self.done < end:
+            yield from self.batches(self.streams.labeled, batch, self.done, end)
+        # The items are numbered on, so that no view comes a second time.
+        ahead = end * (batch - config.labeled_batch)
+        batch, first = config.labeled_batch, max(self.done, end)
+        yield from self.batches(self.streams.repeated, batch, first, self.total, ahead)
 
     def save(self, name: str) -> None:
         """Write a checkpoint into the run's folder; every process must call this."""
@@ -273,8 +290,9 @@ class Session:
         if self.config.arp == "none":
             return None
         min_area, jitter = self.config.arp_min_area, self.config.arp_jitter
-        return lambda images, targets, seed: augment.arp(
-            images, targets, min_area, jitter, seed
+        crop = self.config.view_size.crop
+        return lambda images, targets, seed: copy_paste.arp(
+            images, targets, min_area, jitter, seed, crop
         )
 
     def finish(self, student, teacher, audited) -> None:
@@ -295,6 +313,26 @@ class Session:
             run_folder.write_summary(self.folder, summary)
             page.finish(self.folder, self.test_set, detections)
             print(run_folder.table(summary, self.folder))
+
+
+def check_batches(config: Config, world_size: int) -> None:
+    """Raise UserError for batches that the processes cannot share, or paste within."""
+    for name in ("pretrain_batch", "labeled_batch", "unlabeled_batch"):
+        if getattr(config, name) % world_size:
+            raise UserError(
+                f"{flag(name)} {getattr(config, name)}: cannot be shared equally by "
+                f"{world_size} processes; choose a multiple"
+            )
+    # A pair is made within a process: without a second image nothing would be pasted.
+    parts = dict(none=(), unlabeled=("unlabeled",), both=("unlabeled", "labeled"))
+    for part in () if config.method == "supervised" else parts[config.arp]:
+        batch = getattr(config, f"{part}_batch")
+        if batch // world_size < 2:
+            raise UserError(
+                f"--arp {config.arp}: --{part}-batch {batch} over {world_size} "
+                f"process(es) is {batch // world_size} image each, and copy-paste "
+                "needs two; give a larger batch, fewer processes, or --arp none"
+            )
 
 
 def brief(means: dict[str, float]) -> dict[str, str]:

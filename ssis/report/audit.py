@@ -222,8 +222,9 @@ class Watch:
             score="--tau-class",
             coupled="--tau-class",
             dual="--tau-class or --tau-mask",
-            adaptive="--tau-min and --tau-max",
+            adaptive="--tau-min and --tau-max, or --tau-mask-min and --tau-mask-max",
         )
+        flags["three-way"] = flags["adaptive"]
         if rule not in flags:
             raise ValueError(f"unknown filter {rule!r}")
         self.flags = flags[rule]

@@ -15,7 +15,7 @@ from conftest import real, write_coco
 from PIL import Image
 from pycocotools.coco import COCO
 
-from ssis import UserError, data
+from ssis import UserError, augment, data
 from ssis.datasets import coco_json, split
 from ssis.io import images
 from ssis.datasets.dataset import Dataset
@@ -235,6 +235,102 @@ def test_the_stream_is_a_function_of_seed_and_position(coco_folder):
     assert torch.equal(state, torch.get_rng_state())
 
 
+class Classes:
+    """Images of which only the classes are known."""
+
+    def __init__(self, *present):
+        self.present = present
+
+    def present_labels(self, index: int) -> set:
+        return self.present[index]
+
+
+def test_repeat_factors_by_hand():
+    """Class 1 in all of four images, class 2 in one: sqrt(10 / 1), sqrt(10 / 0.25)."""
+    images = Classes({1}, {1, 2}, {1}, {1}, set(), {3})
+    found = data.repeat_factors(images, [0, 1, 2, 3], 10.0)
+    assert found == pytest.approx([10**0.5, 40**0.5, 10**0.5, 10**0.5])
+    # With a threshold that all frequencies reach nothing is repeated.
+    assert data.repeat_factors(images, [0, 1, 2, 3], 0.25) == [1.0] * 4
+    assert data.repeat_factors(images, [0, 1], 0.75) == pytest.approx([1.0, 1.5**0.5])
+    # Without any instance nothing is rare; fractions are of the given images.
+    assert data.repeat_factors(images, [4, 5], 1.0) == pytest.approx([1.0, 2**0.5])
+
+
+def test_a_stream_draws_by_factor_and_is_still_a_function_of_its_position(coco_folder):
+    """Factors 1, 2, 1, 4: of 2,000 draws 250, 500, 250 and 1,000."""
+    dataset = load(coco_folder)
+    factors = [1.0, 2.0, 1.0, 4.0]
+    stream = data.Stream(dataset, [3, 1, 0, 2], SIZE, 7, True, factors)
+    dataset.image = lambda index: torch.zeros(3, 16, 16, dtype=torch.uint8)
+    stream.with_target = False
+    drawn = [stream[k]["index"] for k in range(2000)]
+    counts = [drawn.count(index) for index in (3, 1, 0, 2)]
+    for count, factor in zip(counts, factors, strict=True):
+        assert count == pytest.approx(2000 * factor / 8, rel=0.05)
+    # In each epoch of four the last image appears twice: no epoch is far from its share.
+    assert all(drawn[e : e + 4].count(2) == 2 for e in range(0, 2000, 4))
+    again = data.Stream(dataset, [3, 1, 0, 2], SIZE, 7, False, factors)
+    assert [again[k]["index"] for k in (1999, 5, 1000)] == [drawn[k] for k in (1999, 5, 1000)]
+    # Equal factors change nothing.
+    alike = data.Stream(dataset, [3, 1, 0, 2], SIZE, 7, False, [2.5] * 4)
+    plain = data.Stream(dataset, [3, 1, 0, 2], SIZE, 7, False)
+    assert [alike[k]["index"] for k in range(40)] == [plain[k]["index"] for k in range(40)]
+
+
+def test_in_each_epoch_an_image_comes_its_share_of_times_rounded_down_or_up():
+    factors = (1 + 9 * torch.rand(30, generator=torch.Generator().manual_seed(0))).tolist()
+    stream = data.Stream(None, list(range(30)), SIZE, 3, False, factors)
+    stream.dataset = Blank()
+    total = np.zeros(30)
+    for epoch in range(50):
+        drawn = [stream[k]["index"] for k in range(30 * epoch, 30 * epoch + 30)]
+        counts, share = np.bincount(drawn, minlength=30), 30 * np.array(factors) / sum(factors)
+        assert (counts >= np.floor(share)).all() and (counts <= np.ceil(share)).all()
+        # Shuffled: the draws do not come in ascending order.
+        assert drawn != sorted(drawn)
+        total += counts
+    assert np.abs(total / 50 - share).max() < 0.2
+
+
+class Blank:
+    """Images without content, of which only the numbers matter."""
+
+    def image(self, index: int) -> torch.Tensor:
+        return torch.zeros(3, 16, 16, dtype=torch.uint8)
+
+
+def test_only_labeled_images_after_pretraining_are_repeated(coco_folder):
+    dataset = load(coco_folder)
+    streams = data.make_streams(dataset, [0, 1], [2, 3], SIZE, 0, "none", 10.0)
+    assert streams.repeated.factors.tolist() == data.repeat_factors(dataset, [0, 1], 10.0)
+    others = (streams.labeled, streams.unlabeled, streams.audit)
+    assert all(stream.factors is None for stream in others)
+    plain = data.make_streams(dataset, [0, 1], [2, 3], SIZE, 0, "none")
+    assert plain.repeated is plain.labeled
+
+
+def test_a_cropped_item_has_its_target_in_the_frame_of_the_view(coco_folder):
+    """Crops of 16 x 24: the masks are those that the geometry gives, the boxes theirs."""
+    dataset, size = load(coco_folder), SIZE._replace(crop=(16, 24), scale=(1.0, 3.0))
+    stream = data.Stream(dataset, [0, 1, 2, 3], size, 7, True)
+    cut = 0
+    for item in (stream[k] for k in range(24)):
+        image, target, geometry = item["image"], item["target"], item["geometry"]
+        assert image.shape[1:] == target["masks"].shape[1:] == geometry.view
+        assert geometry.view[0] <= 16 and geometry.view[1] <= 24
+        truth = dataset.target(item["index"])
+        whole = truth["masks"].new_zeros(1, *geometry.scaled)
+        masks = geometry.to_view(augment.resize_masks(truth["masks"], whole))
+        kept = masks.bool().flatten(1).any(dim=1)
+        assert torch.equal(target["masks"], masks[kept])
+        assert torch.equal(target["labels"], truth["labels"][kept])
+        assert torch.equal(target["boxes"], data.boxes_of(masks[kept]))
+        cut += not kept.all()
+    # Some instances lie outside of their crops, and are gone.
+    assert cut
+
+
 def test_unlabeled_items_carry_no_truth(coco_folder):
     stream = data.Stream(load(coco_folder), [0, 1], SIZE, 7, False)
     assert set(stream[0]) == {"image", "index", "seed", "geometry"}
@@ -245,6 +341,17 @@ def test_processes_share_the_same_global_batches():
     parts = [list(data.Shard(8, 3, 6, rank=r, world_size=4)) for r in range(4)]
     assert [[k for part in parts for k in part[s]] for s in range(3)] == whole
     assert whole[0] == list(range(24, 32)) and len(data.Shard(8, 3, 6, 0, 1)) == 3
+
+
+def test_after_a_larger_batch_the_items_are_numbered_on():
+    """S4M: 16 images a step for 3 steps, then 12: no item twice, none left out."""
+    before = [k for batch in data.Shard(16, 0, 3, 0, 1) for k in batch]
+    ahead = 3 * (16 - 12)
+    parts = [list(data.Shard(12, 3, 5, r, 2, ahead)) for r in range(2)]
+    after = [k for step in range(2) for part in parts for k in part[step]]
+    assert before + after == list(range(3 * 16 + 2 * 12))
+    # A run that is resumed in its second stage goes on at the same item.
+    assert list(data.Shard(12, 4, 5, 0, 1, ahead)) == [list(range(60, 72))]
 
 
 def test_annotations_are_packed_into_few_arrays(shapes_folder):

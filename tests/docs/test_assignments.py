@@ -25,7 +25,7 @@ sys.path.remove(str(HERE))
 
 TASKS = task_list.load()
 RAW = task_list.tomllib.loads((HERE / "tasks.toml").read_text("utf-8"))
-CONCEPTS = "model teacher filters correction losses augment refine sam_distill data"
+CONCEPTS = "model teacher filters correction losses augment copy_paste refine sam_distill data"
 CONCEPTS += " datasets/split report/audit io/checkpoint distributed"
 
 

@@ -28,7 +28,7 @@ def test_equations_are_spelled_as_the_sources_define_them():
     text = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8")
     defined = dict(re.findall(r"^## (.+)\n\n\$\$(.+)\$\$$", text, re.MULTILINE))
     walk = (ROOT / "docs" / "walk.md").read_text(encoding="utf-8")
-    name = r"(?:GD|PL-DC|S4M) Eq\. \([^)]+\)"
+    name = r"(?:GD|PL-DC|S4M|ssis) Eq\. \([^)]+\)"
     found = re.findall(rf"\$\$(.+?)\$\$\s+({name})", walk, re.DOTALL)
     assert len(found) >= 10
     for formula, its_name in found:
@@ -66,7 +66,9 @@ def everything() -> list[str]:
 
 def test_the_notebook_runs_to_its_end_and_draws_its_pictures(small, tmp_path, monkeypatch):
     before = everything()
-    monkeypatch.setenv("WALK_FLAGS", f"{small} --tau-min 0.1 --tau-max 0.2")
+    monkeypatch.setenv(
+        "WALK_FLAGS", f"{small} --tau-min 0.1 --tau-max 0.2 --tau-mask-min 0.1 --tau-mask-max 0.2"
+    )
     notebook = nbformat.read(ROOT / "docs" / "walk.ipynb", as_version=4)
     nbformat.validate(notebook)
     # Opened where it lies, as Jupyter does: it finds the project's folder by itself.

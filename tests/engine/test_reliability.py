@@ -102,6 +102,18 @@ def test_a_loader_worker_that_dies(whole, tmp_path):
     assert_same_end(folder, tmp_path)
 
 
+@pytest.mark.fast
+def test_a_worker_killed_while_it_hands_over_a_batch_is_one_line_too():
+    """Then PyTorch meets a connection that is reset before it hears of the worker's end."""
+    with pytest.raises(
+        UserError, match=r"a loader worker died .DataLoader worker: .*reset by peer"
+    ):
+        with loader.dead_workers():
+            raise ConnectionResetError(104, "Connection reset by peer")
+    with pytest.raises(RuntimeError, match=r"^another thing$"), loader.dead_workers():
+        raise RuntimeError("another thing")
+
+
 LIVELY = """
 import torch
 from ssis import UserError, distributed

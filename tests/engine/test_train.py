@@ -124,8 +124,13 @@ def test_a_shared_first_teacher_leads_to_the_same_end(whole, tmp_path, capsys):
 
 # Both papers, every switch on, and a teacher that finds a few things after four steps.
 FULL = ["--method", "full", "--tau-min", "0.02", "--tau-max", "0.1", "--refine-gate", "0"]
+FULL += ["--tau-mask-min", "0.02", "--tau-mask-max", "0.1"]
 FULL += ["--refine-calibrate", "--arp", "both", "--structure-queries", "8"]
 FULL += ["--structure-weight", "1"]
+# And the papers' views, batches and weights.
+FULL += "--crop-height 64 --crop-width 80 --scale-min 0.8 --scale-max 1.5 --weak-color".split()
+FULL += "--labeled-view both --strong-erasing --pretrain-batch 3 --repeat-threshold 10".split()
+FULL += "--arp-jitter 0.2 --no-object-unlabeled 0.3 --empty-images background".split()
 
 
 @pytest.fixture

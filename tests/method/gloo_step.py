@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import train
-from ssis import correction, data, distributed, filters, model, teacher
+from ssis import augment, correction, data, distributed, filters, model, teacher
 from ssis.config import Config
 from ssis.datasets import coco_json
 from ssis.engine.build import build
@@ -43,6 +43,23 @@ def frozen(net: model.MaskRCNN) -> model.MaskRCNN:
     return net
 
 
+def pasted_images(net, labeler, items: list, config: Config, scaler) -> int:
+    """In how many of this process's images copy-paste changes pixels in an unlabeled pass."""
+    changed, views = [], augment.strong_views
+
+    def spy(images, items, erasing):
+        pairs = zip(images, items, strict=True)
+        changed.extend(not torch.equal(image, item["image"]) for image, item in pairs)
+        return views(images, items, erasing)
+
+    augment.strong_views = spy
+    # A threshold under which every image has pseudo-labels.
+    config.arp, config.tau_class, config.refine = "unlabeled", 0.0, "none"
+    train.unlabeled_pass(net, labeler, items, 3, config, scaler)
+    augment.strong_views = views
+    return sum(changed)
+
+
 def main(out: str, folder: str) -> None:
     config = Config(
         # No clipping: it would hide a gradient that is too large by a factor.
@@ -59,6 +76,9 @@ def main(out: str, folder: str) -> None:
         refine="agreement",
         refine_gate=0.0,
         arp="none",
+        # Background weighs less than an instance, and in another way in the two passes.
+        no_object_labeled=0.4,
+        no_object_unlabeled=0.2,
         short_side_min=64,
         short_side=64,
         long_side=64,
@@ -105,14 +125,17 @@ def main(out: str, folder: str) -> None:
     assert row["labeled/loss_structure"][0] > 0
     for step in range(1, 4):
         batch = [labeled[4 * (step - 1) + k] for k in range(4)][mine]
+        # In the last step images without pseudo-labels are trained as background.
+        config.empty_images = "background" if step == 3 else "skip"
         row, _ = train.train_step(student, labeler, batch, chosen[mine], step, config, *parts)
         if step > 1:
             teacher.ema_update(labeler.teacher, net, 0.9)
         counts.append(row["pseudo_per_image"][0].item())
     counts = distributed.gather(counts)
+    pasted = distributed.gather(pasted_images(net, labeler, chosen[mine], config, scaler))
     # PL-DC: what its levels remember must come out the same on every process. Each one has
     # its share of the predictions and of the labeled images.
-    thresholds = filters.Thresholds(6, 0.05, 0.9, 0.99)
+    thresholds = filters.Thresholds(6, (0.05, 0.9), (0.05, 0.9), 0.99)
     thresholds.start(torch.full((6,), 1 / 6))
     views = [item["image"] for item in chosen][mine]
     thresholds.update(teacher.predict(labeler.teacher, views, 0.05))
@@ -123,6 +146,7 @@ def main(out: str, folder: str) -> None:
         torch.save(
             dict(
                 found=counts,
+                pasted=pasted,
                 remembered=remembered,
                 student=net.state_dict(),
                 teacher=labeler.teacher.state_dict(),

@@ -1,4 +1,4 @@
-"""Views: the weak one moves masks with pixels, the strong one nothing; ARP's properties."""
+"""Views: the weak one moves masks with pixels, the strong one moves nothing."""
 
 import pytest
 import torch
@@ -6,9 +6,8 @@ import torch
 from ssis import augment, data
 
 pytestmark = pytest.mark.fast
+
 SIZE = data.ViewSize(short_min=24, short_max=64, long_max=80)
-# Smallest mask that is pasted: S4M's fraction of an image.
-MIN_AREA = 0.00286
 
 
 def test_masks_follow_the_pixels_in_the_weak_view():
@@ -43,12 +42,154 @@ def test_a_weak_view_follows_its_seed_and_its_geometry_says_what_was_done():
         view, target, geometry = augment.weak_view(image, None, SIZE, seed)
         assert target is None and torch.equal(state, torch.get_rng_state())
         mirrored = bool(view[:, :, 0].mean() < 0.5)
-        assert geometry == augment.Geometry((32, 48), tuple(view.shape[1:]), mirrored)
+        size = tuple(view.shape[1:])
+        assert geometry == augment.Geometry((32, 48), size, (0, 0), size, mirrored)
         torch.manual_seed(seed + 100)
         again, _, same = augment.weak_view(image, None, SIZE, seed)
         assert torch.equal(again, view) and same == geometry
         flips.add(mirrored)
     assert flips == {False, True}
+
+
+CROP = data.ViewSize(24, 64, 80, crop=(40, 60), scale=(0.4, 3.0))
+
+
+def test_a_crop_is_cut_from_the_resized_image_and_its_geometry_leads_back():
+    """Large-scale jitter, smaller and larger than the crop, with and without a flip.
+
+    Masks: of the original, resized whole and taken to the view, they are the view's. Pixels: a
+    ramp of the original's coordinates says where each pixel of the view comes from.
+    """
+    y, x = torch.meshgrid(torch.arange(90) + 0.5, torch.arange(120) + 0.5, indexing="ij")
+    image = torch.stack([x * 2, y * 2, x * 0]).to(torch.uint8)
+    masks = torch.zeros(2, 90, 120, dtype=torch.uint8)
+    masks[0, 30:70, 20:100], masks[1, 10:20, 5:15] = 1, 1
+    seen = set()
+    for seed in range(60):
+        target = dict(masks=masks, labels=torch.tensor([1, 2]))
+        view, made, geometry = augment.weak_view(image, target, CROP, seed)
+        height, width = geometry.view
+        assert view.shape[1:] == made["masks"].shape[1:] == (height, width)
+        assert height <= 40 and width <= 60
+        # 53 x 40 fit into 60 x 40: the scale is that of the height.
+        s = geometry.scaled[0] / 40
+        assert 0.39 < s < 3.01 and geometry.scaled[1] == pytest.approx(s * 160 / 3, abs=1)
+        for side, crop, whole, first in zip(
+            geometry.view, CROP.crop, geometry.scaled, geometry.offset, strict=True
+        ):
+            assert side == min(crop, whole) and 0 <= first <= whole - side
+        whole = augment.resize_masks(masks, torch.zeros(3, *geometry.scaled))
+        assert torch.equal(geometry.to_view(whole), made["masks"])
+        # There: what a pixel shows is where `to_original` says it is from.
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        points = torch.stack([columns, rows], dim=2) + 0.5
+        found = geometry.to_original(points)
+        shown = view[:2].permute(1, 2, 0) * 255 / 2
+        near = 1.5 + 1 / s
+        assert (found - shown).abs().max() < near
+        # And back.
+        y_back, x_back = geometry.from_original(found[:, 0, 1] / 90, found[0, :, 0] / 120)
+        torch.testing.assert_close(y_back, points[:, 0, 1], atol=1e-3, rtol=0)
+        torch.testing.assert_close(x_back, points[0, :, 0], atol=1e-3, rtol=0)
+        seen.add((geometry.flip, s > 1, geometry.offset == (0, 0)))
+    assert all(len({key[k] for key in seen}) == 2 for k in range(3))
+    # The same seed, the same view; another one, another.
+    again = augment.weak_view(image, None, CROP, 59)
+    assert again[2] == geometry and torch.equal(again[0], view)
+
+
+def test_points_of_a_cropped_view_by_hand():
+    """Twice the size, cut 10 below and 20 to the right of the corner; and its mirror image."""
+    points = torch.tensor([[0.0, 0.0], [3.0, 5.0]])
+    geometry = augment.Geometry((64, 96), (128, 192), (10, 20), (40, 60), False)
+    assert geometry.to_original(points).tolist() == [[10.0, 5.0], [11.5, 7.5]]
+    mirrored = geometry._replace(flip=True)
+    assert mirrored.to_original(points).tolist() == [[40.0, 5.0], [38.5, 7.5]]
+
+
+def test_scale_and_jitter_of_a_cropped_view_are_drawn_apart():
+    """The strong view's first draw says whether colors are jittered: 4 of 5, at any scale."""
+    gray = torch.full((3, 40, 60), 128, dtype=torch.uint8)
+    small, large = [], []
+    for seed in range(400):
+        view, _, geometry = augment.weak_view(gray, None, CROP, seed)
+        jittered = not torch.allclose(augment.strong_view(view, seed), view, atol=1e-3)
+        (large if geometry.scaled[0] > 80 else small).append(jittered)
+    assert len(small) > 80 and len(large) > 80
+    assert abs(sum(small) / len(small) - sum(large) / len(large)) < 0.15
+
+
+def test_the_constants_are_the_released_ones():
+    """GD's strong view, PL-DC's erased boxes, and SSD's distortion as Cityscapes has it."""
+    jitter, gray, blur = augment.STRONG.transforms
+    inner = jitter.transforms[0]
+    assert (jitter.p, gray.p, blur.p) == (0.8, 0.2, 0.5)
+    assert inner.brightness == inner.contrast == inner.saturation == (0.6, 1.4)
+    assert inner.hue == (-0.1, 0.1) and list(blur.transforms[0].sigma) == [0.1, 2.0]
+    erased = [(t.p, *t.scale, *t.ratio) for t in augment.ERASING.transforms]
+    assert erased == [
+        (0.7, 0.05, 0.2, 0.3, 3.3), (0.5, 0.02, 0.2, 0.1, 6), (0.3, 0.02, 0.2, 0.05, 8)
+    ]  # fmt: skip
+    parts = [t.transforms[0] for t in augment.DISTORT.transforms]
+    assert all(t.p == 0.5 for t in augment.DISTORT.transforms)
+    assert parts[0].brightness == (0.875, 1.125)
+    assert parts[1].contrast == parts[2].saturation == (0.5, 1.5)
+    # 18 of OpenCV's 180 degrees.
+    assert parts[3].hue == (-0.1, 0.1)
+
+
+def test_cityscapes_short_sides_follow_from_the_crop():
+    """1 to 4 times what fits of 1024 x 2048 into 512 x 1024 is a short side of 512 to 2048."""
+    size = data.ViewSize(1024, 1024, 2048, crop=(512, 1024), scale=(1.0, 4.0))
+    made = [
+        augment.draw_geometry((1024, 2048), size, torch.Generator().manual_seed(seed))
+        for seed in range(200)
+    ]
+    short = [geometry.scaled[0] for geometry in made]
+    assert 512 <= min(short) < 540 and 2020 < max(short) <= 2048
+    assert all(geometry.view == (512, 1024) for geometry in made)
+
+
+def test_distorted_colors_are_in_the_view_itself_and_follow_its_seed():
+    image = (torch.rand(3, 40, 50) * 255).to(torch.uint8)
+    plain, colored = data.ViewSize(40, 40, 60), data.ViewSize(40, 40, 60, color=True)
+    state = torch.get_rng_state()
+    differ = 0
+    for seed in range(12):
+        before, _, geometry = augment.weak_view(image, None, plain, seed)
+        view, _, same = augment.weak_view(image, None, colored, seed)
+        assert same == geometry and 0 <= view.min() and view.max() <= 1
+        assert torch.equal(view, augment.weak_view(image, None, colored, seed)[0])
+        differ += not torch.equal(view, before)
+    assert differ > 8 and torch.equal(state, torch.get_rng_state())
+
+
+def test_the_colors_of_the_two_views_are_drawn_apart(monkeypatch):
+    """Where the weak view is brightened the strong one's jitter is still applied in 0.8."""
+    for name in ("DISTORT", "STRONG"):
+        first = augment.v2.Compose(getattr(augment, name).transforms[:1])
+        monkeypatch.setattr(augment, name, first)
+    image = (torch.rand(3, 16, 16) * 255).to(torch.uint8)
+    plain, colored = data.ViewSize(16, 16, 16), data.ViewSize(16, 16, 16, color=True)
+    both = []
+    for seed in range(0, 3000, 10):
+        view = augment.weak_view(image, None, colored, seed)[0]
+        if not torch.equal(view, augment.weak_view(image, None, plain, seed)[0]):
+            both.append(not torch.equal(augment.strong_view(view, seed), view))
+    assert 120 < len(both) < 180 and sum(both) / len(both) == pytest.approx(0.8, abs=0.1)
+
+
+def test_erasing_fills_boxes_with_noise_and_leaves_the_rest_as_it_was():
+    image = torch.full((3, 60, 60), 0.5)
+    erased = []
+    for seed in range(40):
+        plain = augment.strong_view(image, seed)
+        view = augment.strong_view(image, seed, erasing=True)
+        assert 0 <= view.min() and view.max() <= 1
+        erased.append((view != plain).any(dim=0).float().mean().item())
+    # None of the three boxes in 0.3 x 0.5 x 0.7 of all views; their areas by PL-DC's ranges.
+    assert 0 < sum(share == 0 for share in erased) < 12
+    assert max(erased) < 0.6 and sum(erased) / 40 == pytest.approx(0.16, abs=0.07)
 
 
 def test_the_long_side_is_limited():
@@ -79,151 +220,3 @@ def test_the_strong_view_follows_its_seed_and_spares_the_global_generator():
     assert torch.equal(state, torch.get_rng_state())
     views = [augment.strong_view(image, seed) for seed in range(6)]
     assert len({view.sum().item() for view in views}) > 3
-
-
-def scene(height: int, width: int, shade: float, n: int, seed: int) -> tuple:
-    """An image of one shade whose instances, overlapping, are each a little brighter."""
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.full((3, height, width), shade)
-    masks = torch.zeros(n, height, width, dtype=torch.uint8)
-    for k in range(n):
-        y, x = (torch.rand(2, generator=generator) * torch.tensor([height, width]) * 0.7).int()
-        masks[k, y : y + height // 3, x : x + width // 3] = 1
-        image[:, masks[k].bool()] = shade + 0.02 * (k + 1)
-    labels = torch.arange(n) % 3 + 1
-    boxes = augment.data.boxes_of(masks)
-    weights = torch.full((n, height, width), 0.5)
-    return image, dict(boxes=boxes, labels=labels, masks=masks, mask_weights=weights)
-
-
-@pytest.mark.parametrize("jitter", [0.0, 0.2])
-@pytest.mark.parametrize("seed", range(8))
-def test_pasted_images_are_consistent(seed, jitter):
-    """No pixel has two owners, none comes from elsewhere, nothing degenerate survives."""
-    sizes = [(40, 60), (64, 48), (50, 50), (40, 60), (30, 90), (64, 64), (40, 40), (80, 40)]
-    made = [scene(*size, k / 10, k % 4 + 1, 10 * seed + k) for k, size in enumerate(sizes)]
-    images, targets = (list(part) for part in zip(*made, strict=True))
-    before = [image.clone() for image in images], [t["masks"].clone() for t in targets]
-    new_images, new_targets = augment.arp(images, targets, MIN_AREA, jitter, seed)
-    # What was given in is as it was.
-    assert all(torch.equal(a, b) for a, b in zip(images, before[0], strict=True))
-    assert all(torch.equal(t["masks"], m) for t, m in zip(targets, before[1], strict=True))
-    changed = [k for k in range(8) if new_targets[k] is not targets[k]]
-    # max(1, 8 // 4) pairs, in both directions.
-    assert len(changed) == 4
-    shades = torch.arange(8) / 10
-    for k in changed:
-        image, target = new_images[k], new_targets[k]
-        assert image.shape == images[k].shape
-        assert target["masks"].shape[1:] == image.shape[1:]
-        assert target["masks"].sum(0).max() <= 1
-        assert target["masks"].flatten(1).any(1).all()
-        assert torch.equal(target["boxes"], augment.data.boxes_of(target["masks"]))
-        assert len(target["labels"]) == len(target["masks"]) == len(target["mask_weights"])
-        # The shade tells where a pixel comes from: its tenth is the number of its image.
-        source = (image[0, None] - shades[:, None, None] + 1e-4).clamp(min=-1)
-        source = torch.where(source < -1e-3, 9.0, source).argmin(0)
-        sources = set(source.unique().tolist())
-        assert sources <= set(changed) and k in sources and len(sources) <= 2
-        # And every pixel that came from the other image belongs to a pasted instance.
-        foreign = source != k
-        owned = target["masks"].bool().any(0)
-        assert not (foreign & ~owned).float().mean() > 0.01
-
-
-def rectangles(height: int, width: int, *places) -> dict:
-    """A target of rectangles: (top, bottom, left, right) each; weights that all differ."""
-    masks = torch.zeros(len(places), height, width, dtype=torch.uint8)
-    for mask, (top, bottom, left, right) in zip(masks, places, strict=True):
-        mask[top:bottom, left:right] = 1
-    return dict(
-        masks=masks,
-        labels=torch.arange(len(places)) + 1,
-        boxes=augment.data.boxes_of(masks),
-        mask_weights=torch.rand(masks.shape) * 0.9,
-    )
-
-
-def test_paste_by_hand():
-    """Below: a bar that loses some pixels, one that is hidden but for a twentieth; dust."""
-    below, above = torch.rand(3, 20, 30), torch.rand(3, 20, 30)
-    target = rectangles(20, 30, (0, 20, 0, 4), (5, 15, 10, 20))
-    source = rectangles(20, 30, (3, 18, 2, 20), (19, 20, 29, 30))
-    source["labels"] += 2
-    # One row of the second bar is left to see: 10 x 1 of 100 pixels would be a tenth.
-    source["masks"][0, 14, 10:15] = 0
-    image, made = augment.paste(below, target, above, source, min_area=2 / 600)
-    pasted = source["masks"][0].bool()
-    assert made["labels"].tolist() == [3, 1]
-    assert torch.equal(made["masks"][0].bool(), pasted)
-    assert torch.equal(made["masks"][1].bool(), target["masks"][0].bool() & ~pasted)
-    assert made["boxes"].tolist() == [[2, 3, 20, 18], [0, 0, 4, 20]]
-    # Every pasted pixel is the source's, every other one as it was.
-    assert torch.equal(image[:, pasted], above[:, pasted])
-    assert torch.equal(image[:, ~pasted], below[:, ~pasted])
-    # Pasted: doubt inside as it was; around it the most sure that this mask is anywhere.
-    own, other = source["mask_weights"][0], target["mask_weights"][0]
-    assert torch.equal(made["mask_weights"][0][pasted], own[pasted])
-    assert (made["mask_weights"][0][~pasted] == own.max()).all()
-    # Below: the other way round.
-    assert torch.equal(made["mask_weights"][1][~pasted], other[~pasted])
-    assert (made["mask_weights"][1][pasted] == other.max()).all()
-    # A tenth of the second bar is enough.
-    source["masks"][0, 14, 10:20] = 0
-    assert augment.paste(below, target, above, source, 2 / 600)[1]["labels"].tolist() == [3, 1, 2]
-
-
-@pytest.mark.parametrize("scale", [0.8, 1.0, 1.2])
-def test_what_is_pasted_is_scaled_about_the_middle(scale):
-    image = torch.rand(3, 40, 60)
-    target = rectangles(40, 60, (15, 25, 20, 40))
-    moved, made = augment.place(image, target, torch.zeros(3, 50, 60), scale)
-    assert moved.shape == (3, 50, 60) and made["masks"].shape == (1, 50, 60)
-    assert made["masks"].sum().item() == pytest.approx(200 * scale**2, rel=0.02)
-    y, x = torch.where(made["masks"][0] > 0)
-    assert (y.float().mean() + 0.5).item() == pytest.approx(25, abs=0.51)
-    assert (x.float().mean() + 0.5).item() == pytest.approx(30, abs=0.51)
-    if scale == 1:
-        assert torch.equal(moved[:, 5:45], image) and moved[:, :5].sum() == 0
-
-
-def test_a_batch_of_one_or_none_is_left_alone():
-    image, target = scene(30, 30, 0.5, 2, 0)
-    assert augment.arp([image], [target], MIN_AREA, 0.0, 0) == ([image], [target])
-    assert augment.arp([], [], MIN_AREA, 0.0, 0) == ([], [])
-    # Two are a pair, also where one of them has nothing to give.
-    empty = {key: value[:0] for key, value in target.items()}
-    _, targets = augment.arp([image, image * 0], [target, empty], MIN_AREA, 0.0, 0)
-    assert len(targets[0]["labels"]) == 2 and len(targets[1]["labels"]) == 2
-
-
-def test_both_of_a_pair_get_the_other_as_it_was():
-    """Two overlapping instances: each is in front in the other's image, neither comes back."""
-    images = [torch.full((3, 30, 30), 0.25), torch.full((3, 30, 30), 0.75)]
-    targets = [rectangles(30, 30, (5, 20, 5, 20)), rectangles(30, 30, (10, 25, 10, 25))]
-    targets[1]["labels"] += 1
-    new_images, new_targets = augment.arp(images, targets, MIN_AREA, 0.0, 0)
-    for k, other in ((0, 1), (1, 0)):
-        above, below = targets[other]["masks"][0].bool(), targets[k]["masks"][0].bool()
-        assert new_targets[k]["labels"].tolist() == [other + 1, k + 1]
-        assert torch.equal(new_targets[k]["masks"].bool(), torch.stack([above, below & ~above]))
-        assert torch.equal(new_images[k][0] == images[other][0, 0, 0], above)
-
-
-def test_pairs_and_scales_are_drawn_anew_from_each_seed(monkeypatch):
-    images, targets = zip(*(scene(40, 40, k / 10, 2, k) for k in range(6)), strict=True)
-    drawn, scales, before = set(), [], augment.place
-
-    def spy(image, target, like, scale):
-        scales.append(scale)
-        return before(image, target, like, scale)
-
-    monkeypatch.setattr(augment, "place", spy)
-    for seed in range(10):
-        for _ in range(2):
-            torch.manual_seed(len(scales))
-            _, made = augment.arp(list(images), list(targets), MIN_AREA, 0.2, seed)
-            drawn.add((seed, tuple(k for k in range(6) if made[k] is not targets[k])))
-    # One pair of six images, the same whenever the seed is; five of ten pairs must differ.
-    assert len(drawn) == 10 and len({pair for _, pair in drawn}) > 4
-    assert min(scales) >= 0.8 and max(scales) <= 1.2 and max(scales) - min(scales) > 0.2

@@ -35,9 +35,10 @@ def test_mixing_by_hand():
     )
     second = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     mixed = correction.fuse(found, second, 0.5)
-    # 0.4 against 0.55: corrected; 0.8 against 0.15: confirmed.
+    # The teacher's over the classes alone: 8/9 and 1/9, 2/3 and 1/3.
+    # 4/9 against 1/18 + 1/2: corrected; 1/3 + 1/2 against 1/6: confirmed.
     assert mixed.labels.tolist() == [2, 1]
-    torch.testing.assert_close(mixed.class_quality, torch.tensor([0.55, 0.8]))
+    torch.testing.assert_close(mixed.class_quality, torch.tensor([5 / 9, 5 / 6]))
     # Late in training the same opinion no longer counts.
     assert correction.fuse(found, second, 0.1).labels.tolist() == [1, 1]
     # And where there is none, nothing changes.
@@ -70,7 +71,7 @@ def as_pseudo(net, item) -> teacher.PseudoLabels:
     masks = target["masks"].bool()
     return teacher.PseudoLabels(
         target["boxes"], target["labels"], torch.ones(n), torch.ones(n), masks.float(), masks,
-        torch.full((n, 6), 1 / 6), features, target["boxes"],
+        torch.full((n, 6), 1 / 6), features, torch.zeros(n, 1, 28, 28), target["boxes"],
     )  # fmt: skip
 
 
@@ -200,6 +201,31 @@ def test_a_class_that_was_never_seen_keeps_what_the_teacher_gives_it(seen):
     # So the teacher's choice of such a class cannot be outvoted by those that are known.
     mixed = correction.fuse(found, torch.tensor([[0.3, 0, 0.1, 0.05, 0.05, 0.5]]), 0.5)
     assert (mixed.labels == 6).all()
+
+
+def test_mixing_is_the_loop_over_the_logits_without_background():
+    """PL-DC Eq. (DICC) as written: softmax of the teacher's logits of the C classes.
+
+    Logits of 30 and a background that has all of the probability are among them.
+    """
+    logits = torch.tensor(
+        [[2.0, 1.0, 0.0, 1.5], [30.0, 0.0, 0.0, -30.0], [-3.0, 0.0, 1.0, 12.0], [0.0, 0.1, 0.2, 30]]
+    ).double()
+    opinion = torch.tensor([[0.1, 0.8, 0.1], [0.0, 0.1, 0.9], [0.0, 0.0, 0.0], [0.3, 0.3, 0.4]])
+    distribution = logits.softmax(1)[:, :3].float()
+    found = made_labels([1, 1, 3, 3], [0.5] * 4, [0.9] * 4, distribution=distribution)
+    for w in (0.5, 0.25, 0.01):
+        mixed = correction.fuse(found, opinion, w)
+        for n in range(4):
+            if not opinion[n].any():
+                assert torch.equal(mixed.distribution[n], distribution[n])
+                continue
+            exp = [math.exp(z) for z in logits[n, :3].tolist()]
+            wanted = [w * opinion[n, k].item() + (1 - w) * exp[k] / sum(exp) for k in range(3)]
+            assert mixed.distribution[n].tolist() == pytest.approx(wanted, abs=1e-5)
+            best = max(range(3), key=lambda k: wanted[k])
+            assert mixed.labels[n] == best + 1
+            assert mixed.class_quality[n].item() == pytest.approx(wanted[best], abs=1e-5)
 
 
 def test_without_weight_or_opinion_a_label_stays_even_if_it_is_not_the_likeliest():

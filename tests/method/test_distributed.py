@@ -14,7 +14,8 @@ import torch
 from conftest import ROOT
 from helpers import TWO
 from PIL import Image
-from ssis import config, distributed
+from ssis import UserError, config, distributed
+from ssis.engine.session import check_batches
 from helpers import TINY, dataset_of
 
 
@@ -46,6 +47,8 @@ def test_processes_without_pseudo_labels_among_them_agree_with_one(
     for rank in range(world):
         assert all(two["found"][rank]) if rank < world // 2 else not any(two["found"][rank])
     assert [sum(step) for step in zip(*two["found"], strict=True)] == one["found"][0]
+    # Copy-paste: a pair in each process that has two images, which are both changed.
+    assert one["pasted"] == [2] and two["pasted"] == {2: [2, 2], 4: [0] * 4}[world]
     # What three steps changed, not the weights themselves, whose size would hide it.
     for name, start in one["before"].items():
         assert torch.equal(start, two["before"][name])
@@ -74,6 +77,32 @@ def test_a_whole_run_under_torchrun_with_two_processes(tmp_path, shapes_folder):
     launch(TWO, "train.py", *arguments)
     again = json.loads((tmp_path / "summary.json").read_text())
     assert again["details"] == summary["details"] and again["audit"] == summary["audit"]
+
+
+@pytest.mark.fast
+def test_batches_that_cannot_be_shared_are_refused_before_anything_is_read():
+    """Also that of pretraining alone, which would be met first, or last."""
+    for flag in ("--pretrain-batch", "--labeled-batch", "--unlabeled-batch"):
+        with pytest.raises(UserError, match=f"^{flag} 9: cannot be shared equally by 2 processes"):
+            check_batches(config.parse([flag, "9"]), 2)
+    check_batches(config.parse(["--pretrain-batch", "10"]), 2)
+
+
+@pytest.mark.fast
+def test_copy_paste_without_a_second_image_in_a_process_is_refused():
+    """`--preset coco --method full` has 12 unlabeled images: not over 8 processes."""
+    coco = ["--preset", "coco", "--method", "full", "--sam", "tiny"]
+    coco += ["--pretrain-batch", "12"]
+    check_batches(config.parse(coco), 4)
+    check_batches(config.parse([*coco, "--arp", "none"]), 12)
+    check_batches(config.parse(["--method", "supervised"]), 8)
+    with pytest.raises(UserError) as error:
+        check_batches(config.parse(coco), 12)
+    said = str(error.value)
+    assert said.startswith("--arp unlabeled: --unlabeled-batch 12 over 12 process(es) is 1 image")
+    assert "\n" not in said and "--arp none" in said
+    with pytest.raises(UserError, match="--labeled-batch 8 over 8"):
+        check_batches(config.parse(["--arp", "both", "--unlabeled-batch", "16"]), 8)
 
 
 @pytest.mark.fast
@@ -140,6 +169,8 @@ def test_uneven_shapes_and_images_without_instances_hang_nobody(tmp_path):
     # Of the five labeled images three are empty: batches without any instance come.
     arguments = [*parts, *TINY, *sizes, "--preset", "custom", "--labeled", 5]
     arguments += ["--output", tmp_path / "run", "--tau-class", 0.01]
+    # Two of each in a process, as copy-paste asks.
+    arguments += ["--labeled-batch", 4, "--unlabeled-batch", 4]
     done = launch(TWO, "train.py", *arguments)
     assert done.stdout.count("AP in percent") == 1
 

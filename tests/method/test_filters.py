@@ -1,5 +1,7 @@
 """PL-DC's instance level: each rule by hand, the thresholds by hand and as a property."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import made_labels
@@ -7,6 +9,9 @@ from conftest import made_labels
 from ssis import filters
 
 pytestmark = pytest.mark.fast
+
+# T_min and T_max, of the class and of the mask.
+RANGES = ((0.5, 0.9), (0.5, 0.9))
 
 
 def kept_by(predictions, rule: str, tau_class: float = 0.7, thresholds=None):
@@ -35,7 +40,7 @@ def test_the_four_rules_by_hand():
 
 def test_each_class_has_its_own_adaptive_threshold():
     found = made_labels(labels=[1, 2, 3], class_quality=[0.6] * 3, mask_quality=[0.8] * 3)
-    thresholds = filters.Thresholds(3, 0.5, 0.9, 0.99)
+    thresholds = filters.Thresholds(3, *RANGES, 0.99)
     thresholds.values.copy_(torch.tensor([[0.5, 0.7, 0.5], [0.7, 0.7, 0.85]]))
     # The second fails on its class, the third on its mask.
     assert kept_by(found, "adaptive", thresholds=thresholds).labels.tolist() == [1]
@@ -60,7 +65,7 @@ def test_score_is_strict_and_the_others_are_not():
 
 def test_first_thresholds_by_hand():
     """PL-DC Eq. (init): the rare class low, the common one high, for both qualities."""
-    thresholds = filters.Thresholds(3, 0.5, 0.9, 0.99)
+    thresholds = filters.Thresholds(3, *RANGES, 0.99)
     thresholds.start(torch.tensor([0.25, 0.75, 0.0]))
     expected = torch.tensor([[0.6, 0.8, 0.5]]).repeat(2, 1)
     torch.testing.assert_close(thresholds.values, expected)
@@ -68,7 +73,7 @@ def test_first_thresholds_by_hand():
 
 def test_adaptive_thresholds_by_hand():
     """PL-DC Eq. (init) and (adapt): two classes, one of which is not seen."""
-    thresholds = filters.Thresholds(2, 0.5, 0.9, 0.75)
+    thresholds = filters.Thresholds(2, *RANGES, 0.75)
     thresholds.start(torch.tensor([0.25, 0.75]))
     torch.testing.assert_close(thresholds.values, torch.tensor([[0.6, 0.8], [0.6, 0.8]]))
     # 0.4 is no candidate: it is under T_min.
@@ -81,13 +86,68 @@ def test_adaptive_thresholds_by_hand():
 
 
 def test_adaptive_thresholds_converge_to_the_quality_and_stay_in_their_range():
-    thresholds = filters.Thresholds(2, 0.5, 0.9, 0.9)
+    thresholds = filters.Thresholds(2, *RANGES, 0.9)
     thresholds.start(torch.tensor([0.5, 0.5]))
     found = made_labels(labels=[1, 2], class_quality=[0.6, 0.99], mask_quality=[0.55, 0.3])
     for _ in range(200):
         thresholds.update([found])
     expected = torch.tensor([[0.6, 0.9], [0.55, 0.5]])
     torch.testing.assert_close(thresholds.values, expected, atol=1e-4, rtol=0)
+
+
+def test_class_and_mask_have_ranges_of_their_own():
+    """PL-DC Eq. (init) and (adapt), in [0.5, 0.9] and in [0.6, 0.7]."""
+    thresholds = filters.Thresholds(2, (0.5, 0.9), (0.6, 0.7), 0.5)
+    thresholds.start(torch.tensor([0.25, 0.75]))
+    expected = torch.tensor([[0.6, 0.8], [0.625, 0.675]])
+    torch.testing.assert_close(thresholds.values, expected)
+    found = made_labels(labels=[1, 2], class_quality=[0.8, 0.5], mask_quality=[0.99, 0.51])
+    thresholds.update([found])
+    expected = torch.tensor([[0.7, 0.65], [0.7, 0.6]])
+    torch.testing.assert_close(thresholds.values, expected)
+
+
+def three_way(c: float, m: float, fused: float, label: int, own: torch.Tensor) -> bool:
+    """ssis Eq. (ambiguous), as the text says it, for one instance of class 1.
+
+    Args:
+        c, m: the teacher's qualities.
+        fused, label: class quality and class after the correction.
+        own: (2, C), T_k.
+    """
+    if c < 0.5 or m < 0.6:
+        return False
+    certain = c >= own[0, 0] and m >= own[1, 0]
+    return bool(certain or fused >= own[0, label - 1])
+
+
+def test_the_three_way_filter_agrees_with_its_loop():
+    """Every combination of low, ambiguous and high qualities, before and after correction."""
+    thresholds = filters.Thresholds(2, (0.5, 0.9), (0.6, 0.95), 0.99)
+    thresholds.values.copy_(torch.tensor([[0.7, 0.8], [0.9, 0.65]]))
+    cases = [
+        (c, m, fused, label)
+        for c in (0.45, 0.5, 0.65, 0.7, 0.99)
+        for m in (0.55, 0.6, 0.85, 0.9)
+        for fused in (0.3, 0.69, 0.75, 0.8)
+        for label in (1, 2)
+    ]
+    columns = [list(column) for column in zip(*cases, strict=True)]
+    found = made_labels([1] * len(cases), columns[0], columns[1])
+    kept = filters.keep(found, "three-way", 0.0, 0.0, 5, thresholds)
+    assert len(kept) == 4 * 3 * 8
+    # Correction changes classes and class qualities, and neither order nor number.
+    here = (found.class_quality >= 0.5) & (found.mask_quality >= 0.6)
+    corrected = dataclasses.replace(
+        kept,
+        class_quality=torch.tensor(columns[2])[here],
+        labels=torch.tensor(columns[3])[here],
+    )
+    decided = filters.decide(corrected, kept, thresholds)
+    wanted = [case for case in cases if three_way(*case, thresholds.values)]
+    assert 0 < len(wanted) < len(kept)
+    assert decided.class_quality.tolist() == pytest.approx([case[2] for case in wanted])
+    assert decided.labels.tolist() == [case[3] for case in wanted]
 
 
 def test_an_unknown_rule_is_an_error():
@@ -98,7 +158,7 @@ def test_an_unknown_rule_is_an_error():
 
 def test_thresholds_follow_what_all_processes_saw(monkeypatch):
     """Another process with the same predictions and two more of class 2: sums are added."""
-    thresholds = filters.Thresholds(2, 0.5, 0.9, 0.5)
+    thresholds = filters.Thresholds(2, *RANGES, 0.5)
     thresholds.values.fill_(0.6)
     more = torch.tensor([[0.0, 1.6], [0.0, 1.4], [0.0, 2.0]])
     monkeypatch.setattr(filters.distributed, "all_sum", lambda sums: 2 * sums + more)

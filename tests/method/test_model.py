@@ -3,6 +3,8 @@
 That its losses are torchvision's own is in test_resnet50.py.
 """
 
+import math
+
 import pytest
 from helpers import batch
 import torch
@@ -49,11 +51,43 @@ def test_counts_are_what_the_losses_were_averaged_over():
         return result
 
     net.roi_heads.select_training_samples = spy
-    _, counts, _ = net(*batch())
-    anchors, proposals, foreground = counts.tolist()
+    _, counts, _ = net(*batch(), 0.25)
+    weight_of_anchors, anchors, weight, proposals, foreground = counts.tolist()
     assert 0 < anchors <= 2 * 3 * (16 * 16 + 8 * 8 + 4 * 4 + 2 * 2)
     assert proposals == len(seen["labels"])
     assert foreground == (seen["labels"] > 0).sum() >= 3
+    assert weight == foreground + 0.25 * (proposals - foreground)
+    objects = net.rpn.fg_bg_sampler.positive.sum()
+    assert weight_of_anchors == objects + 0.25 * (anchors - objects)
+
+
+def test_the_first_stage_with_weight_one_is_torchvisions_and_with_less_a_weighted_mean():
+    """GD Eq. (no object) in the RPN: against torchvision, and against a loop over anchors."""
+    net = model.build_small(4, 64, 96).train()
+    objectness, deltas = torch.randn(40, 1) * 20, torch.randn(40, 4)
+    labels = [torch.tensor([1.0] * 3 + [0.0] * 15 + [-1.0] * 2), torch.tensor([0.0] * 20)]
+    targets = [torch.randn(20, 4), torch.randn(20, 4)]
+    found = {}
+    for name, compute, w in (
+        ("theirs", model.RegionProposalNetwork.compute_loss, 1.0),
+        ("ours", model.WeightedRPN.compute_loss, 1.0),
+        ("a tenth", model.WeightedRPN.compute_loss, 0.1),
+    ):
+        net.rpn.no_object = w
+        torch.manual_seed(5)
+        found[name] = compute(net.rpn, objectness, deltas, labels, targets)
+    torch.testing.assert_close(found["ours"], found["theirs"])
+    assert found["a tenth"][1] == found["ours"][1]
+    above, below = 0.0, 0.0
+    for z, label, drawn in zip(
+        objectness[:, 0].tolist(), torch.cat(labels).tolist(),
+        net.rpn.fg_bg_sampler.drawn.tolist(), strict=True,
+    ):  # fmt: skip
+        if drawn:
+            weight = 1.0 if label else 0.1
+            above += weight * (math.log1p(math.exp(-abs(z))) + max(z, 0) - z * label)
+            below += weight
+    assert found["a tenth"][0].item() == pytest.approx(above / below, rel=1e-4)
 
 
 def test_the_sampler_counts_its_draw():
@@ -66,7 +100,9 @@ def test_the_sampler_counts_its_draw():
     positive, negative = sampler(matched)
     assert [mask.sum().item() for mask in positive] == [8, 1]
     assert [mask.sum().item() for mask in negative] == [8, 2]
-    assert sampler.positives == 9 and sampler.sampled == 19
+    assert sampler.positive.sum() == 9 and sampler.drawn.sum() == 19
+    # Over both images together, in order.
+    assert torch.equal(sampler.positive, torch.cat(positive).bool())
 
 
 def test_the_second_stage_without_weights_is_torchvisions():
@@ -93,7 +129,7 @@ def test_the_second_stage_without_weights_is_torchvisions():
 def test_a_negative_image_is_legal_and_has_no_mask_loss():
     net = model.build_small(4, 64, 96).train()
     losses, counts, _ = net(*batch(instances=(0, 0)))
-    assert counts[2] == 0 and losses["loss_mask"] == 0 and losses["loss_classifier"] > 0
+    assert counts[4] == 0 and losses["loss_mask"] == 0 and losses["loss_classifier"] > 0
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in net.parameters())
 

@@ -1,12 +1,13 @@
 """S4M's refinement: points by hand and by frequency, frames as a property, gate by hand."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from ssis import augment, data, refine, sam
+from ssis import augment, data, refine, sam, teacher
 from ssis.data import boxes_of
 from ssis.teacher import PseudoLabels, mask_quality
 
@@ -19,8 +20,13 @@ def labels_of(mask_probs: torch.Tensor) -> PseudoLabels:
     return PseudoLabels(
         boxes_of(masks), torch.arange(n) % 3 + 1, torch.full((n,), 0.9),
         mask_quality(mask_probs), mask_probs, masks, torch.full((n, 3), 0.3),
-        torch.zeros(n, 1, 7, 7), boxes_of(masks),
+        torch.zeros(n, 1, 7, 7), torch.zeros(n, 1, 28, 28), boxes_of(masks),
     )  # fmt: skip
+
+
+def frame(height: int, width: int, flip: bool) -> augment.Geometry:
+    """A view of the whole image of `Drawn`, at some size."""
+    return augment.Geometry((64, 96), (height, width), (0, 0), (height, width), flip)
 
 
 def how(rule: str = "agreement", gate: float = 0.5) -> tuple:
@@ -52,25 +58,46 @@ def test_points_are_drawn_by_the_masks_probability():
     probs[:, 1, 2], probs[:, 2, 3], probs[:, 0, 0] = 0.6, 0.9, 0.4
     generator = torch.Generator().manual_seed(0)
 
-    def shares(rule: str) -> dict:
+    def shares(weights: torch.Tensor) -> dict:
         counts: dict = {}
         for _ in range(2000):
-            for point in refine.sample_points(probs, 1, rule, generator)[:, 0].tolist():
+            for point in refine.sample_points(weights, 1, generator)[:, 0].tolist():
                 counts[tuple(point)] = counts.get(tuple(point), 0) + 1
         return {point: n / 4000 for point, n in counts.items()}
 
     # S4M Eq. (PR sampling): 0.6 and 0.9 of 1.5; a pixel under 0.5 never.
-    paper = shares("paper")
+    paper = shares(refine.point_weights(labels_of(probs), "paper"))
     assert sorted(paper) == [(2.5, 1.5), (3.5, 2.5)]
     assert paper[(3.5, 2.5)] == pytest.approx(0.6, abs=0.03)
-    # The released code: p / (1 - p) over the whole map: 1.5, 9 and 2/3 of 11.17.
-    code = shares("code")
-    assert code[(3.5, 2.5)] == pytest.approx(9 / 11.17, abs=0.03)
-    assert code[(0.5, 0.5)] == pytest.approx(0.667 / 11.17, abs=0.02)
-    # And that is the softmax over the logits, where those are finite.
-    some = torch.tensor([0.2, 0.6, 0.9])
-    wanted = torch.softmax(torch.logit(some), 0)
-    assert torch.allclose(wanted, (some / (1 - some)) / (some / (1 - some)).sum())
+
+
+def test_the_released_codes_points_are_a_softmax_over_the_logits():
+    """In a box of 28 x 28 pixels every logit is one pixel's; logits of 30 are told apart."""
+    logits = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    logits[0, 0, 4:8, 6:10], logits[0, 0, 19:23, 2:6] = 30.0, 31.0
+    boxes = torch.tensor([[4.0, 2.0, 32.0, 30.0], [0.0, 0.0, 28.0, 28.0]])
+    size = (34, 40)
+    soft = torch.zeros(2, *size)
+    soft[:, 2:28, 4:28] = 0.9
+    pseudo = dataclasses.replace(labels_of(soft), mask_logits=logits, feature_boxes=boxes)
+    weights = refine.point_weights(pseudo, "code")
+    # As written, pixel by pixel, for pasting that shifts by half a pixel (`teacher.paste`).
+    pasted = teacher.paste(logits, boxes, size)
+    for n, (left, top) in enumerate([(4, 2), (0, 0)]):
+        exp = {
+            (y, x): math.exp(pasted[n, y, x].item())
+            for y in range(top, top + 28)
+            for x in range(left, left + 28)
+        }
+        whole = sum(exp.values())
+        for y in range(size[0]):
+            for x in range(size[1]):
+                wanted = exp.get((y, x), 0.0) / whole
+                assert weights[n, y, x].item() == pytest.approx(wanted, rel=1e-3, abs=1e-9)
+    # Of two patches of which float32 has the same probability, 1, one is e times as likely.
+    other, best = weights[0, 5:11].max(), weights[0, 20:26].max()
+    assert (logits[0].sigmoid() == 1).sum() == 32
+    assert best / other == pytest.approx(math.e, rel=1e-3)
 
 
 def test_points_differ_while_there_are_enough_and_never_leave_the_mask():
@@ -78,18 +105,19 @@ def test_points_differ_while_there_are_enough_and_never_leave_the_mask():
     probs[0] = 0.9
     probs[1, 2, 3] = 0.8
     probs[2, 5, 4:6] = 0.7
-    points = refine.sample_points(probs, 3, "paper", torch.Generator().manual_seed(1))
+    weights = refine.point_weights(labels_of(probs), "paper")
+    points = refine.sample_points(weights, 3, torch.Generator().manual_seed(1))
     assert len({tuple(p) for p in points[0].tolist()}) == 3
     assert points[1].tolist() == [[3.5, 2.5]] * 3
     assert {tuple(p) for p in points[2].tolist()} == {(4.5, 5.5), (5.5, 5.5)}
-    assert refine.sample_points(probs[:0], 3, "paper", torch.Generator()).shape == (0, 3, 2)
+    assert refine.sample_points(probs[:0], 3, torch.Generator()).shape == (0, 3, 2)
 
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("size", [(64, 96), (32, 48), (100, 150)])
 def test_points_and_masks_travel_between_view_and_original(size, flip):
     """A map of the original, shown in the view, is met where the points say it is."""
-    geometry = augment.Geometry((64, 96), size, flip)
+    geometry = augment.Geometry((64, 96), size, (0, 0), size, flip)
     image = torch.zeros(3, 64, 96, dtype=torch.uint8)
     image[:, 10:30, 20:40] = 255
     shown = augment.F.resize(image, list(size), antialias=False)
@@ -113,7 +141,7 @@ def test_a_flipped_or_resized_view_gets_the_same_masks(embeddings):
         soft = torch.zeros(1, 64 * scale, 96 * scale)
         for x, y in (chosen * scale + scale // 2).tolist():
             soft[0, y, x] = 0.9
-        geometry = augment.Geometry((64, 96), (64 * scale, 96 * scale), flip)
+        geometry = frame(64 * scale, 96 * scale, flip)
         item = dict(index=0, geometry=geometry, seed=0)
         pseudo = labels_of(geometry.to_view(soft))
         return geometry.to_view(
@@ -136,7 +164,7 @@ def test_refined_labels_are_consistent_and_classes_stay(embeddings):
     loose = augment.F.gaussian_blur(embeddings.dataset.mask[None].float(), 15, 4.0)
     pseudo = labels_of((0.2 + 0.8 * loose).clamp(max=0.95) * (loose > 0.2))
     before = copy.deepcopy(pseudo)
-    item = dict(index=0, geometry=augment.Geometry((64, 96), (64, 96), False), seed=3)
+    item = dict(index=0, geometry=frame(64, 96, False), seed=3)
     made = refine.refine(pseudo, embeddings, item, *how())
     truth = embeddings.dataset.mask
     assert data.mask_iou(made.masks[0], truth) > data.mask_iou(before.masks[0], truth) + 0.05
@@ -183,7 +211,7 @@ def test_choice_by_hand():
 def test_unknown_rules_are_errors():
     soft = torch.full((1, 4, 4), 0.9)
     with pytest.raises(ValueError, match="no sampling rule 'codes'"):
-        refine.sample_points(soft, 1, "codes", torch.Generator())
+        refine.point_weights(labels_of(soft), "codes")
     with pytest.raises(ValueError, match="no rule of choice 'best'"):
         refine.choose(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3), soft > 0.5, "best")
 
@@ -207,7 +235,7 @@ def test_the_gate_and_the_calibration_by_hand():
     # Without the gate an empty mask is still none.
     open_gate = made(0.0)
     assert open_gate.masks.flatten(1).sum(1).tolist() == [12, 2, 8]
-    # S4M Eq. (calibration): 0.8 times 2/3, 1/4 and 0; and as weights of the mask loss.
+    # ssis Eq. (calibration): 0.8 times 2/3, 1/4 and 0; and as weights of the mask loss.
     # A mask of no more pixels than the filter asks for is none either.
     few = made(0.0, min_area=2)
     assert few.masks.flatten(1).sum(1).tolist() == [12, 8, 8]
@@ -228,7 +256,7 @@ def test_nothing_tiny_things_borders_and_whole_images(embeddings, rule):
     soft[2, 63, 90:] = 0.7  # a corner
     soft[3] = 0.95  # the whole image
     soft[4, 20:40, 30:50] = 0.9
-    item = dict(index=0, geometry=augment.Geometry((64, 96), (64, 96), True), seed=0)
+    item = dict(index=0, geometry=frame(64, 96, True), seed=0)
     for gate in (0.0, 0.5):
         made = refine.refine(labels_of(soft), embeddings, item, *how(rule, gate))
         assert made.masks.flatten(1).any(dim=1).all()

@@ -35,7 +35,7 @@ def structure():
 
 
 def item(flip: bool = False, view=(64, 96)) -> dict:
-    return dict(index=0, geometry=augment.Geometry((64, 96), view, flip))
+    return dict(index=0, geometry=augment.Geometry((64, 96), view, (0, 0), view, flip))
 
 
 def test_similarity_by_hand():
@@ -124,6 +124,53 @@ def test_views_and_padding_do_not_change_the_loss(structure):
     double = F.interpolate(plain, scale_factor=2, mode="bilinear")
     large = sam_distill.loss(double, [item(view=(128, 192))], structure)
     assert torch.allclose(large, loss, rtol=0.05)
+
+
+def loss_by_loop(features, geometry, structure) -> float:
+    """S4M Eq. (SD) for one image: query by query, cell by cell, those in the view alone."""
+    rows, columns = sam_distill.centers(structure.sam, geometry.original)
+    queries, wanted = structure[0]
+    own = {}
+    for i, row in enumerate(rows.tolist()):
+        for j, column in enumerate(columns.tolist()):
+            y = row * geometry.scaled[0] - geometry.offset[0]
+            x = column * geometry.scaled[1] - geometry.offset[1]
+            if not (0 <= y < geometry.view[0] and 0 <= x < geometry.view[1]):
+                continue
+            x = geometry.view[1] - x if geometry.flip else x
+            # The map's features lie at the centers of cells of 4 pixels.
+            point = torch.tensor([[[[x / 2 / features.shape[2], y / 2 / features.shape[1]]]]]) - 1
+            value = F.grid_sample(features[None], point, padding_mode="border", align_corners=False)
+            own[i * len(columns) + j] = F.normalize(value.flatten(), dim=0)
+    terms = []
+    for query, row in zip(queries.tolist(), wanted.float(), strict=True):
+        for place, feature in own.items() if query in own else ():
+            difference = abs((own[query] @ feature - row[place]).item())
+            terms.append(0.5 * difference**2 if difference < 1 else difference - 0.5)
+    return sum(terms) / len(terms) if terms else 0.0
+
+
+def test_of_a_cropped_view_only_what_it_shows_counts(structure):
+    """Against the loop, with crop, scale, flip and padding; and a view without any query."""
+    features = torch.randn(12, 14, 18)
+    for geometry in (
+        augment.Geometry((64, 96), (80, 120), (13, 30), (40, 60), False),
+        augment.Geometry((64, 96), (80, 120), (13, 30), (40, 60), True),
+        augment.Geometry((64, 96), (40, 60), (0, 0), (40, 60), True),
+    ):
+        items = [dict(index=0, geometry=geometry)]
+        found = sam_distill.loss(features[None], items, structure).item()
+        assert found == pytest.approx(loss_by_loop(features, geometry, structure), abs=1e-4)
+    # A corner in which no query lies: nothing to learn, and no 0 / 0.
+    few = sam_distill.Structure(structure.embeddings, *SETTINGS)
+    few.memory[0] = (structure[0][0][:1] * 0, structure[0][1][:1])
+    corner = augment.Geometry((64, 96), (128, 192), (60, 100), (40, 60), False)
+    features = torch.randn(2, 12, 14, 18, requires_grad=True)
+    assert sam_distill.loss(features[:1], [dict(index=0, geometry=corner)], few) == 0
+    # Beside another image it counts as an image, without a loss.
+    both = [dict(index=0, geometry=corner), item()]
+    alone = sam_distill.loss(features[1:], [item()], few)
+    torch.testing.assert_close(sam_distill.loss(features, both, few), alone / 2)
 
 
 def inner(structure):

@@ -36,6 +36,7 @@ def pseudo(places, labels):
         masks,
         torch.zeros(n, 3),
         torch.zeros(n, 1, 7, 7),
+        torch.zeros(n, 1, 28, 28),
         boxes,
     )
 
@@ -111,6 +112,7 @@ def watched(rule: str, labels: list[list[int]], shares: list[float], per_image: 
 @pytest.mark.parametrize("kept, word", [(0, "collapsed"), (2, None), (15, "explodes")])
 def test_a_collapsing_and_an_exploding_teacher_are_reported(kept, word):
     rules = dict(score="--tau-class", coupled="--tau-class", adaptive="--tau-min")
+    rules["three-way"] = "--tau-mask-max"
     for rule, flag in dict(rules, dual="--tau-class or --tau-mask").items():
         lines = watched(rule, 8 * [[1] * kept], [1.0, 0.0, 0.0], 2.5)
         assert len(lines) == (word is not None)

@@ -623,6 +623,7 @@ class Config:
     def check(self) -> None:
         """Raise UserError for values that no run could use; choices are argparse's."""
         self.check_numbers()
+        self.check_ranges()
         self.check_combinations()
 
     def check_numbers(self) -> None:
@@ -633,12 +634,8 @@ class Config:
             if words and not VALID[words](value):
                 raise UserError(f"{flag(field.name)} {value}: must be {words}")
 
-    def check_combinations(self) -> None:
-        """Settings that contradict each other, or ask for what is not there."""
-        if self.stage_ends[-1] < 1:
-            raise UserError(
-                "--pretrain-steps, --burnin-steps, --mutual-steps: all are 0"
-            )
+    def check_ranges(self) -> None:
+        """Ends of ranges the wrong way round; half of a crop."""
         if not self.short_side_min <= self.short_side <= self.long_side:
             raise UserError(
                 "--short-side-min <= --short-side <= --long-side does not hold"
@@ -656,6 +653,13 @@ class Config:
             raise UserError(
                 "--scale-min, --scale-max: scale a view before it is cropped; give "
                 "--crop-height and --crop-width too"
+            )
+
+    def check_combinations(self) -> None:
+        """Settings that contradict each other, or ask for what is not there."""
+        if self.stage_ends[-1] < 1:
+            raise UserError(
+                "--pretrain-steps, --burnin-steps, --mutual-steps: all are 0"
             )
         if self.filter == "three-way" and self.correction == "none":
             raise UserError(

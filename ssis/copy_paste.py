@@ -24,7 +24,7 @@ $$x = M \odot x_{\mathrm{above}} + (1 - M) \odot x_{\mathrm{below}}$$ S4M Eq. (A
 
 The pairs are made within one process, so with N processes they differ from one's. A
 process with a single image has no pair, and the run is refused
-(`engine.session.check_pairs`).
+(`engine.session.check_batches`).
 
 Chain: 4 of 17. Read next: `ssis/model.py`, the network that sees the views.
 """

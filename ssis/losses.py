@@ -44,10 +44,9 @@ here (docs/differences.md).
 
 *Averaging.* Each loss is a mean over n things: sampled anchors, sampled proposals, or
 foreground proposals; of the two weighted ones n is the sum of the weights. n differs
-between processes: one with many instances has more
-foreground proposals. DDP takes the mean of the processes' gradients, in which each
-process counts the same. For the gradient of the mean over the *global* batch, each
-process's loss is first multiplied by
+between processes: one with many instances has more foreground proposals. DDP takes the
+mean of the processes' gradients, in which each process counts the same. For the
+gradient of the mean over the *global* batch, each process's loss is first multiplied by
 
 $$\frac{n_{\mathrm{rank}} \cdot \mathrm{world\_size}}{n_{\mathrm{total}}}$$
 

@@ -49,8 +49,8 @@ REAL = dict(
     # A recipe for Mask R-CNN, not Mask2Former's: published Mask R-CNNs with AdamW have
     # the backbone at the full rate, its stem and first stage frozen, and no clipping,
     # or MMDetection's limit of 35 (docs/differences.md names them). Mask2Former's own
-    # limit of 0.01 would scale every step of a Mask R-CNN down by a hundred to a
-    # thousand.
+    # limit of 0.01 is far below the gradient norms of a Mask R-CNN, and would scale
+    # every step down.
     lr=1e-4,
     weight_decay=0.05,
     backbone_lr_factor=1.0,
@@ -86,7 +86,6 @@ REAL = dict(
 # side of 800. The learning rate falls to a tenth at step 327,778 and again at 355,092
 # of 368,750.
 LSJ = dict(
-    short_side_min=640,
     short_side=800,
     long_side=1333,
     crop_height=1024,
@@ -134,7 +133,6 @@ PRESETS = {
         **STEPS_90K,
         data="data/cityscapes",
         labeled="5%",
-        short_side_min=1024,
         short_side=1024,
         long_side=2048,
         crop_height=512,

@@ -119,7 +119,8 @@ class Thresholds(nn.Module):
                 labeled instances.
         """
         # PL-DC Eq. (init), each row in its own range.
-        first = self.lowest + (self.highest - self.lowest) * frequency.float()
+        frequency = frequency.to(self.values)
+        first = self.lowest + (self.highest - self.lowest) * frequency
         self.values.copy_(first)
 
     @torch.no_grad()

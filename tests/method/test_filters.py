@@ -71,6 +71,13 @@ def test_first_thresholds_by_hand():
     torch.testing.assert_close(thresholds.values, expected)
 
 
+def test_thresholds_on_a_device_start_from_a_frequency_on_the_cpu():
+    """The frequencies are counted on the CPU; "meta" refuses a mixture as a GPU does."""
+    thresholds = filters.Thresholds(3, (0.5, 0.9), (0.6, 0.7), 0.99).to("meta")
+    thresholds.start(torch.tensor([0.25, 0.75, 0.0]))
+    assert thresholds.values.device.type == "meta"
+
+
 def test_adaptive_thresholds_by_hand():
     """PL-DC Eq. (init) and (adapt): two classes, one of which is not seen."""
     thresholds = filters.Thresholds(2, *RANGES, 0.75)

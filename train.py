@@ -15,20 +15,20 @@ keeps it alive (progress, files, resuming, evaluation) in `ssis/engine/session.p
 
 B = images in this process's batch, N = instances, C = classes.
 
-Chain: 1 of 17. Read next: `ssis/data.py`, where the batches come from.
+Chain: 1 of 18. Read next: `ssis/data.py`, where the batches come from.
 """
 
 import torch
 from torch import Tensor, nn
 
-from ssis import augment, copy_paste, correction, distributed, filters
+from ssis import augment, calibration, copy_paste, correction, distributed, filters
 from ssis import losses, model, refine, sam_distill
 from ssis.config import Config, parse
 from ssis.engine.build import Labeler, autocast, build, model_of
 from ssis.engine.guard import Guard
 from ssis.engine.session import open_session
 from ssis.report import audit
-from ssis.teacher import ema_update, predict
+from ssis.teacher import ema_update, predict, predict_both_views
 
 
 def train(config: Config) -> None:
@@ -36,9 +36,9 @@ def train(config: Config) -> None:
     rank, world_size, device = distributed.start(config.device)
     pretrain_end, burnin_end, total = config.stage_ends
     with open_session(config, rank, world_size, device) as session:
-        made = build(config, session.train_set, rank, world_size, device)
+        made = build(config, session.train_set, rank, world_size, device, session.val_set)
         student, labeler, structure, optimizer, schedule, scaler = made
-        teacher, thresholds, classifier, embeddings = labeler
+        teacher, thresholds, classifier, embeddings, measured, _ = labeler
         # The student without DDP's wrapper: for the teacher, which follows it, and for whatever
         # only looks.
         net = distributed.unwrap(student)
@@ -46,7 +46,8 @@ def train(config: Config) -> None:
         # All that the next step depends on. If an earlier call was stopped, it is as it was then.
         session.restore(
             student=net, teacher=teacher, thresholds=thresholds, classifier=classifier,
-            sam=embeddings, optimizer=optimizer, schedule=schedule, scaler=scaler,
+            calibration=measured, sam=embeddings, optimizer=optimizer, schedule=schedule,
+            scaler=scaler,
         )  # fmt: skip
         filling = (classifier, teacher, session.streams.labeled, rank, world_size)
 
@@ -80,6 +81,11 @@ def train(config: Config) -> None:
                 if config.burnin_init == "fresh":
                     # Features of two networks cannot be compared: the memory starts anew.
                     correction.fill(*filling)
+
+            if session.calibration_due(step):
+                # Ours: what is kept, redrawn and corrected is decided where the truth is known.
+                seen = calibration.look(labeler, session.validation_items(), config)
+                session.calibrated(calibration.calibrate(labeler, seen, config.target_precision))
 
             # One step, on labeled images alone while the first teacher is made, then on both.
             lr = schedule.get_last_lr()[-1]
@@ -144,7 +150,7 @@ def train_step(
     images = [item["image"].to(device) for item in labeled]
     targets = [{k: v.to(device) for k, v in item["target"].items()} for item in labeled]
     # Pasting between labeled images is this project's option; S4M pastes unlabeled ones.
-    if both and config.arp == "both":
+    if config.pastes_labeled:
         pasting = (config.arp_min_area, config.arp_jitter, labeled[0]["seed"])
         images, targets = copy_paste.arp(images, targets, *pasting, config.view_size.crop)
     # By default the labeled images get the strong view too, so that no gain over supervised
@@ -204,6 +210,7 @@ def unlabeled_pass(
         # PL-DC Eq. (adapt): the thresholds follow what the teacher predicts.
         labeler.thresholds.update(stages["predicted"])
     pseudo = stages.pop("final")
+    doubtful = [predicted.boxes for predicted in stages["predicted"]]
     del stages  # soft masks of every stage: at 1024 pixels gigabytes
     # 2. An image without a pseudo-label is left out (PL-DC): the teacher may just not have been
     #    sure. Or it is trained as background (GD, S4M), as what is missing in the others is.
@@ -213,9 +220,13 @@ def unlabeled_pass(
     targets = [pseudo[i].target(config.uncertainty, config.refine_calibrate) for i in chosen]
     images, items = [weak[i] for i in chosen], [unlabeled[i] for i in chosen]
     # 3. S4M: instances are pasted from image to image, before the strong view distorts all alike.
-    if config.arp != "none":
+    if config.arp in ("unlabeled", "both"):
         pasting = (config.arp_min_area, config.arp_jitter, unlabeled[0]["seed"])
         images, targets = copy_paste.arp(images, targets, *pasting, config.view_size.crop)
+    # Ours: what the filter dropped may be an instance all the same, or none.
+    if config.ignore_uncertain:
+        pairs = zip(targets, chosen, strict=True)
+        targets = [dict(target, uncertain=doubtful[i]) for target, i in pairs]
     # 4. The student must see the same in the strong view: no pixel moves, the targets stay valid.
     strong = augment.strong_views(images, items, config.strong_erasing)
     loss_u, counts = None, torch.zeros(losses.COUNTS, device=device)
@@ -257,23 +268,27 @@ def pseudo_labels(
     """
     # What no rule would keep is not predicted, unless the audit asks: a mask is H x W floats.
     passing = config.tau_min if config.filter in filters.ADAPTIVE else config.tau_class
+    if config.filter == "calibrated" or config.ignore_uncertain:
+        passing = calibration.LOWEST
     with autocast(config, weak[0].device):
-        predicted = predict(labeler.teacher, weak, min(passing, min_score))
+        look = predict_both_views if config.two_views else predict
+        predicted = look(labeler.teacher, weak, min(passing, min_score))
     # PL-DC, instance level: class and mask quality decide what is kept. A wrong pseudo-label
     # teaches a mistake, which the student hands back to the teacher.
     rule = (config.filter, config.tau_class, config.tau_mask, config.min_area)
     latest = kept = [filters.keep(p, *rule, labeler.thresholds) for p in predicted]
     stages = dict(predicted=predicted, kept=kept)
     # S4M: SAM, which sees the original image, redraws the masks; it knows no classes.
-    if config.refine != "none":
+    gate = labeler.calibration.gate
+    if config.refine != "none" and gate < calibration.OFF:
         how = (config.refine, config.refine_points, config.refine_sampling)
-        how += (config.refine_gate, config.refine_calibrate, config.min_area)
+        how += (gate, config.refine_calibrate, config.min_area)
         pairs = zip(kept, items, strict=True)
         latest = [refine.refine(p, labeler.embeddings, item, *how) for p, item in pairs]
         stages["refined"] = latest
     # PL-DC, category level: another classifier has a say, less and less.
     if config.correction != "none":
-        weight = correction.weight(step, *config.stage_ends[1:])
+        weight = correction.weight(step, *config.stage_ends[1:], labeler.calibration.trust)
         latest = correction.correct(latest, weak, labeler.classifier, weight)
         stages["corrected"] = latest
     # This project's reading of the AAAI version: the correction decides on what was ambiguous.

@@ -29,7 +29,7 @@ on which a small network relies most, so that shape is left to agree on.
 Every view has a seed of its own, so a run does not depend on how the images are spread
 over workers and processes.
 
-Chain: 3 of 17. Read next: `ssis/copy_paste.py`, what comes between the two views.
+Chain: 3 of 18. Read next: `ssis/copy_paste.py`, what comes between the two views.
 """
 
 from typing import NamedTuple
@@ -193,7 +193,7 @@ def draw_geometry(
         scale = fitting(original, draw(size.short_min, size.short_max), size.long_max)
     scaled = sides(original, scale)
     # Mirrored last, but drawn before the crop: views without crops draw no more.
-    flip = torch.rand((), generator=generator).item() < 0.5
+    flip = torch.rand((), generator=generator).item() < 0.5 and size.flip
     # What is smaller than the crop is not cut; what is larger is cut anywhere.
     view = [min(pair) for pair in zip(scaled, crop or scaled, strict=True)]
     offset = [draw(0, s - v) if s > v else 0 for s, v in zip(scaled, view, strict=True)]

@@ -45,7 +45,8 @@ Differences from the released code:
   that ends with a period, otherwise "a photo of a {description}.". Here the JSON file
   has whole prompts, and `TEMPLATES` are for bare class names.
 
-Chain: 11 of 17. Read next: `ssis/losses.py`, which teaches the result to the student.
+Chain: 11 of 18. Read next: `ssis/calibration.py`, which measures all of these.
+
 """
 
 import json

@@ -18,7 +18,7 @@ What is known of a field stands with it: its reason, its choices or range, and
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
 
-Chain: 16 of 17. Read next: `ssis/presets.py`, the settings of papers and datasets.
+Chain: 17 of 18. Read next: `ssis/presets.py`, the settings of papers and datasets.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from pathlib import Path
 from ssis import UserError, sam
 from ssis.data import ViewSize
 from ssis.io.files import write_text
-from ssis.presets import METHODS, OF_BOTH, PRESETS, switches
+from ssis.presets import METHODS, OF_BOTH, PRESETS, WITHOUT_SAM, switches
 
 # See the module's text.
 ALWAYS, LATER, STRUCTURE, PLACE = "always", "later", "structure", "place"
@@ -161,13 +161,18 @@ class Config:
     )
     model: str = setting(
         "small",
-        "small learns from scratch on a CPU; resnet50 is torchvision's, for real data",
-        choices=("small", "resnet50"),
+        "small learns from scratch on a CPU; timm puts the small one's heads on a light "
+        "pretrained backbone; resnet50 is torchvision's, for real data on a GPU",
+        choices=("small", "timm", "resnet50"),
         group="Model",
+    )
+    backbone: str = setting(
+        "tf_efficientnet_lite0", "timm's name of its backbone (needs timm)"
     )
     backbone_weights: str = setting(
         "none",
-        "where resnet50 starts: none, imagenet, coco, or the PATH of a state dict",
+        "where timm or resnet50 starts: none, imagenet, coco (resnet50), or the PATH of "
+        "a state dict",
     )
     trained_stages: int = setting(
         3,
@@ -203,6 +208,10 @@ class Config:
     )
     weak_color: bool = setting(
         False, "distort the colors of every view, the teacher's too (Cityscapes)"
+    )
+    flip: bool = setting(
+        True,
+        "mirror views left to right, one in two; not where left and right are classes",
     )
     strong_erasing: bool = setting(
         False, "erase up to three boxes of a strong view (PL-DC)"
@@ -289,6 +298,13 @@ class Config:
         "pretraining and what follows are two parts, each with its own fall of lr "
         "(GD); without: the run is one (PL-DC)",
     )
+    lr_after: float = setting(
+        1.0,
+        "lr after pretraining, as a factor: a student that goes on from pretrained "
+        "weights needs smaller steps (this project's)",
+        valid="> 0 and finite",
+        scope=LATER,
+    )
     ema_decay: float = setting(
         0.99,
         "GD 0.9996 for 100k steps and more; short runs need less",
@@ -296,12 +312,21 @@ class Config:
         valid="from 0 to 1",
         scope=LATER,
     )
+    two_views: bool = setting(
+        False,
+        "the teacher looks at the mirrored view too, and the two class distributions "
+        "and masks are averaged (this project's)",
+        scope=LATER,
+        part=True,
+    )
     filter: str = setting(
         "adaptive",
         "what keeps a pseudo-label: class score (GD), score times mask quality, both "
         "apart, both with a threshold for each class (PL-DC), or three-way: what lies "
-        "between T_min and that is left to the correction (this project's reading)",
-        choices=("score", "coupled", "dual", "adaptive", "three-way"),
+        "between T_min and that is left to the correction (this project's reading); "
+        "calibrated: thresholds, SAM's gate and the first weight of the correction are "
+        "measured on the validation images (this project's)",
+        choices=("score", "coupled", "dual", "adaptive", "three-way", "calibrated"),
         scope=LATER,
         part=True,
         absent="score",
@@ -346,6 +371,12 @@ class Config:
     threshold_decay: float = setting(
         0.99,
         "how slowly adaptive thresholds follow (PL-DC 0.9996)",
+        valid="from 0 to 1",
+        scope=LATER,
+    )
+    target_precision: float = setting(
+        0.9,
+        "fraction of the pseudo-labels that calibrated thresholds want right",
         valid="from 0 to 1",
         scope=LATER,
     )
@@ -413,6 +444,14 @@ class Config:
         "the same for unlabeled images, whose background may be a missed object",
         valid="from 0 to 1",
         scope=LATER,
+    )
+    ignore_uncertain: bool = setting(
+        False,
+        "what the teacher predicts from class score 0.3 on but the filter drops is "
+        "neither instance nor background: the student is not trained there (this "
+        "project's)",
+        scope=LATER,
+        part=True,
     )
     empty_images: str = setting(
         "skip",
@@ -484,8 +523,9 @@ class Config:
     )
     arp: str = setting(
         "unlabeled",
-        "paste instances between images (S4M): of pseudo-labeled ones, or of both",
-        choices=("none", "unlabeled", "both"),
+        "paste instances between images: of pseudo-labeled ones (S4M), of labeled ones "
+        "in every stage, or of both",
+        choices=("none", "unlabeled", "labeled", "both"),
         scope=LATER,
         part=True,
         absent="none",
@@ -587,6 +627,21 @@ class Config:
         return self.structure_weight > 0 or self.refine != "none"
 
     @property
+    def pastes_labeled(self) -> bool:
+        """Whether instances are pasted between labeled images, in every stage."""
+        return self.arp in ("labeled", "both")
+
+    @property
+    def without_sam(self) -> bool:
+        """Whether parts of the method are left out because SAM's weights are."""
+        return (
+            self.preset == "photos"
+            and self.method in ("s4m", "full")
+            and self.refine == "none"
+            and not self.sam_checkpoint
+        )
+
+    @property
     def view_size(self) -> ViewSize:
         """The limits of a training view's sides."""
         return ViewSize(
@@ -596,6 +651,7 @@ class Config:
             (self.crop_height, self.crop_width),
             (self.scale_min, self.scale_max),
             self.weak_color,
+            self.flip,
         )
 
     @property
@@ -672,6 +728,11 @@ class Config:
                 "--burnin-steps 0 --burnin-init fresh: the teacher would become a copy "
                 "of an untrained student; give burn-in steps, or --burnin-init teacher"
             )
+        if self.two_views and not self.flip:
+            raise UserError(
+                "--two-views --no-flip: the second view is the mirrored one; leave one "
+                "of the two out"
+            )
         if self.descriptions and self.correction != "clip":
             raise UserError(
                 f"--descriptions {self.descriptions}: are for --correction clip alone"
@@ -710,7 +771,12 @@ class Config:
         if self.backbone_weights != "none" and self.model == "small":
             raise UserError(
                 f"--backbone-weights {self.backbone_weights}: the small model has "
-                "none; add --model resnet50"
+                "none; add --model timm or resnet50"
+            )
+        if self.backbone_weights == "coco" and self.model == "timm":
+            raise UserError(
+                "--backbone-weights coco: is a whole resnet50; give imagenet, or add "
+                "--model resnet50"
             )
 
 
@@ -743,6 +809,9 @@ def parse(argv: list[str] | None = None) -> Config:
     )
     model = given.get("model", PRESETS[preset].get("model", Config.model))
     own = switches(preset, method, model)
+    if preset == "photos" and not {"sam", "sam_checkpoint", "refine"} & given.keys():
+        # Meta's weights are not there for everyone: without them, without SAM's parts.
+        own |= WITHOUT_SAM
     config = Config(**{**PRESETS[preset], **own, **given})
     if config.refine == "none" and "refine_calibrate" not in given:
         # Nothing to calibrate: `--method full --refine none` need not say so.
@@ -826,7 +895,9 @@ def completed(saved: dict) -> dict:
     # Until the mask quality got a range of its own, it had that of the class quality.
     for end in ("min", "max"):
         absent[f"tau_mask_{end}"] = saved.get(f"tau_{end}", absent[f"tau_{end}"])
-    return GONE | absent | saved
+    record = GONE | absent | saved
+    # What the first teacher depends on: of `arp`, only this.
+    return record | dict(pastes_labeled=record["arp"] in ("labeled", "both"))
 
 
 def from_saved(saved: dict) -> Config:
@@ -846,7 +917,7 @@ def differences(
         ignored: fields that may differ; None: those that change no result.
     """
     ignored = not_in_result() if ignored is None else ignored
-    now, before = dataclasses.asdict(config) | GONE, completed(saved)
+    now, before = completed(dataclasses.asdict(config)), completed(saved)
     return [
         f"{flag(name)} was {before[name]}, is {value}"
         for name, value in now.items()

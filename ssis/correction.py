@@ -42,7 +42,7 @@ thrown away with it: the features of two networks cannot be compared.
 *clip* (`ssis/clip.py`). The paper's: CLIP on mask-pooled features, against the
 embeddings of described class names. For photographs of things that have names.
 
-Chain: 10 of 17. Read next: `ssis/clip.py`, the paper's own category classifier.
+Chain: 10 of 18. Read next: `ssis/clip.py`, the paper's own category classifier.
 """
 
 import dataclasses
@@ -69,21 +69,23 @@ NEAREST = 3
 TEMPERATURE = 0.005
 
 
-def weight(step: int, burnin_end: int, last: int) -> float:
+def weight(step: int, burnin_end: int, last: int, first: float = 0.5) -> float:
     """How much the category classifier counts, from 0.5 down to 0.
 
     Args:
         step: t, steps done.
         burnin_end: t_burn, the step at which the guided burn-in ends.
         last: t_max, the last step.
+        first: the weight until t_burn; another one if it was measured
+            (`calibration.Calibration.trust`).
     """
     # The teacher is frozen in the burn-in. It does not become better, so its weight
     # does not grow.
     if step <= burnin_end:
-        return 0.5
+        return first
     # PL-DC Eq. (w)
     angle = math.pi * (step - burnin_end) / (last - burnin_end)
-    return 0.25 * (math.cos(angle) + 1)
+    return first / 2 * (math.cos(angle) + 1)
 
 
 class CategoryClassifier:

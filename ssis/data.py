@@ -18,7 +18,7 @@ to the need of its rarest class; an epoch keeps its length.
 student, and the audit's measures the pseudo-labels. The unlabeled stream does not even
 read the annotations of its images, so nothing can leak.
 
-Chain: 2 of 17. Read next: `ssis/augment.py`, the views of an image.
+Chain: 2 of 18. Read next: `ssis/augment.py`, the views of an image.
 """
 
 import hashlib
@@ -29,8 +29,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from ssis import UserError, augment
+
+
+# A detection lies on an instance from this box IoU on, as in COCO's AP50.
+MATCH_IOU = 0.5
 
 
 def boxes_of(masks: Tensor) -> Tensor:
@@ -67,6 +72,29 @@ def mask_iou(masks: Tensor, other: Tensor) -> Tensor:
     return both / (masks | other).flatten(-2).sum(dim=-1).clamp(min=1)
 
 
+def match(boxes: Tensor, ground_truth: Tensor) -> Tensor:
+    """One-to-one matching by box IoU, in the order of `boxes`.
+
+    Args:
+        boxes: (N, 4), best first.
+        ground_truth: (M, 4).
+
+    Returns:
+        (N,) int64: index of the matched instance, -1 for none.
+    """
+    result = torch.full((len(boxes),), -1)
+    if len(boxes) == 0 or len(ground_truth) == 0:
+        return result
+    iou = box_iou(boxes.cpu(), ground_truth.cpu())  # (N, M)
+    for i in range(len(boxes)):
+        best = iou[i].argmax()
+        if iou[i, best] >= MATCH_IOU:
+            result[i] = best
+            # Taken: a second box on the same instance is a duplicate, hence wrong.
+            iou[:, best] = -1
+    return result
+
+
 def sanitize(target: dict) -> dict:
     """Drop instances without pixels and derive the boxes again; a new target.
 
@@ -94,6 +122,7 @@ class ViewSize(NamedTuple):
             resized to `scale` times what fits into the crop, and cut. (0, 0): no crop.
         scale: the smallest and the largest scale before a crop.
         color: whether colors are distorted.
+        flip: whether one view in two is mirrored, left to right.
     """
 
     short_min: int
@@ -102,6 +131,7 @@ class ViewSize(NamedTuple):
     crop: tuple[int, int] = (0, 0)
     scale: tuple[float, float] = (1.0, 1.0)
     color: bool = False
+    flip: bool = True
 
 
 class Stream(torch.utils.data.Dataset):
@@ -226,6 +256,7 @@ def make_streams(
     seed: int,
     oracle: str,
     repeat_threshold: float = 0.0,
+    audited: bool = True,
 ) -> Streams:
     """The streams of a run.
 
@@ -237,6 +268,8 @@ def make_streams(
         oracle: "none", or what the ground truth replaces in the pseudo-labels.
         repeat_threshold: of `repeat_factors`, for the labeled images after pretraining;
             0: all alike.
+        audited: False where an unlabeled image without annotations is not one without
+            instances.
 
     Returns:
         The streams. The audit's is over those unlabeled images whose ground truth
@@ -251,7 +284,7 @@ def make_streams(
             f"--oracle {oracle}: needs the ground truth of every unlabeled image, and "
             "--unlabeled-images has none; leave one of the two out"
         )
-    audited = [i for i in sorted(hidden) if i < train_set.annotated]
+    known = [i for i in sorted(hidden) if i < train_set.annotated and audited]
     plain = repeated = Stream(train_set, labeled, size, seed * 3, True)
     if repeat_threshold:
         factors = repeat_factors(train_set, labeled, repeat_threshold)
@@ -263,7 +296,7 @@ def make_streams(
         plain,
         # The one exception: an oracle replaces pseudo-labels by the ground truth.
         Stream(train_set, unlabeled, size, seed * 3 + 1, oracle != "none"),
-        Stream(train_set, audited, size, seed * 3 + 2, True) if audited else None,
+        Stream(train_set, known, size, seed * 3 + 2, True) if known else None,
         repeated,
     )
 

@@ -12,7 +12,7 @@ $$c = \max_k P(k), \qquad
 
 with P the class distribution and p the mask probability. (As in torchvision, a proposal
 can be a candidate for two classes; then c is P of the candidate's own class, which is
-the largest one whenever it is above one half.) Five rules (`--filter`) say
+the largest one whenever it is above one half.) Six rules (`--filter`) say
 what is kept:
 
 * `score`, Guided Distillation's: the mask quality plays no part.
@@ -54,6 +54,9 @@ $$T^{\mathrm{class}}_{\mathrm{min}} \le c, \;
 
   with p of PL-DC Eq. (DICC) and k its argmax.
 
+* `calibrated`, this project's: PL-DC Eq. (adaptive) with thresholds that are measured
+  on the validation images (`ssis/calibration.py`).
+
 With a single class n / N is 1, so the thresholds start at T_max: a teacher that is less
 confident keeps nothing at first (the run warns). Lower `--tau-max`, or take
 `--filter dual`.
@@ -71,7 +74,7 @@ no instance *is* background, so a dropped object is trained as background, at th
 of the step, as in PL-DC, or all of it is trained as background, as in Guided
 Distillation and S4M (`empty_images`).
 
-Chain: 7 of 17. Read next: `ssis/sam.py`, which redraws the masks of what is kept.
+Chain: 7 of 18. Read next: `ssis/sam.py`, which redraws the masks of what is kept.
 """
 
 import torch
@@ -166,11 +169,11 @@ def keep(
 
     Args:
         predictions: of the teacher.
-        rule: "score", "coupled", "dual", "adaptive" or "three-way".
+        rule: "score", "coupled", "dual", "adaptive", "three-way" or "calibrated".
         tau_class: threshold of the class quality, or of the product, in [0, 1].
         tau_mask: threshold of the mask quality, for "dual", in [0, 1].
         min_area: pixels; a mask needs more.
-        thresholds: for the rules "adaptive" and "three-way".
+        thresholds: for the last three rules.
 
     Returns:
         What is kept; of "three-way" with what is ambiguous, for `decide`.
@@ -188,7 +191,7 @@ def keep(
     elif rule == "dual":
         # PL-DC Eq. (dual)
         good = (c >= tau_class) & (m >= tau_mask)
-    elif rule == "adaptive":
+    elif rule in ("adaptive", "calibrated"):
         # PL-DC Eq. (adaptive): each instance against the thresholds of its own class.
         own_class, own_mask = thresholds.values[:, predictions.labels - 1]
         good = (c >= own_class) & (m >= own_mask)
@@ -197,7 +200,7 @@ def keep(
         good = (c >= thresholds.lowest[0]) & (m >= thresholds.lowest[1])
     else:
         raise ValueError(
-            f"no rule {rule!r}: score, coupled, dual, adaptive or three-way"
+            f"no rule {rule!r}: score, coupled, dual, adaptive, three-way or calibrated"
         )
     # A few pixels are noise, whatever the scores say.
     return predictions[good & (area(predictions) > min_area)]

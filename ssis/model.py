@@ -5,13 +5,16 @@ torchvision's Mask R-CNN, which everyone has, and which gives the methods the sa
 things: a class distribution, a soft mask, and a stride-4 feature map. What this changes
 is listed in `docs/differences.md`.
 
-Two sizes:
+Three kinds:
 
 * `resnet50`: torchvision's ResNet-50-FPN, for real data, from ImageNet or COCO weights;
 * `small`: the same design, a twentieth of the size (2.4 against 44 million weights),
   trained from scratch in minutes on a CPU. It is narrower and shallower, its backbone
   ends at stride 16, and it takes one sample per RoI bin: four take a third more time
-  per step for a little more AP (docs/log.md, docs/performance.md).
+  per step for a little more AP (docs/log.md, docs/performance.md);
+* `timm`: the small one's FPN and heads on a backbone of the timm library, most of which
+  are light and come with ImageNet weights. From these, a few dozen labeled photographs
+  can be learned on a CPU, which no network can from scratch.
 
 What is added to torchvision's model:
 
@@ -50,8 +53,10 @@ are the backward pass (each gradient has the type of its forward operation), the
 the losses, S4M's distillation loss, and the optimizer. The weights are always float32:
 a step of 1e-4 on a weight of 1 would be rounded away in 16 bits.
 
-Chain: 5 of 17. Read next: `ssis/teacher.py`, the second copy of this model.
+Chain: 5 of 18. Read next: `ssis/teacher.py`, the second copy of this model.
 """
+
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -75,10 +80,17 @@ from torchvision.models.detection.roi_heads import (
     fastrcnn_loss,
     project_masks_on_boxes,
 )
-from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops import (
+    FeaturePyramidNetwork,
+    FrozenBatchNorm2d,
+    MultiScaleRoIAlign,
+    box_iou,
+)
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
 
 from ssis import losses
+from ssis.io import timm_backbone
 from ssis.io.backbone_weights import load_matching, read_weights
 
 
@@ -129,6 +141,29 @@ def fix_scales(pool: MultiScaleRoIAlign) -> None:
     )
 
 
+def leave_out(
+    labels: list[Tensor], boxes: list[Tensor], uncertain: list[Tensor], iou: float
+) -> list[Tensor]:
+    """Background that may be an instance is not trained; see `ignore_uncertain`.
+
+    Args:
+        labels: of the anchors (or proposals) of each image; 0 is background.
+        boxes: theirs, (R, 4).
+        uncertain: boxes (U, 4) where an instance may be, of each image.
+        iou: from which overlap on a box is no background of an instance.
+
+    Returns:
+        The labels, -1 (which the sampler passes over) instead of 0 where in doubt.
+    """
+    result = []
+    for label, box, doubt in zip(labels, boxes, uncertain, strict=True):
+        if len(doubt):
+            near = box_iou(doubt, box).amax(dim=0) >= iou
+            label = label.masked_fill(near & (label == 0), -1)
+        result.append(label)
+    return result
+
+
 class WeightedRPN(RegionProposalNetwork):
     """torchvision's first stage, with a weight of background in its objectness loss.
 
@@ -138,6 +173,13 @@ class WeightedRPN(RegionProposalNetwork):
     """
 
     no_object = 1.0
+
+    def assign_targets_to_anchors(self, anchors, targets):
+        """torchvision's, but that a target's `uncertain` boxes are left out."""
+        labels, boxes = super().assign_targets_to_anchors(anchors, targets)
+        uncertain = [target.get("uncertain", ()) for target in targets]
+        iou = self.proposal_matcher.low_threshold
+        return leave_out(labels, anchors, uncertain, iou), boxes
 
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
         """Two scalars, as torchvision's; its arguments."""
@@ -160,8 +202,9 @@ class WeightedRoIHeads(RoIHeads):
     """torchvision's second stage, with weights in two of its losses.
 
     A target may have `mask_weights` (N, H, W) float in [0, 1] beside its `masks`: a
-    weight for each pixel of the mask loss. In evaluation mode it is torchvision's,
-    unchanged.
+    weight for each pixel of the mask loss; and `uncertain` (U, 4), boxes where there
+    may be an instance: no background is trained there, in neither stage. In evaluation
+    mode it is torchvision's, unchanged.
 
     Attributes:
         no_object: w_0 of GD Eq. (no object), set by `MaskRCNN.forward`.
@@ -169,6 +212,19 @@ class WeightedRoIHeads(RoIHeads):
     """
 
     no_object = 1.0
+
+    def select_training_samples(self, proposals, targets):
+        """torchvision's, which does not pass the targets on to where they are asked."""
+        self.uncertain = [target.get("uncertain", ()) for target in targets]
+        return super().select_training_samples(proposals, targets)
+
+    def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels):
+        """torchvision's, but that a target's `uncertain` boxes are left out."""
+        matched, labels = super().assign_targets_to_proposals(
+            proposals, gt_boxes, gt_labels
+        )
+        iou = self.proposal_matcher.low_threshold
+        return matched, leave_out(labels, proposals, self.uncertain, iou)
 
     def forward(self, features, proposals, image_shapes, targets=None):
         """Losses of the second stage, in torchvision's form.
@@ -317,15 +373,36 @@ def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
     backbone = BackboneWithFPN(
         body, {"layer1": "0", "layer2": "1", "layer3": "2"}, [64, 128, 256], 64
     )
-    levels = ["0", "1", "2"]
+    # One anchor size a level, four times its stride (torchvision: eight times), at the
+    # fourth three times: the objects of small images are small.
+    anchors = (16, 32, 64, 96)
+    return light_heads(
+        backbone, num_classes, anchors, min_size=min_size, max_size=max_size
+    )
+
+
+def light_heads(
+    backbone: nn.Module,
+    num_classes: int,
+    anchors: tuple[int, ...],
+    canonical: int = 224,
+    **settings,
+) -> MaskRCNN:
+    """RPN and heads of a fraction of torchvision's size, on a given backbone.
+
+    Args:
+        backbone: with 64 channels on its levels, "0" of stride 4, "1" of 8, and so on.
+        num_classes: C + 1.
+        anchors: a size for each level, and for the one that the FPN's max-pool adds.
+        canonical: side of a box that is pooled from stride 16, pixels.
+        settings: further ones of torchvision's Mask R-CNN.
+    """
+    levels = [str(k) for k in range(len(anchors) - 1)]
     return MaskRCNN(
         backbone,
-        min_size=min_size,
-        max_size=max_size,
-        # One size a level, four times its stride (torchvision: eight times), at the
-        # fourth three times: the objects of small images are small.
+        **settings,
         rpn_anchor_generator=AnchorGenerator(
-            ((16,), (32,), (64,), (96,)), ((0.5, 1.0, 2.0),) * 4
+            tuple((size,) for size in anchors), ((0.5, 1.0, 2.0),) * len(anchors)
         ),
         # How many of the best anchors are kept: of each level before NMS, of the image
         # after it (torchvision: 2000, and 1000 in evaluation). A small image has few
@@ -343,15 +420,80 @@ def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
         box_batch_size_per_image=32,
         # 7 x 7 cells of 64 channels into two layers of 256 (torchvision: 1024), and
         # from these C + 1 logits and a box for each class.
-        box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=1),
+        box_roi_pool=MultiScaleRoIAlign(levels, 7, 1, canonical_scale=canonical),
         box_head=TwoMLPHead(64 * 7 * 7, 256),
         box_predictor=FastRCNNPredictor(256, num_classes),
         # 14 x 14 cells through two convolutions of 64 channels (torchvision: four of
         # 256), doubled by a transposed one: 28 x 28 pixels for each class.
-        mask_roi_pool=MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=1),
+        mask_roi_pool=MultiScaleRoIAlign(levels, 14, 1, canonical_scale=canonical),
         mask_head=mask_rcnn.MaskRCNNHeads(64, (64, 64), 1),
         mask_predictor=mask_rcnn.MaskRCNNPredictor(64, 64, num_classes),
     )
+
+
+class TimmFPN(nn.Module):
+    """A backbone of timm under torchvision's feature pyramid, 64 channels wide.
+
+    Args:
+        body: of `timm.create_model(.., features_only=True)`: an image into a list of
+            maps.
+    """
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body, self.out_channels = body, 64
+        self.fpn = FeaturePyramidNetwork(
+            body.feature_info.channels(), self.out_channels, LastLevelMaxPool()
+        )
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self.body(images)
+        return self.fpn(OrderedDict((str(k), x) for k, x in enumerate(maps)))
+
+
+def build_timm(
+    num_classes: int,
+    min_size: int,
+    max_size: int,
+    name: str,
+    weights: str,
+    trained_stages: int = 3,
+    fetch: bool = True,
+) -> MaskRCNN:
+    """The small model's FPN and heads on a backbone of timm.
+
+    Args:
+        num_classes, min_size, max_size: as for `build_small`.
+        name: of the backbone, as timm has it.
+        weights: "none", "imagenet" (timm's own), or the path of a state dict with
+            timm's names.
+        fetch: as for `build_resnet50`.
+
+    Raises:
+        UserError: no timm, no such backbone, or weights that do not fit.
+    """
+    body, mean, std = timm_backbone.load(name, weights if fetch else "none")
+    if weights != "none":
+        # As for ResNet-50: norms and first stages stay as they are.
+        body = timm_backbone.freeze(body, trained_stages)
+    # Strides 4 to 32, and 64 for the RPN alone. Anchors are four times the stride, as
+    # in the small model.
+    anchors = tuple(4 * stride for stride in (*body.feature_info.reduction(), 64))
+    model = light_heads(
+        TimmFPN(body),
+        num_classes,
+        anchors,
+        # 224 at a short side of 800; in a photograph of 160 to 240 pixels nearly all
+        # boxes would be pooled from stride 4, where ImageNet's features say least.
+        canonical=96,
+        min_size=min_size,
+        max_size=max_size,
+        image_mean=mean,
+        image_std=std,
+    )
+    # Light backbones have convolutions within single channels, which are a third faster
+    # with the channels of a pixel side by side.
+    return model.to(memory_format=torch.channels_last)
 
 
 def build_resnet50(
@@ -410,16 +552,18 @@ def build(
     long_side: int,
     weights: str = "none",
     trained_stages: int = 3,
+    backbone: str = "",
     fetch: bool = True,
 ) -> MaskRCNN:
-    """A model of one of the two sizes, on the CPU.
+    """A model of one of the three kinds, on the CPU.
 
     Args:
-        kind: "small" or "resnet50".
+        kind: "small", "resnet50" or "timm".
         num_classes: C + 1.
         short_side, long_side: sides of an image in evaluation, pixels.
-        weights, trained_stages, fetch: of `build_resnet50`; the small model has random
-            weights, and all of it learns.
+        weights, trained_stages, fetch: of `build_resnet50` and `build_timm`; the small
+            model has random weights, and all of it learns.
+        backbone: name of the timm backbone.
 
     Raises:
         ValueError: another kind.
@@ -430,7 +574,11 @@ def build(
         return build_resnet50(
             num_classes, short_side, long_side, weights, trained_stages, fetch
         )
-    raise ValueError(f"no model {kind!r}: small or resnet50")
+    if kind == "timm":
+        return build_timm(
+            num_classes, short_side, long_side, backbone, weights, trained_stages, fetch
+        )
+    raise ValueError(f"no model {kind!r}: small, resnet50 or timm")
 
 
 def start_afresh(net: MaskRCNN, seed: int, kind: str, *settings) -> None:

@@ -18,7 +18,7 @@ rate that never fell would label badly, so pretraining has a fall of its own; in
 S4M it is a training run of its own. In PL-DC the student simply goes on, so the run is
 one part (`--no-lr-restart`).
 
-Chain: 14 of 17. Read next: `ssis/distributed.py`, the same step on several processes.
+Chain: 15 of 18. Read next: `ssis/distributed.py`, the same step on several processes.
 """
 
 import torch
@@ -67,6 +67,7 @@ def lr_factor(
     decay_again_at: float,
     restart: bool,
     rewarm: bool,
+    after: float = 1.0,
 ) -> float:
     """The learning rate of a step, as a fraction of the base rate.
 
@@ -80,6 +81,7 @@ def lr_factor(
         decay_again_at: the second fraction of "step", in [0, 1].
         restart: whether pretraining is a part of its own.
         rewarm: whether the student starts afresh after pretraining.
+        after: factor of all rates after pretraining.
 
     Returns:
         A factor in [0, 1].
@@ -97,6 +99,7 @@ def lr_factor(
     # A student that goes on from its pretrained weights needs no second warm-up.
     if first and not rewarm:
         warm = 1.0
+    warm *= after if step >= pretrain_end else 1.0
     done = (step - first) / max(1, last - first)
     if schedule == "linear":
         return warm * min(1.0, (1 - done) / (1 - decay_at))

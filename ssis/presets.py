@@ -5,7 +5,7 @@ Plain dicts over the fields of `config.Config`, whose defaults are the preset `s
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
 
-Chain: 17 of 17. Read next: back to `train.py`.
+Chain: 18 of 18. Read next: back to `train.py`.
 """
 
 # The parts that a method switches on or off. Guided Distillation has none of them.
@@ -82,6 +82,31 @@ REAL = dict(
     checkpoint_every=1000,
 )
 
+# Photographs on a CPU: a light backbone with ImageNet weights, whose norms are frozen.
+PHOTOS = dict(
+    data="",
+    labeled="annotated",
+    model="timm",
+    backbone_weights="imagenet",
+    backbone_lr_factor=0.2,
+    short_side_min=160,
+    short_side=160,
+    long_side=240,
+    # Large-scale jitter: an image that fits into the crop is scaled by half to one and
+    # a half.
+    crop_height=192,
+    crop_width=192,
+    scale_min=0.5,
+    scale_max=1.5,
+    pretrain_steps=400,
+    burnin_steps=50,
+    mutual_steps=350,
+    labeled_batch=4,
+    unlabeled_batch=4,
+    sam="vit_b",
+    eval_every=100,
+)
+
 # COCO's views: large-scale jitter, and crops of 1024 pixels. Evaluation has a short
 # side of 800. The learning rate falls to a tenth at step 327,778 and again at 355,092
 # of 368,750.
@@ -115,6 +140,8 @@ PRESETS = {
         long_side=448,
         sam="vit_b",
     ),
+    # A few dozen labeled photographs, two CPU cores, half an hour.
+    "photos": PHOTOS,
     # GD, section 4: 368,750 iterations for the first teacher and as many after it,
     # burn-in 50k.
     "coco": dict(
@@ -202,8 +229,21 @@ S4M_90K = dict(
 # an image without pseudo-labels is left out.
 FULL = dict(PL_DC_FILTER, empty_images="skip")
 
+# On photographs the labeled images are pasted into each other by every method, so that
+# none has an augmentation that the line to beat does not have.
+PHOTOS_ALL = dict(arp="labeled")
+PHOTOS_CALIBRATED = dict(filter="calibrated")
+
+# What `--preset photos` switches off where SAM's weights are not given.
+WITHOUT_SAM = dict(structure_weight=0.0, refine="none", refine_calibrate=False)
+
 # What belongs to a preset and a method together.
 OF_BOTH = {
+    ("photos", "supervised"): PHOTOS_ALL,
+    ("photos", "guided-distillation"): dict(PHOTOS_ALL, tau_class=0.9),
+    ("photos", "pl-dc"): dict(PHOTOS_ALL, **PHOTOS_CALIBRATED),
+    ("photos", "s4m"): dict(arp="both", tau_class=0.9),
+    ("photos", "full"): dict(arp="both", **PHOTOS_CALIBRATED),
     ("coco", "pl-dc"): PL_DC_COCO,
     ("cityscapes", "pl-dc"): PL_DC_90K,
     ("voc", "pl-dc"): PL_DC_90K,
@@ -219,7 +259,7 @@ OF_BOTH = {
 def switches(preset: str, method: str, model: str) -> dict:
     """What a method sets, with this preset and this model; {} for an unknown method."""
     settings = {**METHODS.get(method, {}), **OF_BOTH.get((preset, method), {})}
-    if (method, model) == ("full", "small"):
+    if method == "full" and model != "resnet50":
         # Its stride-4 map also feeds the classifier, and with SAM's class-free layout
         # the first teacher is no better, or worse (docs/differences.md). `s4m` has it,
         # as the paper does.

@@ -36,7 +36,7 @@ rounded to a multiple of 4, and a probability of 0.9 by up to 0.002, which is en
 move it across a threshold. `Tensor.float` marks the border. The EMA update is float32
 too, like all weights: adding 0.0004 of a difference would change nothing in 16 bits.
 
-Chain: 6 of 17. Read next: `ssis/filters.py`, which decides what is kept.
+Chain: 6 of 18. Read next: `ssis/filters.py`, which decides what is kept.
 """
 
 import copy
@@ -51,7 +51,7 @@ from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
-from ssis import losses
+from ssis import data, losses
 from ssis.model import MaskRCNN
 
 
@@ -371,6 +371,46 @@ def predict(
         parts = (boxes, labels, scores, quality, soft, hard, distributions, features)
         # The boxes twice: at the end those that features and logits belong to.
         result.append(PseudoLabels(*parts, logits, boxes))
+    return result
+
+
+def predict_both_views(
+    model: MaskRCNN, images: list[Tensor], min_score: float
+) -> list[PseudoLabels]:
+    """`predict`, confirmed or not by the mirrored views. *Not in the papers.*
+
+    A class that depends on which way the animal looks is none. The distribution and the
+    soft mask of an instance become the mean of what the teacher sees in the view and in
+    its mirror image; what it does not find in the second has probability 0 there.
+
+    Args and result as for `predict`.
+    """
+    mirrored = predict(model, [image.flip(-1) for image in images], min_score)
+    result = []
+    for image, one, two in zip(
+        images, predict(model, images, min_score), mirrored, strict=True
+    ):
+        # Back into the view: x becomes width - x, and left and right change places.
+        boxes = two.boxes[:, [2, 1, 0, 3]]
+        boxes[:, ::2] = image.shape[-1] - boxes[:, ::2]
+        partner = data.match(one.boxes, boxes).to(boxes.device)
+        found = partner >= 0
+        distribution, soft = one.distribution / 2, one.mask_probs.clone()
+        distribution[found] += two.distribution[partner[found]] / 2
+        soft[found] = (soft[found] + two.mask_probs[partner[found]].flip(-1)) / 2
+        c, index = distribution.max(dim=1)
+        both = dataclasses.replace(
+            one,
+            labels=index + 1,
+            class_quality=c,
+            mask_quality=mask_quality(soft),
+            mask_probs=soft,
+            masks=soft > 0.5,
+            distribution=distribution,
+        )
+        result.append(both[(c >= min_score).nonzero()[:, 0]])
+        # Best first, as everywhere.
+        result[-1] = result[-1][result[-1].class_quality.argsort(descending=True)]
     return result
 
 

@@ -30,7 +30,6 @@ from torch.nn import functional as F
 from ssis import config, correction, data, filters, model, teacher
 from ssis.datasets import parts, split
 from ssis.io import checkpoint
-from ssis.report import audit
 
 NEAREST = correction.NEAREST
 
@@ -111,7 +110,7 @@ def collect(net, stream, count: int, labeled: bool) -> tuple[dict, Tensor, Tenso
             more, distribution = {}, torch.zeros(len(true), 0)
         else:
             pseudo = filters.keep(teacher.predict(net, [image], 0.7)[0], "score", 0.7, 0.0, 5)
-            partner = audit.match(pseudo.boxes, target["boxes"])
+            partner = data.match(pseudo.boxes, target["boxes"])
             pseudo, true = pseudo[partner >= 0], target["labels"][partner[partner >= 0]]
             boxes, masks, distribution = pseudo.boxes, pseudo.mask_probs, pseudo.distribution
             more = other_views(net, image, boxes) if len(true) else {}

@@ -18,7 +18,6 @@ import torch
 from category_classifiers import first_teacher
 
 from ssis import correction, data, filters, refine, sam, teacher
-from ssis.report import audit
 
 TRIALS = {
     f"{rule}, gate {gate}, {count} points, {sampling}": (rule, count, sampling, gate, False, 5)
@@ -56,7 +55,7 @@ def main() -> None:
     for k in range(args.images):
         item = asked[k]
         pseudo = filters.keep(teacher.predict(net, [item["image"]], 0.7)[0], "score", 0.7, 0.0, 5)
-        partner = audit.match(pseudo.boxes, item["target"]["boxes"])
+        partner = data.match(pseudo.boxes, item["target"]["boxes"])
         pseudo, partner = pseudo[partner >= 0], partner[partner >= 0]
         masks = item["target"]["masks"][partner].bool()
         true = item["target"]["labels"][partner] - 1

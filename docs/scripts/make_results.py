@@ -225,7 +225,7 @@ def section(name: str) -> str:
     spec, runs = study.STUDIES[name], study.current(name)
     command = f"python -m ssis study {name}" + (" --data FOLDER" if spec.data else "")
     lines = [f"## {spec.title}", "", spec.text, "", "```", command, "```", ""]
-    total = len(spec.rows) * len(spec.seeds)
+    total = len(spec.runs)
     if len(runs) < total:
         lines += [f"**Not complete: {len(runs)} of {total} runs.**", ""]
     if not runs:

@@ -831,7 +831,7 @@ _, ground_truth, _ = augment.weak_view(
 )
 ground_truth = data.sanitize(ground_truth)
 true_masks, rows = ground_truth["masks"].bool(), []
-for k, j in enumerate(audit.match(predicted.boxes, ground_truth["boxes"]).tolist()):
+for k, j in enumerate(data.match(predicted.boxes, ground_truth["boxes"]).tolist()):
     says = train_set.names[predicted.labels[k] - 1]
     true = train_set.names[ground_truth["labels"][j] - 1] if j >= 0 else "nothing"
     now, overlaps = "dropped", ["", ""]

@@ -16,8 +16,8 @@ def part_paths(config, part: str) -> tuple[str, str]:
     """JSON and image folder of "train", "val" or "test".
 
     A flag names them (`--train-json`), or the preset's folder `data` holds
-    `instances_<part>.json` beside `<part>/`. A dataset without a test part is tested on
-    its validation part.
+    `instances_<part>.json` beside `<part>/`, or beside one folder `images/` for all. A
+    dataset without a test part is tested on its validation part.
 
     Raises:
         UserError: only one of the two flags, no file for a part that must be there, or
@@ -30,6 +30,8 @@ def part_paths(config, part: str) -> tuple[str, str]:
         )
     if not source and config.data and (part != "test" or not config.val_json):
         source, folder = f"{config.data}/instances_{part}.json", f"{config.data}/{part}"
+        if not os.path.isdir(folder) and os.path.isdir(f"{config.data}/images"):
+            folder = f"{config.data}/images"
     if part == "test" and not os.path.exists(source):
         if source and source == config.test_json:
             raise UserError(f"{source}: COCO JSON not found")

@@ -10,6 +10,7 @@ Read next: `ssis/engine/loader.py`, which serves both parts.
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -28,8 +29,9 @@ def draw_split(
 
     Args:
         dataset: the training images; the first `dataset.annotated` have masks.
-        labeled: "5%" of the images, "64" images, or the path of a split's JSON.
-        seed: of the draw; not used for a given split.
+        labeled: "5%" of the images, "64" images, "annotated" for those that have an
+            annotation, or the path of a split's JSON.
+        seed: of the draw; not used for the last two.
 
     Returns:
         Sorted indices of the labeled images, and warnings.
@@ -41,6 +43,9 @@ def draw_split(
     total = dataset.annotated
     if labeled.endswith(".json"):
         given = read_split(dataset, labeled)
+        return given, coverage(dataset, given)
+    if labeled == "annotated":
+        given = [i for i in range(total) if dataset.first[i] < dataset.first[i + 1]]
         return given, coverage(dataset, given)
     count = how_many(labeled, total)
     generator = torch.Generator().manual_seed(seed)
@@ -102,6 +107,23 @@ def coverage(dataset: Dataset, chosen: list[int]) -> list[str]:
     return [
         f"{len(missing)} of {len(dataset.names)} classes have no labeled instance and "
         f"cannot be learned: {shown}"
+    ]
+
+
+def mirrored(names: list[str]) -> list[str]:
+    """A warning if some classes are others' mirror images: left hand and right hand."""
+    lower = [name.lower() for name in names]
+    pairs = [
+        f"{name} / {names[lower.index(other)]}"
+        for name in names
+        if (other := re.sub("left", "right", name.lower())) != name.lower()
+        and other in lower
+    ]
+    if not pairs:
+        return []
+    return [
+        f"classes that differ in left and right ({', '.join(pairs[:3])}): a mirrored "
+        "view has the wrong label; give --no-flip"
     ]
 
 
@@ -204,6 +226,8 @@ def split(train_set: Dataset, config, path: Path) -> tuple[list[int], list[int]]
             )
         if not path.exists():
             chosen, warnings = draw_split(train_set, config.labeled, config.seed)
+            if config.flip:
+                warnings += mirrored(train_set.names)
             for line in train_set.warnings + warnings:
                 print(f"warning: {line}", file=sys.stderr)
             with writing(path):

@@ -12,6 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from ssis import correction, distributed, filters, model, optimizer, sam, sam_distill
+from ssis.calibration import Calibration
 from ssis.clip import Clip
 from ssis.config import Config
 from ssis.teacher import make_teacher
@@ -21,17 +22,25 @@ class Labeler(NamedTuple):
     """All that has a say in a pseudo-label.
 
     teacher: GD's; thresholds: PL-DC, instance level; classifier: PL-DC, category level,
-    or None; embeddings: S4M, SAM's view of the training images, or None.
+    or None; embeddings: S4M, SAM's view of the training images, or None; calibration:
+    what was measured on the validation images, and val_embeddings: SAM's view of those.
     """
 
     teacher: model.MaskRCNN
     thresholds: filters.Thresholds
     classifier: correction.CategoryClassifier | None
     embeddings: sam.Embeddings | None
+    calibration: Calibration
+    val_embeddings: sam.Embeddings | None
 
 
 def build(
-    config: Config, train_set, rank: int, world_size: int, device: torch.device
+    config: Config,
+    train_set,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    val_set=None,
 ) -> tuple:
     """New student, `Labeler`, structure or None, optimizer, schedule and scaler."""
     names = train_set.names
@@ -51,7 +60,7 @@ def build(
         config.clip_model, config.descriptions, device,
     )  # fmt: skip
     # S4M: SAM is asked about images of the training set only.
-    embeddings = structure = None
+    embeddings = val_embeddings = structure = None
     if config.uses_sam:
         segmenter = sam.SegmentAnything(config.sam, config.sam_checkpoint, device)
         limits = (
@@ -61,6 +70,7 @@ def build(
             world_size,
         )
         embeddings = sam.Embeddings(segmenter, train_set, *limits)
+        val_embeddings = sam.Embeddings(segmenter, val_set, *limits)
     if config.structure_weight:
         structure = sam_distill.Structure(
             embeddings, config.structure_queries, config.structure_boundary, config.seed
@@ -75,11 +85,15 @@ def build(
     pretrain_end, _, total = config.stage_ends
     shape = (pretrain_end, total, config.warmup_steps, config.lr_schedule)
     shape += (config.decay_at, config.decay_again_at, config.lr_restart)
-    rewarm = config.burnin_init == "fresh"
-    schedule = LambdaLR(optim, lambda step: optimizer.lr_factor(step, *shape, rewarm))
+    shape += (config.burnin_init == "fresh", config.lr_after)
+    schedule = LambdaLR(optim, lambda step: optimizer.lr_factor(step, *shape))
     # fp16 loses gradients under 6e-8; the scaler lifts them by a factor that it finds.
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    labeler = Labeler(teacher, thresholds, classifier, embeddings)
+    # Until something is measured, the gate is the setting's, and the trust PL-DC's.
+    measured = Calibration(config.refine_gate)
+    labeler = Labeler(
+        teacher, thresholds, classifier, embeddings, measured, val_embeddings
+    )
     return student, labeler, structure, optim, schedule, scaler
 
 
@@ -115,9 +129,10 @@ def make_classifier(
 
 
 def model_of(config: Config) -> tuple:
-    """What says which model: kind, sizes, first weights, and which of them learn."""
+    """What says which model: kind, sizes, weights, what of them learns, backbone."""
     sides = (config.short_side, config.long_side)
-    return config.model, *sides, config.backbone_weights, config.trained_stages
+    weights = (config.backbone_weights, config.trained_stages, config.backbone)
+    return config.model, *sides, *weights
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:

@@ -22,6 +22,7 @@ from ssis.config import (
     from_saved,
     not_in_result,
 )
+from ssis.engine.build import model_of
 from ssis.io.checkpoint import load, load_weights
 
 
@@ -36,8 +37,8 @@ def snapshot(
     """All that the next step depends on; every process must call this.
 
     Args:
-        state: student, teacher, thresholds, classifier (or None), sam (`sam.Embeddings`
-            or None), optimizer, schedule, scaler.
+        state: student, teacher, thresholds, classifier (or None), calibration, sam
+            (`sam.Embeddings` or None), optimizer, schedule, scaler.
         config: the settings of the run.
         names: class names, so that the checkpoint can be evaluated on its own.
         step: steps done, and so the location in the data streams.
@@ -69,6 +70,17 @@ def snapshot(
     )
 
 
+def model_alone(net, config: Config, names: list[str], step: int) -> dict:
+    """A checkpoint of a single model, to be used, not to go on from.
+
+    Args:
+        net: the model.
+        config, names, step: as for `snapshot`.
+    """
+    state = dict(config=dataclasses.asdict(config), names=names, step=step)
+    return dict(state, student=net.state_dict(), teacher=None)
+
+
 def restore(
     path: Path,
     state: dict,
@@ -95,8 +107,10 @@ def restore(
     check_same_run(path, saved, state, config, names, first_teacher)
     # PL-DC's memory in a first teacher's checkpoint would be another method's; the
     # burn-in starts it anew.
-    for name in ("thresholds", "classifier", "optimizer", "schedule", "scaler"):
-        if state[name] and not (first_teacher and name in ("thresholds", "classifier")):
+    own = ("thresholds", "classifier", "calibration")
+    for name in (*own, "optimizer", "schedule", "scaler"):
+        # A checkpoint may be older than the calibration.
+        if state[name] and name in saved and not (first_teacher and name in own):
             state[name].load_state_dict(saved[name])
     for name in ("student", "teacher"):
         if saved[name] is not None:
@@ -170,9 +184,9 @@ def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str],
         raise UserError(f"{path}: has no teacher (yet); use --who student")
     who = who or ("teacher" if has_teacher else "student")
     config = from_saved(state["config"])
-    sides, first = (config.short_side, config.long_side), config.backbone_weights
+    kind, *rest = model_of(config)
     # The weights are in the checkpoint: none are to be fetched.
-    net = model.build(config.model, len(state["names"]) + 1, *sides, first, fetch=False)
+    net = model.build(kind, len(state["names"]) + 1, *rest, fetch=False)
     load_weights(net, state[who], path)
     return net.eval(), config, state["names"], who
 

@@ -6,6 +6,8 @@ r"""The files of a run: what it was, what happened, what came out.
     checkpoint.pt    everything needed to go on, or to evaluate; the one before it is
                      checkpoint.previous.pt
     pretrained.pt    the same at the end of pretraining; `--pretrained` takes it
+    best.pt          the model that was best on the validation part, the first teacher,
+                     student and teacher among them; to be used, not to go on from
     summary.json     the result
     report.html      all of it on one page (`ssis/report/page.py`)
     *.png            pseudo-labels, predictions, curves
@@ -114,6 +116,8 @@ def prepare(config: Config, held: contextlib.ExitStack) -> Path | None:
                 "curves.png",
                 "checkpoint.pt",
                 "checkpoint.previous.pt",
+                "best.pt",
+                "best.previous.pt",
                 "metrics.jsonl",
                 "summary.json",
                 "labeled.json",
@@ -200,8 +204,45 @@ def summary(config: Config, results: dict, counts: dict, test_set, seconds: floa
             "end of burn-in": results.get("burnin", {}).get("audit_stages"),
             "end": results.get("audit_stages"),
         },
+        calibration=results.get("calibration"),
+        # Which model best.pt is.
+        best=results.get("chosen"),
         details={who: results[who] for who in MODELS if who in results},
     )
+
+
+def calibration_line(measured: dict, names: list[str], refined: bool) -> str:
+    """What a calibration found, in a few words.
+
+    Args:
+        measured: of `calibration.calibrate`, and the step.
+        names: of the classes.
+        refined: whether SAM was asked.
+    """
+    line = f"calibrated after step {measured['step']} on {measured['images']} images: "
+    thresholds = measured["class_thresholds"]
+    lowest, highest = min(thresholds), max(thresholds)
+    line += f"class thresholds {lowest:.2f}"
+    if lowest < highest:
+        first, last = (names[thresholds.index(t)] for t in (lowest, highest))
+        line += f" ({first}) to {highest:.2f} ({last})"
+    if measured["precision"] is not None:
+        line += (
+            f", precision {measured['precision']:.2f}, recall {measured['recall']:.2f}"
+        )
+    if refined and measured["mask_iou"] is not None:
+        taken = f"gate {measured['gate']:.2f}" if measured["gate"] <= 1 else "off"
+        line += (
+            f"; SAM: mask IoU {measured['mask_iou']:.2f} -> "
+            f"{measured['refined_iou']:.2f}, {taken}"
+        )
+    if measured["disagreements"]:
+        line += (
+            f"; category classifier: of {measured['disagreements']} disagreements right"
+            f" in {measured['classifier_right']}, the teacher in "
+            f"{measured['teacher_right']}, weight {measured['trust']:.1f}"
+        )
+    return line
 
 
 def oracle_note(config: Config) -> dict:
@@ -234,6 +275,16 @@ def table(summary: dict, folder: Path) -> str:
         f"{summary['seconds'] / 60:.1f} minutes"
         + (", the first teacher's included" if summary["first_teacher_given"] else "")
     )
+    if summary.get("test_is_validation"):
+        lines.append(
+            "this is the validation part, there is no other: settings chosen on it, and "
+            "the model `best`, look better than they are"
+        )
+    if summary.get("verdict"):
+        verdict = summary["verdict"]
+        lines.append(f"verdict: {verdict['sentence']}")
+        lines += [f"  {line}" for line in verdict["stages"]]
+        lines += [f"  to change: {line}" for line in verdict["advice"]]
     if summary["audit"]:
         audit = summary["audit"]
         shown = ", ".join(

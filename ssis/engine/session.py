@@ -30,7 +30,12 @@ from ssis.datasets import parts, split
 from ssis.engine import loader, resume, run_folder
 from ssis.engine.signals import StopSignals
 from ssis.io import checkpoint
-from ssis.report import ap, audit, page, pictures
+from ssis.report import ap, audit, page, pictures, verdict
+
+
+# So many validation images are looked at for a calibration; more would be exact to a
+# fraction that does not matter.
+CALIBRATION = 200
 
 
 @contextlib.contextmanager
@@ -67,6 +72,12 @@ class Session:
         # read what it wrote, so no two processes can disagree on what is labeled.
         distributed.from_main(parts.prepare, config)
         self.latest = distributed.from_main(run_folder.prepare, config, held)
+        if rank == 0 and config.without_sam:
+            print(
+                "note: S4M's parts that need SAM are left out; to have them, give --sam "
+                "vit_b --sam-checkpoint sam_vit_b_01ec64.pth (README, Segment Anything)",
+                file=sys.stderr,
+            )
         self.train_set, self.val_set, self.test_set = parts.open_parts(config)
         path = self.folder / "labeled.json"
         labeled, unlabeled = split.split(self.train_set, config, path)
@@ -81,6 +92,8 @@ class Session:
             config.seed,
             config.oracle,
             config.repeat_threshold,
+            # Not annotated may mean that nobody has looked.
+            audited=config.labeled != "annotated",
         )
         self.class_frequency = self.train_set.class_shares(labeled)
         self.per_image = self.train_set.instances_per_image(labeled)
@@ -90,6 +103,8 @@ class Session:
         self.done, self.results, self.earlier = 0, {}, 0.0
         self.began, self.table = time.monotonic(), {}
         self.stopped = self.evaluation_due = False
+        # The first teacher's detections, if this call has made them.
+        self.first_found = None
         # Closed before an error is printed: it must not stand behind a progress bar.
         self.loop = held.enter_context(contextlib.ExitStack())
 
@@ -110,6 +125,9 @@ class Session:
             )
             self.done, self.results = saved["step"], saved["results"]
             self.earlier = saved["seconds"]
+            if first_teacher:
+                # best.pt is in the other run's folder.
+                self.results.pop("chosen", None)
         # Now that the step is known: metrics and batches go on from there.
         path = self.folder / "metrics.jsonl"
         self.metrics = run_folder.Metrics(
@@ -222,18 +240,66 @@ class Session:
             self.bar.write(said)
         self.evaluation_due = evaluating and not self.stopped
 
+    # -------------------------------------------------------------- calibration
+
+    def calibration_due(self, step: int) -> bool:
+        """Whether the teacher is to be measured before a step."""
+        regular = step % self.config.eval_every == 0
+        due = regular or step in (self.pretrain_end, self.burnin_end)
+        return self.config.filter == "calibrated" and due and step >= self.pretrain_end
+
+    def validation_items(self) -> Iterator[dict]:
+        """This process's validation images with their ground truth, a view of each."""
+        everything = list(range(len(self.val_set)))
+        seed = self.config.seed * 3 + 2
+        stream = data.Stream(
+            self.val_set, everything, self.config.view_size, seed, True
+        )
+        for k in range(self.rank, min(len(everything), CALIBRATION), self.world_size):
+            yield stream[k]
+
+    def calibrated(self, measured: dict) -> None:
+        """Print what was measured, and keep it for the report."""
+        measured = dict(step=self.done, **measured)
+        self.results.setdefault("calibration", []).append(measured)
+        if self.rank == 0:
+            names, refined = self.train_set.names, self.config.refine != "none"
+            self.bar.write(run_folder.calibration_line(measured, names, refined))
+
     # --------------------------------------------------------------- evaluation
 
     def test(self, name: str, net) -> list[dict]:
         """AP of a model on the test part, once; returns its detections."""
-        if name == "pretrained" and name in self.results:
-            return []
+        if name == "pretrained":
+            if "chosen" not in self.results:
+                self.candidate(name, net)
+            if name in self.results:
+                return []
         self.results[name], detections = self.ap(net, self.test_set)
+        if name == "pretrained":
+            self.first_found = detections
         return detections
 
     def ap(self, net, dataset) -> tuple[dict, list[dict]]:
         """AP of a model on a part of the data, over all processes."""
         return ap.evaluate(net, dataset, self.device, self.rank, self.world_size)
+
+    def candidate(self, who: str, net) -> float | None:
+        """Validation AP of a model; the best one of the run so far is in best.pt.
+
+        Args:
+            who: "pretrained", "student" or "teacher".
+            net: the model.
+        """
+        ap = self.ap(net, self.val_set)[0]["mask"]["AP"]
+        best = self.results.get("chosen")
+        if ap is not None and (best is None or ap > best["val_mask_ap"]):
+            self.results["chosen"] = dict(who=who, step=self.done, val_mask_ap=ap)
+            state = resume.model_alone(
+                net, self.config, self.train_set.names, self.done
+            )
+            distributed.from_main(checkpoint.save, self.folder / "best.pt", state)
+        return ap
 
     def audited(self) -> int:
         """How many unlabeled images an audit looks at, over all processes."""
@@ -269,10 +335,9 @@ class Session:
             student, teacher: the models; no teacher while pretraining.
             audited, drawn: (item, stages) of `audit_items` and of `drawn_items`.
         """
-        line = {"val_mask_ap_student": self.ap(student, self.val_set)[0]["mask"]["AP"]}
+        line = {"val_mask_ap_student": self.candidate("student", student)}
         if teacher:
-            numbers, _ = self.ap(teacher, self.val_set)
-            line["val_mask_ap_teacher"] = numbers["mask"]["AP"]
+            line["val_mask_ap_teacher"] = self.candidate("teacher", teacher)
             line |= self.audit(audited)
             if self.rank == 0:
                 path = self.folder / f"pseudo_{self.done:06d}.png"
@@ -287,7 +352,7 @@ class Session:
 
     def paste(self):
         """Copy-paste as this run has it, for its pictures, or None."""
-        if self.config.arp == "none":
+        if self.config.arp not in ("unlabeled", "both"):
             return None
         min_area, jitter = self.config.arp_min_area, self.config.arp_jitter
         crop = self.config.view_size.crop
@@ -296,23 +361,62 @@ class Session:
         )
 
     def finish(self, student, teacher, audited) -> None:
-        """The end: test, summary, pictures, report; every process must call this.
+        """The end: test, verdict, summary, pictures, report; every process calls this.
 
         Args:
             student, teacher: the models; no teacher in supervised training.
             audited: (item, stages) of `audit_items`.
         """
+        at_the_end = dict(student=self.candidate("student", student))
         detections = self.test("student", student)
         if teacher:
+            at_the_end["teacher"] = self.candidate("teacher", teacher)
             detections = self.test("teacher", teacher)
             self.results |= self.audit(audited)
+        self.test_best()
+        others = self.others() if teacher else []
         summary = run_folder.summary(
             self.config, self.results, self.counts, self.test_set, self.seconds()
         )
+        summary["val_mask_ap"] = at_the_end
+        summary["test_is_validation"] = self.test_set.source == self.val_set.source
         if self.rank == 0:
+            if teacher:
+                now = (self.results["teacher"], detections)
+                summary["verdict"] = verdict.verdict(
+                    self.config, summary, now, others, self.test_set
+                )
             run_folder.write_summary(self.folder, summary)
             page.finish(self.folder, self.test_set, detections)
             print(run_folder.table(summary, self.folder))
+
+    def test_best(self) -> None:
+        """AP on the test part of the model that was best on the validation part."""
+        chosen = self.results.get("chosen")
+        if chosen is None:
+            return
+        if chosen["step"] == self.total or chosen["who"] == "pretrained":
+            self.results["best"] = self.results[chosen["who"]]
+        else:
+            self.test("best", self.load("best.pt"))
+
+    def others(self) -> list[tuple]:
+        """What the final teacher is compared with: name, numbers and detections."""
+        found, numbers = self.first_found, self.results["pretrained"]
+        if found is None and (self.folder / "pretrained.pt").exists():
+            # It was tested in an earlier call of this run.
+            numbers, found = self.ap(self.load("pretrained.pt"), self.test_set)
+        others = [] if found is None else [("the first teacher", numbers, found)]
+        beside = distributed.from_main(verdict.supervised_beside, self.folder)
+        if beside:
+            numbers, found = self.ap(self.load(beside), self.test_set)
+            others.append((f"supervised training in {beside.parent}", numbers, found))
+        return others
+
+    def load(self, path):
+        """The student of a checkpoint; a name alone is one in the run's folder."""
+        net, *_ = resume.load_model(self.folder / path, "student")
+        return net.to(self.device)
 
 
 def check_batches(config: Config, world_size: int) -> None:
@@ -324,8 +428,10 @@ def check_batches(config: Config, world_size: int) -> None:
                 f"{world_size} processes; choose a multiple"
             )
     # A pair is made within a process: without a second image nothing would be pasted.
-    parts = dict(none=(), unlabeled=("unlabeled",), both=("unlabeled", "labeled"))
-    for part in () if config.method == "supervised" else parts[config.arp]:
+    labeled = ("labeled", "pretrain") if config.pretrain_batch else ("labeled",)
+    parts = dict(none=(), unlabeled=("unlabeled",), labeled=labeled)
+    parts["both"] = ("unlabeled", *labeled)
+    for part in parts[config.arp]:
         batch = getattr(config, f"{part}_batch")
         if batch // world_size < 2:
             raise UserError(

@@ -29,12 +29,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import box_iou
 
 from ssis import data, distributed
 from ssis.teacher import PseudoLabels
 
-MATCH_IOU = 0.5
 # Below FEW times the labeled density a teacher has collapsed, above MANY times it
 # explodes; a class is judged if ENOUGH instances of it were expected. The watch reports
 # every so many steps.
@@ -45,29 +43,6 @@ PREDICTED = 0.3
 # The columns of the sums from which all numbers follow. Sums, not means, since those of
 # several processes are added up.
 KEPT, MATCHED, RIGHT, IOU, TRUE, FOUND = range(6)
-
-
-def match(boxes: Tensor, ground_truth: Tensor) -> Tensor:
-    """One-to-one matching by box IoU, in the order of `boxes`.
-
-    Args:
-        boxes: (N, 4), best first.
-        ground_truth: (M, 4).
-
-    Returns:
-        (N,) int64: index of the matched instance, -1 for none.
-    """
-    result = torch.full((len(boxes),), -1)
-    if len(boxes) == 0 or len(ground_truth) == 0:
-        return result
-    iou = box_iou(boxes.cpu(), ground_truth.cpu())  # (N, M)
-    for i in range(len(boxes)):
-        best = iou[i].argmax()
-        if iou[i, best] >= MATCH_IOU:
-            result[i] = best
-            # Taken: a second box on the same instance is a duplicate, hence wrong.
-            iou[:, best] = -1
-    return result
 
 
 def tally(pseudo: PseudoLabels, target: dict, classes: int) -> Tensor:
@@ -84,7 +59,7 @@ def tally(pseudo: PseudoLabels, target: dict, classes: int) -> Tensor:
     """
     sums = torch.zeros(classes + 1, 6, dtype=torch.float64)
     labels, true_labels = pseudo.labels.cpu(), target["labels"].cpu()
-    partner = match(pseudo.boxes, target["boxes"])
+    partner = data.match(pseudo.boxes, target["boxes"])
     hit = partner >= 0
     true_masks = target["masks"].cpu().bool()[partner[hit]]
     overlap = data.mask_iou(pseudo.masks[hit].cpu(), true_masks)
@@ -142,7 +117,7 @@ def apply_oracle(pseudo: PseudoLabels, target: dict, what: str) -> PseudoLabels:
     """
     if what not in ("class", "mask", "both"):
         raise ValueError(f"unknown oracle {what!r}")
-    partner = match(pseudo.boxes, target["boxes"]).to(pseudo.boxes.device)
+    partner = data.match(pseudo.boxes, target["boxes"]).to(pseudo.boxes.device)
     hit = partner >= 0
     true = {key: t.to(partner.device)[partner[hit]] for key, t in target.items()}
     result = dataclasses.replace(pseudo)
@@ -225,6 +200,7 @@ class Watch:
             adaptive="--tau-min and --tau-max, or --tau-mask-min and --tau-mask-max",
         )
         flags["three-way"] = flags["adaptive"]
+        flags["calibrated"] = "--target-precision"
         if rule not in flags:
             raise ValueError(f"unknown filter {rule!r}")
         self.flags = flags[rule]

@@ -19,8 +19,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-# The models whose AP a run reports.
-MODELS = ("pretrained", "student", "teacher")
+# The models whose AP a run reports; best: on the validation part, at any time.
+MODELS = ("pretrained", "student", "teacher", "best")
 
 
 def read_metrics(path: Path) -> list[dict]:

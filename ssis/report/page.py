@@ -210,7 +210,43 @@ def introduction(folder: Path, summary: dict | None) -> str:
     )
     if "warning" in summary:
         text += f'<p class="warning">{html.escape(summary["warning"])}</p>'
-    return text + results(summary)
+    return text + verdict(summary) + results(summary) + calibration(summary)
+
+
+def verdict(summary: dict) -> str:
+    """What the unlabeled images brought, in words."""
+    given = summary.get("verdict")
+    if not given:
+        return ""
+    rows = given["stages"] + [f"To change: {line}." for line in given["advice"]]
+    items = "".join(f"<li>{html.escape(row)}</li>" for row in rows)
+    sentence = html.escape(given["sentence"])
+    return f"<p><strong>Verdict: {sentence}.</strong></p>" + f"<ul>{items}</ul>" * bool(
+        rows
+    )
+
+
+def calibration(summary: dict) -> str:
+    """What was measured on the validation images, time by time."""
+    measured = summary.get("calibration")
+    if not measured:
+        return ""
+    keys = ["precision", "recall", "mask_iou", "refined_iou", "gate"]
+    keys += ["disagreements", "classifier_right", "teacher_right", "trust"]
+    rows = []
+    for one in measured:
+        lowest, highest = min(one["class_thresholds"]), max(one["class_thresholds"])
+        gate = "off" if one["gate"] > 1 else one["gate"]
+        shown = [gate if key == "gate" else one[key] for key in keys]
+        rows.append([str(one["step"]), f"{lowest:.2f} – {highest:.2f}", *shown])
+    head = ["after step", "class thresholds", *(key.replace("_", " ") for key in keys)]
+    return (
+        "<h2>Calibration on the validation images</h2>"
+        + table(head, rows)
+        + "<p class=\"note\">refined iou: of SAM's masks where the teacher's have mask "
+        "iou, both with the truth. Disagreements: of the category classifier with the "
+        "teacher, on found instances. Gate and trust are what was set.</p>"
+    )
 
 
 def strips(folder: Path) -> str:

@@ -56,6 +56,7 @@ class Study:
         text: what the table shows and how it is to be read.
         rows: name of a row -> its flags of train.py.
         seeds: each row is run once with each.
+        once: rows that are run with the first seed alone.
         common: flags of all rows.
         data: whether the dataset's folder must be given (`--data`).
     """
@@ -66,6 +67,17 @@ class Study:
     seeds: tuple[int, ...]
     common: str = ""
     data: bool = False
+    once: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> list[tuple[int, str]]:
+        """Seed and row of every run; seed by seed, so that a part is a study as well."""
+        return [
+            (seed, row)
+            for seed in self.seeds
+            for row in self.rows
+            if row not in self.once or seed == self.seeds[0]
+        ]
 
 
 GD = "--method guided-distillation"
@@ -341,7 +353,7 @@ def describe_machine(threads: int, processes: int) -> str:
 
 
 def jobs(name: str, data: str = "") -> list[Job]:
-    """All runs of a study; seed by seed, so that a part of it is a study as well.
+    """All runs of a study.
 
     Raises:
         UserError: no folder of a dataset where one is needed, or one too many.
@@ -356,18 +368,17 @@ def jobs(name: str, data: str = "") -> list[Job]:
                 else "draws its own dataset; leave --data out"
             )
         )
-    for seed in study.seeds:
-        for row in study.rows:
-            flags = [*flags_of(study, row).split(), "--seed", str(seed)]
-            if data:
-                flags += ["--data", data]
-            settings = config.parse(flags)
-            # "+ copy-paste" -> copy-paste-s0-4f1a2b: other settings, another folder.
-            slug = re.sub(r"[^a-z0-9.]+", "-", row.lower()).strip("-")
-            text = json.dumps(comparable(asdict(settings)), sort_keys=True)
-            mark = hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
-            folder = RUNS / name / f"{slug}-s{seed}-{mark}"
-            listed.append(Job(name, row, seed, tuple(flags), settings, folder))
+    for seed, row in study.runs:
+        flags = [*flags_of(study, row).split(), "--seed", str(seed)]
+        if data:
+            flags += ["--data", data]
+        settings = config.parse(flags)
+        # "+ copy-paste" -> copy-paste-s0-4f1a2b: other settings, another folder.
+        slug = re.sub(r"[^a-z0-9.]+", "-", row.lower()).strip("-")
+        text = json.dumps(comparable(asdict(settings)), sort_keys=True)
+        mark = hashlib.blake2b(text.encode(), digest_size=3).hexdigest()
+        folder = RUNS / name / f"{slug}-s{seed}-{mark}"
+        listed.append(Job(name, row, seed, tuple(flags), settings, folder))
     return listed
 
 
@@ -441,7 +452,7 @@ def run(name: str, processes: int, threads: int, data: str) -> bool:
         elif record not in load(name):
             store(name, record)
 
-    total = len(STUDIES[name].rows) * len(STUDIES[name].seeds)
+    total = len(STUDIES[name].runs)
     print(f"{name}: {total - len(waiting)} of {total} runs are there", flush=True)
     if waiting:
         print(
@@ -497,7 +508,7 @@ def overview() -> str:
     """A line for each study: its name, how many results it has, its title."""
     lines = []
     for name, study in STUDIES.items():
-        done, total = len(current(name)), len(study.rows) * len(study.seeds)
+        done, total = len(current(name)), len(study.runs)
         lines.append(f"{name:<10} {done:>3} of {total:>3} runs   {study.title}")
     return "\n".join(lines)
 

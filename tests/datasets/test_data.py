@@ -386,3 +386,20 @@ def test_boxes_are_torchvisions_and_end_after_the_last_pixel():
         found = data.boxes_of(masks.to(kind))
         assert found.dtype == torch.float32 and torch.equal(found, expected)
     assert data.boxes_of(masks[:0]).shape == (0, 4)
+
+
+def test_annotated_images_are_the_labeled_ones(coco_folder):
+    """Image 3 has no annotation: unlabeled, and no image without instances for the audit."""
+    dataset = load(coco_folder)
+    assert split.draw_split(dataset, "annotated", 0)[0] == [0, 1, 2]
+    size = data.ViewSize(32, 32, 48)
+    for audited in (True, False):
+        streams = data.make_streams(dataset, [0, 1, 2], [3], size, 0, "none", audited=audited)
+        assert (streams.audit is not None) == audited
+
+
+def test_classes_that_are_mirror_images_are_named():
+    names = ["Left hand", "foot", "right hand", "left eye"]
+    (line,) = split.mirrored(names)
+    assert "Left hand / right hand" in line and "eye" not in line and "--no-flip" in line
+    assert split.mirrored(["hand", "bright left"]) == []

@@ -19,7 +19,10 @@ from helpers import TINY, assert_same_end, command, dataset_of, launch, same
 import evaluate
 import train
 from ssis import UserError, config, correction, model
+from ssis.datasets import parts
+from ssis.engine import resume
 from ssis.io import checkpoint
+from ssis.report import ap
 
 
 def inside(capsys, main, *arguments) -> str:
@@ -45,6 +48,7 @@ def test_a_run_leaves_the_files_and_numbers_it_promises(whole):
         "labeled.json",
         "metrics.jsonl",
         "checkpoint.pt",
+        "best.pt",
         "summary.json",
         "curves.png",
         "predictions.png",
@@ -58,7 +62,7 @@ def test_a_run_leaves_the_files_and_numbers_it_promises(whole):
     assert (summary["labeled"], summary["unlabeled"], summary["steps"]) == (8, 32, 12)
     for kind in ("mask_ap", "box_ap"):
         assert all(0 <= value <= 100 for value in summary[kind].values())
-        assert set(summary[kind]) == {"pretrained", "student", "teacher"}
+        assert set(summary[kind]) == {"pretrained", "student", "teacher", "best"}
     assert set(summary["audit"]) == {
         "pseudo_per_image",
         "labeled_per_image",
@@ -80,6 +84,24 @@ def test_the_teacher_is_what_the_stages_make_of_it(whole):
     name = "roi_heads.mask_predictor.mask_fcn_logits.weight"
     assert not torch.equal(state["teacher"][name], state["student"][name])
     assert checkpoint.load(whole[0] / "pretrained.pt")["teacher"] is None
+
+
+def test_the_best_model_is_kept_and_the_verdict_says_what_was_gained(whole):
+    """By validation AP, the first teacher among the candidates; the sentence is everywhere."""
+    folder, _, done = whole
+    summary = json.loads((folder / "summary.json").read_text())
+    best, lines = summary["best"], (folder / "metrics.jsonl").read_text().splitlines()
+    found = [v for line in lines for k, v in json.loads(line).items() if k.startswith("val_mask")]
+    found += summary["val_mask_ap"].values()
+    assert best["val_mask_ap"] >= max(found) and best["who"] in ("pretrained", "student", "teacher")
+    net, config, _, _ = resume.load_model(folder / "best.pt", "student")
+    val = parts.open_parts(config)[1]
+    again = ap.evaluate(net, val, torch.device("cpu"))[0]["mask"]["AP"]
+    assert again == pytest.approx(best["val_mask_ap"], abs=1e-3)
+    said = summary["verdict"]["sentence"]
+    assert "than the first teacher" in said and "95 % interval" in said
+    assert f"verdict: {said}" in done.stdout and said in (folder / "report.html").read_text()
+    assert not summary["test_is_validation"]
 
 
 def test_a_run_stopped_and_killed_goes_on_and_ends_bit_identical(whole, tmp_path):

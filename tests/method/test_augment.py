@@ -220,3 +220,14 @@ def test_the_strong_view_follows_its_seed_and_spares_the_global_generator():
     assert torch.equal(state, torch.get_rng_state())
     views = [augment.strong_view(image, seed) for seed in range(6)]
     assert len({view.sum().item() for view in views}) > 3
+
+
+def test_without_flips_no_view_is_mirrored_and_nothing_else_changes():
+    image = torch.rand(3, 32, 48).mul(255).to(torch.uint8)
+    for size in (SIZE, CROP):
+        for seed in range(12):
+            view, _, geometry = augment.weak_view(image, None, size, seed)
+            plain, _, kept = augment.weak_view(image, None, size._replace(flip=False), seed)
+            assert not kept.flip and kept == geometry._replace(flip=False)
+            if not geometry.flip:
+                assert torch.equal(plain, view)

@@ -33,7 +33,7 @@ def test_help_says_what_a_bare_call_uses(capsys, monkeypatch):
     for field in dataclasses.fields(config.Config):
         assert config.flag(field.name) in said and field.metadata["reason"] in said, field.name
     for words in (
-        "--filter {score,coupled,dual,adaptive,three-way}",
+        "--filter {score,coupled,dual,adaptive,three-way,calibrated}",
         "[adaptive; set by --method and --preset]",
         "--method {supervised,guided-distillation,pl-dc,s4m,full}",
         "[0.99; set by --preset]",
@@ -259,3 +259,32 @@ def test_values_out_of_range_are_refused():
     with pytest.raises(UserError, match=r"--method: invalid choice: 'x' .*pl-dc") as error:
         config.parse(["--method", "x"])
     assert "\n" not in str(error.value)
+
+
+def test_photos_need_no_flag_and_no_sam():
+    """Without SAM's weights its parts are off; a flag about SAM says that they are wanted."""
+    made = config.parse(["--preset", "photos"])
+    assert made.without_sam and not made.uses_sam and made.method == "full"
+    assert made.filter == "calibrated" and made.model == "timm" and made.labeled == "annotated"
+    tiny = config.parse(["--preset", "photos", "--sam", "tiny"])
+    assert tiny.uses_sam and not tiny.without_sam
+    with pytest.raises(UserError, match="sam_vit_b"):
+        config.parse(["--preset", "photos", "--sam", "vit_b"])
+    # Asked for by name, nothing is left out in silence.
+    assert not config.parse(["--preset", "photos", "--method", "pl-dc"]).without_sam
+
+
+def test_every_row_on_photographs_has_the_same_augmentation():
+    names = ("crop_height", "scale_min", "scale_max", "short_side_min", "labeled_view", "flip")
+    made = [config.parse(["--preset", "photos", "--method", m]) for m in config.METHODS]
+    for one in made:
+        assert [getattr(one, n) for n in names] == [getattr(made[0], n) for n in names]
+        assert one.pastes_labeled
+
+
+def test_a_first_teacher_depends_on_what_is_pasted_into_labeled_images():
+    saved = dataclasses.asdict(config.parse(["--arp", "labeled", "--method", "pl-dc"]))
+    for arp, same in (("both", True), ("labeled", True), ("unlabeled", False), ("none", False)):
+        now = config.parse(["--arp", arp])
+        found = config.differences(now, saved, config.after_pretraining(now))
+        assert found == ([] if same else ["--pastes-labeled was True, is False"])

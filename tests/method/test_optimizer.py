@@ -73,3 +73,10 @@ def test_frozen_stages_of_the_backbone_are_in_no_group(tmp_path):
         listed = sum(len(g["params"]) for g in optimizer.make(net, 0.1, 1.0, 0.05).param_groups)
         assert listed == sum(p.requires_grad for p in net.parameters())
         assert isinstance(net.backbone.fpn, nn.Module) and listed > 10
+
+
+def test_the_rate_after_pretraining_is_a_fraction_of_what_it_would_be():
+    shape = (10, 30, 4, "linear", 0.5, 1.0, True, False)
+    for step in range(30):
+        usual, less = (optimizer.lr_factor(step, *shape, after) for after in (1.0, 0.3))
+        assert less == pytest.approx(usual * (0.3 if step >= 10 else 1))

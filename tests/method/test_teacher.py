@@ -11,7 +11,7 @@ from torchvision.models.detection.roi_heads import (
     project_masks_on_boxes,
 )
 
-from ssis import model, teacher
+from ssis import data, model, teacher
 
 pytestmark = pytest.mark.fast
 
@@ -218,3 +218,32 @@ def test_detections_are_torchvisions_with_the_whole_distribution():
         assert torch.equal(distributions[torch.arange(len(labels)), labels - 1], scores)
         away = (distributions[:, None] - probs[None, :, 1:]).abs().sum(dim=2)
         assert away.amin(dim=1).max() == 0
+
+
+def test_two_views_of_a_symmetric_image_agree_and_of_another_halve_what_one_alone_sees():
+    net = small().eval()
+    net.roi_heads.score_thresh = 0.0
+    generator = torch.Generator().manual_seed(5)
+    image = torch.rand(3, 64, 80, generator=generator)
+    alone = teacher.predict(net, [image], 0.1)[0]
+    both = teacher.predict_both_views(net, [image], 0.0)[0]
+    mirrored = teacher.predict(net, [image.flip(-1)], 0.0)[0]
+    assert (both.class_quality[:-1] >= both.class_quality[1:]).all() and len(alone)
+    # By hand, instance by instance: the mean with the instance that it is matched with.
+    whole = teacher.predict(net, [image], 0.0)[0]
+    boxes = mirrored.boxes.clone()
+    boxes[:, 0], boxes[:, 2] = 80 - mirrored.boxes[:, 2], 80 - mirrored.boxes[:, 0]
+    partner, expected = data.match(whole.boxes, boxes), []
+    for k in range(len(whole)):
+        other = torch.zeros(3) if partner[k] < 0 else mirrored.distribution[partner[k]]
+        mean = (whole.distribution[k] + other) / 2
+        expected.append((mean.max().item(), mean.argmax().item() + 1))
+    found = list(zip(both.class_quality.tolist(), both.labels.tolist(), strict=True))
+    for (c, label), (c_hand, label_hand) in zip(found, sorted(expected)[::-1], strict=True):
+        assert c == pytest.approx(c_hand, abs=1e-6)
+        assert label == label_hand or c == pytest.approx(c_hand, abs=1e-6)
+    assert (partner < 0).any() and (partner >= 0).any()
+    # A mask that the mirrored view has as well is the mean of the two, flipped back.
+    k = (partner >= 0).nonzero()[0, 0]
+    mean = (whole.mask_probs[k] + mirrored.mask_probs[partner[k]].flip(-1)) / 2
+    assert any(torch.allclose(mean, mask, atol=1e-6) for mask in both.mask_probs)

@@ -79,9 +79,9 @@ def test_matching_by_hand():
             [30.0, 0.0, 35.0, 10.0],  # 0.50 of it
         ]
     )
-    assert audit.match(boxes, instances).tolist() == [0, 1, -1, -1, 2]
-    assert audit.match(boxes, instances[:0]).tolist() == [-1] * 5
-    assert audit.match(boxes[:0], instances).shape == (0,)
+    assert data.match(boxes, instances).tolist() == [0, 1, -1, -1, 2]
+    assert data.match(boxes, instances[:0]).tolist() == [-1] * 5
+    assert data.match(boxes[:0], instances).shape == (0,)
 
 
 def test_a_fraction_of_nothing_is_none():

@@ -1,0 +1,261 @@
+r"""The verdict: what the unlabeled images brought, and what to change.
+
+A run ends with a sentence. It compares the final teacher with the first one, which has
+seen labeled images alone, and with a supervised run of as many steps where one lies
+beside it; both on the test images. A few hundred test images are a sample, and so the
+sentence has an interval: the images are drawn anew, with replacement, many times; each
+time both models' AP is computed on the same drawn images (a *paired bootstrap*), and
+95 % of the differences lie in the interval. It says how sure the difference is for
+these two models, not what another seed would give.
+
+Then, stage by stage, whether filter, SAM and category classifier made the pseudo-labels
+better or worse, measured on unlabeled images whose truth is hidden from training
+(`ssis/report/audit.py`), or else on the validation images (`ssis/calibration.py`).
+
+Read next: `ssis/report/page.py`, where it stands at the top.
+"""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+# How often the images are drawn; their number times that of the classes from which on
+# it would take minutes, and the interval is narrow anyway.
+DRAWS = 300
+LARGE = 20_000
+# A stage changed something if a fraction moved by more than this.
+NOTABLE = 0.02
+
+
+def evaluated(ground_truth: COCO, results: list[dict]) -> COCOeval:
+    """The matches of a model's masks with the truth, of all sizes.
+
+    Args:
+        ground_truth: of `Dataset.coco`.
+        results: of `ap.predictions`.
+    """
+    keys = ("image_id", "category_id", "score", "segmentation")
+    with contextlib.redirect_stdout(io.StringIO()):
+        detections = COCO()
+        detections.dataset = dict(ground_truth.dataset, annotations=[])
+        if results:
+            detections = ground_truth.loadRes(
+                [{k: r[k] for k in keys} for r in results]
+            )
+        else:
+            detections.createIndex()
+        matches = COCOeval(ground_truth, detections, "segm")
+        # AP over all sizes alone, which is a quarter of the work.
+        matches.params.areaRng, matches.params.areaRngLbl = [[0, 1e10]], ["all"]
+        matches.params.maxDets = [100]
+        matches.evaluate()
+    return matches
+
+
+def resampled_ap(matches: COCOeval, rows: np.ndarray) -> float:
+    """Mask AP, in percent, on some of the images, which may come more than once.
+
+    Args:
+        matches: of `evaluated`.
+        rows: numbers of images, in the order of their ids.
+    """
+    images, classes = len(matches.params.imgIds), len(matches.params.catIds)
+    drawn = COCOeval(iouType="segm")
+    drawn.params = matches.params
+    drawn._paramsEval = matches._paramsEval
+    # pycocotools lists its matches class by class, and within a class by image.
+    drawn.evalImgs = [
+        matches.evalImgs[k * images + row] for k in range(classes) for row in rows
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        drawn.accumulate()
+    precision = drawn.eval["precision"]
+    return 100 * float(precision[precision > -1].mean())
+
+
+def paired_interval(
+    ground_truth: COCO, before: list[dict], after: list[dict], seed: int = 0
+) -> tuple[float, float] | None:
+    """The 95 % interval of the difference of two models' mask AP.
+
+    Args:
+        ground_truth: of `Dataset.coco`.
+        before, after: results of the two models, of `ap.predictions`.
+        seed: of the drawing.
+
+    Returns:
+        Its ends, in percent; None for a dataset so large that it would take minutes.
+    """
+    both = evaluated(ground_truth, before), evaluated(ground_truth, after)
+    images = len(both[0].params.imgIds)
+    if images * len(both[0].params.catIds) > LARGE:
+        return None
+    random = np.random.default_rng(seed)
+    gains = []
+    for _ in range(DRAWS):
+        rows = random.integers(images, size=images)
+        old, new = (resampled_ap(matches, rows) for matches in both)
+        gains.append(new - old)
+    # A draw may have no instance at all.
+    low, high = np.nanpercentile(gains, [2.5, 97.5])
+    return round(float(low), 2), round(float(high), 2)
+
+
+def compare(name: str, before: tuple, after: tuple, ground_truth: COCO) -> dict:
+    """The final teacher beside another model.
+
+    Args:
+        name: of the other model.
+        before, after: numbers and results of the other model and of the final teacher,
+            of `ap.evaluate`.
+        ground_truth: of `Dataset.coco`.
+
+    Returns:
+        name, ap (of the other), gain and interval, in percent, and words.
+    """
+    old, new = before[0]["mask"]["AP"], after[0]["mask"]["AP"]
+    gain = round(new - old, 3)
+    interval = paired_interval(ground_truth, before[1], after[1])
+    words = f"{abs(gain):.1f} {'more' if gain >= 0 else 'LESS'} than {name} ({old:.1f}"
+    if interval:
+        low, high = interval
+        words += f"; 95 % interval of the difference {low:+.1f} to {high:+.1f}"
+        words += ": may be chance" if low <= 0 <= high else ""
+    return dict(name=name, ap=old, gain=gain, interval=interval, words=words + ")")
+
+
+def stages(audit: dict | None, calibration: dict | None) -> list[str]:
+    """What each stage made of the pseudo-labels, a sentence each.
+
+    Args:
+        audit: stage -> numbers, of `audit.measure`, or None without hidden truth.
+        calibration: the last of `calibration.calibrate`, or None.
+    """
+    lines = []
+    for stage, key, what in (
+        ("refined", "mask_iou", "SAM's masks"),
+        ("corrected", "class_accuracy", "the category correction"),
+    ):
+        if audit and (moved := change(audit, stage, key)):
+            word = "better" if moved[1] > moved[0] else "WORSE"
+            lines.append(
+                f"{what} made the pseudo-labels {word} ({key.replace('_', ' ')} "
+                f"{moved[0]:.2f} -> {moved[1]:.2f})"
+            )
+    if not audit and calibration and calibration["refined_iou"] is not None:
+        old, new = calibration["mask_iou"], calibration["refined_iou"]
+        if abs(new - old) > NOTABLE:
+            word = "better" if new > old else "WORSE"
+            lines.append(
+                f"SAM's masks are {word} than the teacher's (mask IoU {old:.2f} -> "
+                f"{new:.2f} on validation images)"
+            )
+    return lines
+
+
+def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list[str]:
+    """What to change, a sentence each.
+
+    Args:
+        config: the settings of the run.
+        audit, stages: of the summary, at the end of the run.
+        gain: over the first teacher, AP.
+    """
+    lines, stages, audit = [], stages or {}, audit or {}
+    calibrated = config.filter == "calibrated"
+    for stage, key, flags in (
+        ("refined", "mask_iou", "--refine none"),
+        ("corrected", "class_accuracy", "--correction none"),
+    ):
+        if change(stages, stage, key, below=-NOTABLE) and not calibrated:
+            lines.append(f"give {flags}, or --filter calibrated")
+    precision, accuracy = audit.get("box_precision"), audit.get("class_accuracy")
+    if precision is not None and accuracy is not None and precision * accuracy < 0.8:
+        more = "a higher --target-precision" if calibrated else "--filter calibrated"
+        right = f"{precision * accuracy:.0%}"
+        lines.append(f"only {right} of the pseudo-labels are right: give {more}")
+    if audit.get("recall") is not None and audit["recall"] < 0.3:
+        lines.append(
+            f"only {audit['recall']:.0%} of the unlabeled instances get a pseudo-label: "
+            "pretrain longer, label more, or lower the thresholds"
+        )
+    if gain < 0 and not lines:
+        lines.append("lower --unsup-weight; best.pt is the best on the validation part")
+    return lines
+
+
+def change(stages: dict, stage: str, key: str, below: float | None = None):
+    """How a stage moved a number of the audit: (before, after), or None.
+
+    Args:
+        stages: stage -> numbers, in their order.
+        stage, key: which.
+        below: only if the difference is below this; None: if it is NOTABLE.
+    """
+    names = list(stages)
+    if stage not in names:
+        return None
+    before, after = stages[names[names.index(stage) - 1]][key], stages[stage][key]
+    if before is None or after is None:
+        return None
+    moved = after - before
+    notable = abs(moved) > NOTABLE if below is None else moved < below
+    return (before, after) if notable else None
+
+
+def supervised_beside(folder: Path) -> Path | None:
+    """The checkpoint of a finished supervised run in a folder beside a run's.
+
+    It must have had the same labeled images. Of several, the one with most steps.
+    """
+    found = []
+    for path in folder.parent.glob("*/summary.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            labeled = [
+                json.loads((place / "labeled.json").read_text(encoding="utf-8"))
+                for place in (path.parent, folder)
+            ]
+            same = labeled[0]["labeled"] == labeled[1]["labeled"]
+            checkpoint = path.with_name("checkpoint.pt")
+            if summary["method"] == "supervised" and same and checkpoint.exists():
+                found.append((summary["steps"], str(checkpoint)))
+    return Path(max(found)[1]).resolve() if found else None
+
+
+def verdict(config, summary: dict, now: tuple, others: list[tuple], test_set) -> dict:
+    """The verdict of a run.
+
+    Args:
+        config: its settings.
+        summary: `summary.json`, but for the verdict.
+        now: numbers and results of the final teacher on the test part.
+        others: name, numbers and results of what it is compared with, the first
+            teacher first.
+        test_set: `datasets.dataset.Dataset`.
+
+    Returns:
+        sentence, compared (of `compare`), stages and advice.
+    """
+    ap = now[0]["mask"]["AP"]
+    if ap is None or not others:
+        return dict(
+            sentence="nothing to compare with", compared=[], stages=[], advice=[]
+        )
+    truth = test_set.coco(range(len(test_set)))
+    compared = [compare(name, (n, r), now, truth) for name, n, r in others]
+    ends = summary["audit_stages"]["end"]
+    calibrations = summary.get("calibration") or [None]
+    sentence = f"with the unlabeled images the mask AP is {ap:.1f}: "
+    sentence += "; ".join(one["words"] for one in compared)
+    return dict(
+        sentence=sentence,
+        compared=compared,
+        stages=stages(ends, calibrations[-1]),
+        advice=advice(config, summary["audit"], ends, compared[0]["gain"]),
+    )

@@ -1,0 +1,145 @@
+"""The verdict: the interval against a resampling by hand, and the sentences."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import write_coco
+from types import SimpleNamespace
+
+from ssis.datasets.coco_json import load_coco
+from ssis.report import ap, verdict
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture
+def four(tmp_path):
+    write_coco(tmp_path)
+    return load_coco(str(tmp_path / "coco.json"), str(tmp_path / "images"))
+
+
+def perfect(dataset, score: float = 0.9) -> list[dict]:
+    """The truth as detections."""
+    return [
+        dict(
+            image_id=i, category_id=int(label), score=score, bbox=[0, 0, 1, 1],
+            segmentation=rle,
+        )
+        for i in range(len(dataset))
+        for rle, (label, crowd) in zip(dataset.rles(i), dataset.annotations(i), strict=True)
+        if not crowd
+    ]  # fmt: skip
+
+
+def test_ap_of_all_images_once_is_pycocotools_own(four):
+    truth, results = four.coco(range(len(four))), perfect(four)[1:]
+    matches = verdict.evaluated(truth, results)
+    expected = ap.average_precision(truth, results, "segm")[0]["AP"]
+    assert verdict.resampled_ap(matches, np.arange(len(four))) == pytest.approx(expected, abs=1e-3)
+
+
+def test_ap_of_a_draw_is_that_of_a_dataset_with_these_images(four):
+    """Image 1 twice, image 3 not at all: as if the JSON listed them so."""
+    truth, results = four.coco(range(len(four))), perfect(four)
+    # One wrong detection in image 1 counts twice.
+    results.append(dict(results[0], image_id=1, category_id=1, score=0.99))
+    rows = np.array([0, 1, 1, 2])
+    found = verdict.resampled_ap(verdict.evaluated(truth, results), rows)
+    coco, detections = dict(truth.dataset), []
+    coco["images"] = [dict(truth.dataset["images"][r], id=k) for k, r in enumerate(rows.tolist())]
+    coco["annotations"] = []
+    for k, r in enumerate(rows.tolist()):
+        for annotation in truth.dataset["annotations"]:
+            if annotation["image_id"] == r:
+                number = len(coco["annotations"]) + 1
+                coco["annotations"].append(dict(annotation, image_id=k, id=number))
+        detections += [dict(d, image_id=k) for d in results if d["image_id"] == r]
+    from pycocotools.coco import COCO
+
+    again = COCO()
+    again.dataset = coco
+    again.createIndex()
+    expected = ap.average_precision(again, detections, "segm")[0]["AP"]
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_interval_holds_the_difference_and_is_none_of_two_equal_models(four):
+    truth, results = four.coco(range(len(four))), perfect(four)
+    assert verdict.paired_interval(truth, results, results) == (0, 0)
+    low, high = verdict.paired_interval(truth, results[:1], results)
+    gain = 100 - ap.average_precision(truth, results[:1], "segm")[0]["AP"]
+    assert low <= gain <= high and low < high
+    assert verdict.paired_interval(truth, [], results)[1] == 100
+
+
+def test_a_large_dataset_is_not_drawn(four, monkeypatch):
+    monkeypatch.setattr(verdict, "LARGE", 3)
+    assert verdict.paired_interval(four.coco(range(len(four))), [], []) is None
+
+
+def test_words_of_a_comparison(four):
+    truth, all_of_them = four.coco(range(len(four))), perfect(four)
+    none = (dict(mask=dict(AP=0.0)), [])
+    best = (dict(mask=dict(AP=100.0)), all_of_them)
+    assert verdict.compare("nobody", none, best, truth)["words"].startswith(
+        "100.0 more than nobody (0.0; 95 % interval of the difference +"
+    )
+    worse = verdict.compare("everybody", best, none, truth)
+    assert worse["words"].startswith("100.0 LESS than everybody") and worse["gain"] == -100
+    same = verdict.compare("itself", best, best, truth)
+    assert same["words"].endswith("+0.0 to +0.0: may be chance)")
+
+
+STAGES = dict(
+    predicted=dict(mask_iou=0.8, class_accuracy=0.7),
+    kept=dict(mask_iou=0.9, class_accuracy=0.8),
+    refined=dict(mask_iou=0.7, class_accuracy=0.8),
+    corrected=dict(mask_iou=0.7, class_accuracy=0.85),
+)
+
+
+def test_stages_and_advice():
+    said = verdict.stages(STAGES, None)
+    assert said == [
+        "SAM's masks made the pseudo-labels WORSE (mask iou 0.90 -> 0.70)",
+        "the category correction made the pseudo-labels better (class accuracy 0.80 -> 0.85)",
+    ]
+    # Without hidden truth, what the validation images say.
+    measured = dict(mask_iou=0.7, refined_iou=0.8)
+    assert verdict.stages(None, measured) == [
+        "SAM's masks are better than the teacher's (mask IoU 0.70 -> 0.80 on validation images)"
+    ]
+    assert verdict.stages(None, dict(mask_iou=0.7, refined_iou=0.71)) == []
+    plain, calibrated = (SimpleNamespace(filter=name) for name in ("score", "calibrated"))
+    audit = dict(box_precision=0.9, class_accuracy=0.8, recall=0.2)
+    advice = verdict.advice(plain, audit, STAGES, 1.0)
+    assert [line.split(":")[0] for line in advice] == [
+        "give --refine none, or --filter calibrated",
+        "only 72% of the pseudo-labels are right",
+        "only 20% of the unlabeled instances get a pseudo-label",
+    ]
+    assert "higher --target-precision" in verdict.advice(calibrated, audit, STAGES, 1.0)[0]
+    assert verdict.advice(plain, None, None, 1.0) == []
+    assert "--unsup-weight" in verdict.advice(plain, None, None, -1.0)[0]
+
+
+def test_a_supervised_run_beside_it_is_found(tmp_path):
+    """Of the same labeled images, finished, and the longest."""
+    for name, method, steps, labeled in (
+        ("own", "full", 9, ["a"]),
+        ("other-split", "supervised", 9, ["b"]),
+        ("short", "supervised", 5, ["a"]),
+        ("long", "supervised", 9, ["a"]),
+        ("unfinished", "supervised", 99, ["a"]),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "labeled.json").write_text(json.dumps(dict(labeled=labeled)))
+        (tmp_path / name / "checkpoint.pt").touch()
+        if name != "unfinished":
+            text = json.dumps(dict(method=method, steps=steps))
+            (tmp_path / name / "summary.json").write_text(text)
+    found = verdict.supervised_beside(tmp_path / "own")
+    assert found == tmp_path / "long" / "checkpoint.pt"
+    (tmp_path / "alone").mkdir()
+    assert verdict.supervised_beside(tmp_path / "alone") is None

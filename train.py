@@ -28,7 +28,7 @@ from ssis.engine.build import Labeler, autocast, build, model_of
 from ssis.engine.guard import Guard
 from ssis.engine.session import open_session
 from ssis.report import audit
-from ssis.teacher import ema_update, predict, predict_both_views
+from ssis.teacher import ema_update, predict
 
 
 def train(config: Config) -> None:
@@ -38,17 +38,13 @@ def train(config: Config) -> None:
     with open_session(config, rank, world_size, device) as session:
         made = build(config, session.train_set, rank, world_size, device, session.val_set)
         student, labeler, structure, optimizer, schedule, scaler = made
-        teacher, thresholds, classifier, embeddings, measured, _ = labeler
-        # The student without DDP's wrapper: for the teacher, which follows it, and for whatever
-        # only looks.
+        teacher, thresholds, classifier, *_ = labeler
+        # The student without DDP's wrapper: for the teacher, which follows it, and to look at.
         net = distributed.unwrap(student)
         guard = Guard(net, session.train_set.files, config.run_folder, config.amp == "fp16", rank)
         # All that the next step depends on. If an earlier call was stopped, it is as it was then.
-        session.restore(
-            student=net, teacher=teacher, thresholds=thresholds, classifier=classifier,
-            calibration=measured, sam=embeddings, optimizer=optimizer, schedule=schedule,
-            scaler=scaler,
-        )  # fmt: skip
+        learning = dict(optimizer=optimizer, schedule=schedule, scaler=scaler)
+        session.restore(student=net, **labeler._asdict(), **learning)
         filling = (classifier, teacher, session.streams.labeled, rank, world_size)
 
         def stages(items: list[dict], step: int):
@@ -84,9 +80,8 @@ def train(config: Config) -> None:
 
             if session.calibration_due(step):
                 # Ours: what is kept, redrawn and corrected is decided where the truth is known.
-                seen = calibration.look(labeler, session.validation_items(), config)
-                session.calibrated(calibration.calibrate(labeler, seen, config.target_precision))
-
+                looked = calibration.look(labeler, session.validation_items(), config)
+                session.calibrated(calibration.calibrate(labeler, looked, config.target_precision))
             # One step, on labeled images alone while the first teacher is made, then on both.
             lr = schedule.get_last_lr()[-1]
             unlabeled = next(session.unlabeled) if step >= pretrain_end else None
@@ -103,8 +98,7 @@ def train(config: Config) -> None:
             # Log, warn, save and stop, where due; a checkpoint holds all of this step, or none.
             session.after(step, row, kept, lr)
             if session.evaluation_due:
-                # Until there is a teacher, the student is evaluated alone.
-                who = (net, teacher if step >= pretrain_end else None)
+                who = (net, teacher if step >= pretrain_end else None)  # the teacher, once there
                 items = (session.audit_items(), session.drawn_items())
                 session.evaluate(*who, *(stages(some, step + 1) for some in items))
         if not session.stopped:
@@ -151,8 +145,7 @@ def train_step(
     targets = [{k: v.to(device) for k, v in item["target"].items()} for item in labeled]
     # Pasting between labeled images is this project's option; S4M pastes unlabeled ones.
     if config.pastes_labeled:
-        pasting = (config.arp_min_area, config.arp_jitter, labeled[0]["seed"])
-        images, targets = copy_paste.arp(images, targets, *pasting, config.view_size.crop)
+        images, targets = copy_paste.arp(images, targets, seed=labeled[0]["seed"], **config.pasting)
     # By default the labeled images get the strong view too, so that no gain over supervised
     # training is that of the augmentation. PL-DC trains on both views of them.
     if config.labeled_view != "weak":
@@ -163,8 +156,7 @@ def train_step(
     with autocast(config, device):
         loss_s, counts, features = student(images, targets * views, config.no_object_labeled)
     # GD Eq. (total): the labeled part.
-    total_counts = distributed.all_sum(counts)
-    objective = losses.total(loss_s, counts, total_counts, distributed.world_size())
+    objective = losses.total(loss_s, counts, distributed.all_sum(counts), distributed.world_size())
     row |= losses.logged(loss_s, counts, "labeled/")
     if structure and not both:
         # S4M Eq. (teacher), while pretraining: the teacher-to-be gets SAM's layout. Later the
@@ -209,24 +201,21 @@ def unlabeled_pass(
     if config.filter in filters.ADAPTIVE:
         # PL-DC Eq. (adapt): the thresholds follow what the teacher predicts.
         labeler.thresholds.update(stages["predicted"])
-    pseudo = stages.pop("final")
-    doubtful = [predicted.boxes for predicted in stages["predicted"]]
+    pseudo, doubtful = stages["final"], [p.boxes for p in stages["predicted"]]
     del stages  # soft masks of every stage: at 1024 pixels gigabytes
     # 2. An image without a pseudo-label is left out (PL-DC): the teacher may just not have been
     #    sure. Or it is trained as background (GD, S4M), as what is missing in the others is.
-    trained = config.empty_images == "background"
-    chosen = [i for i, labels in enumerate(pseudo) if len(labels) or trained]
+    chosen = [i for i, p in enumerate(pseudo) if len(p) or config.empty_images == "background"]
     # PL-DC Eq. (PMUA): the doubtful edge of a mask is taught less than its inside.
     targets = [pseudo[i].target(config.uncertainty, config.refine_calibrate) for i in chosen]
     images, items = [weak[i] for i in chosen], [unlabeled[i] for i in chosen]
     # 3. S4M: instances are pasted from image to image, before the strong view distorts all alike.
     if config.arp in ("unlabeled", "both"):
-        pasting = (config.arp_min_area, config.arp_jitter, unlabeled[0]["seed"])
-        images, targets = copy_paste.arp(images, targets, *pasting, config.view_size.crop)
-    # Ours: what the filter dropped may be an instance all the same, or none.
+        pasting = dict(config.pasting, seed=unlabeled[0]["seed"])
+        images, targets = copy_paste.arp(images, targets, **pasting)
     if config.ignore_uncertain:
-        pairs = zip(targets, chosen, strict=True)
-        targets = [dict(target, uncertain=doubtful[i]) for target, i in pairs]
+        # Ours: what the filter dropped may be an instance all the same, or none.
+        targets = [dict(t, uncertain=doubtful[i]) for t, i in zip(targets, chosen, strict=True)]
     # 4. The student must see the same in the strong view: no pixel moves, the targets stay valid.
     strong = augment.strong_views(images, items, config.strong_erasing)
     loss_u, counts = None, torch.zeros(losses.COUNTS, device=device)
@@ -260,19 +249,15 @@ def pseudo_labels(
         items: of `data.Stream`, for the same images; their ground truth serves --oracle alone.
         config: the settings.
         step: t, the number of steps done; PL-DC's correction fades with it.
-        min_score: class score down to which predictions are returned, if it is lower than what
-            could pass the filter.
+        min_score: class score down to which predictions are returned, if none lower is of use.
 
     Returns:
         stage -> B `PseudoLabels`; the student is trained on the stage "final".
     """
-    # What no rule would keep is not predicted, unless the audit asks: a mask is H x W floats.
-    passing = config.tau_min if config.filter in filters.ADAPTIVE else config.tau_class
-    if config.filter == "calibrated" or config.ignore_uncertain:
-        passing = calibration.LOWEST
+    # What is of no use is not predicted, unless the audit asks: a mask is H x W floats.
+    lowest = min(config.lowest_score, min_score)
     with autocast(config, weak[0].device):
-        look = predict_both_views if config.two_views else predict
-        predicted = look(labeler.teacher, weak, min(passing, min_score))
+        predicted = predict(labeler.teacher, weak, lowest, config.two_views)
     # PL-DC, instance level: class and mask quality decide what is kept. A wrong pseudo-label
     # teaches a mistake, which the student hands back to the teacher.
     rule = (config.filter, config.tau_class, config.tau_mask, config.min_area)
@@ -291,7 +276,7 @@ def pseudo_labels(
         weight = correction.weight(step, *config.stage_ends[1:], labeler.calibration.trust)
         latest = correction.correct(latest, weak, labeler.classifier, weight)
         stages["corrected"] = latest
-    # This project's reading of the AAAI version: the correction decides on what was ambiguous.
+    # Our reading of the AAAI version: the correction decides on what was ambiguous.
     if config.filter == "three-way":
         pairs = zip(latest, kept, strict=True)
         latest = [filters.decide(*pair, labeler.thresholds) for pair in pairs]

@@ -63,11 +63,9 @@ import torch
 from torch import Tensor
 
 from ssis import data, distributed, refine
-from ssis.filters import area
-from ssis.teacher import predict, predict_both_views
+from ssis.filters import LOWEST, area
+from ssis.teacher import predict
 
-# Class quality from which predictions are looked at; no threshold is lower.
-LOWEST = 0.3
 # K: how many imagined predictions the measured ones have to outweigh.
 IMAGINED = 10
 # The thresholds and gates that are tried, and the weights of the category classifier.
@@ -151,8 +149,7 @@ def look(labeler, items: Iterable[dict], config) -> tuple[Instances, int, int]:
     parts, images, instances = [], 0, 0
     for item in items:
         image, target = item["image"].to(device), item["target"]
-        how = predict_both_views if config.two_views else predict
-        predicted = how(labeler.teacher, [image], LOWEST)[0]
+        predicted = predict(labeler.teacher, [image], LOWEST, config.two_views)[0]
         predicted = refined = predicted[area(predicted) > config.min_area]
         if config.refine != "none":
             # Without a gate, and uncalibrated: SAM's masks as they are.

@@ -30,7 +30,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssis import UserError, sam
+from ssis import UserError, filters, sam
 from ssis.data import ViewSize
 from ssis.io.files import write_text
 from ssis.presets import METHODS, OF_BOTH, PRESETS, WITHOUT_SAM, switches
@@ -161,7 +161,7 @@ class Config:
     )
     model: str = setting(
         "small",
-        "small learns from scratch on a CPU; timm puts the small one's heads on a light "
+        "small learns from scratch on a CPU; timm has the small one's heads on a light "
         "pretrained backbone; resnet50 is torchvision's, for real data on a GPU",
         choices=("small", "timm", "resnet50"),
         group="Model",
@@ -171,8 +171,8 @@ class Config:
     )
     backbone_weights: str = setting(
         "none",
-        "where timm or resnet50 starts: none, imagenet, coco (resnet50), or the PATH of "
-        "a state dict",
+        "where timm or resnet50 starts: none, imagenet, coco (resnet50), or the PATH "
+        "of a state dict",
     )
     trained_stages: int = setting(
         3,
@@ -627,6 +627,13 @@ class Config:
         return self.structure_weight > 0 or self.refine != "none"
 
     @property
+    def lowest_score(self) -> float:
+        """Class score under which a prediction is of no use to the training."""
+        if self.filter == "calibrated" or self.ignore_uncertain:
+            return filters.LOWEST
+        return self.tau_min if self.filter in filters.ADAPTIVE else self.tau_class
+
+    @property
     def pastes_labeled(self) -> bool:
         """Whether instances are pasted between labeled images, in every stage."""
         return self.arp in ("labeled", "both")
@@ -640,6 +647,12 @@ class Config:
             and self.refine == "none"
             and not self.sam_checkpoint
         )
+
+    @property
+    def pasting(self) -> dict:
+        """How `copy_paste.arp` pastes, its keyword arguments but the seed."""
+        crop = (self.crop_height, self.crop_width)
+        return dict(min_area=self.arp_min_area, jitter=self.arp_jitter, crop=crop)
 
     @property
     def view_size(self) -> ViewSize:

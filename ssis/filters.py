@@ -86,6 +86,9 @@ from ssis.teacher import PseudoLabels
 
 # The rules whose thresholds follow the teacher.
 ADAPTIVE = ("adaptive", "three-way")
+# Class quality from which predictions are looked at where thresholds are measured, and
+# where what is dropped counts as uncertain.
+LOWEST = 0.3
 
 
 class Thresholds(nn.Module):

@@ -347,7 +347,7 @@ def features_in(
 
 
 def predict(
-    model: MaskRCNN, images: list[Tensor], min_score: float
+    model: MaskRCNN, images: list[Tensor], min_score: float, two_views: bool = False
 ) -> list[PseudoLabels]:
     """A model's predictions in some images, in the frame of each.
 
@@ -356,10 +356,15 @@ def predict(
         images: (3, H, W) float in [0, 1] each, of any sizes.
         min_score: class probability below which a detection is dropped. High values
             save memory: a soft mask is H x W floats for each instance.
+        two_views: look at the mirrored images too, see `agree`.
 
     Returns:
         One `PseudoLabels` for each image; N may be 0.
     """
+    if two_views:
+        mirrored = predict(model, [image.flip(-1) for image in images], min_score)
+        pairs = zip(predict(model, images, min_score), mirrored, strict=True)
+        return [agree(one, two, min_score) for one, two in pairs]
     result = []
     detections = detect(model, images, min_score)
     for image, detected in zip(images, detections, strict=True):
@@ -374,44 +379,39 @@ def predict(
     return result
 
 
-def predict_both_views(
-    model: MaskRCNN, images: list[Tensor], min_score: float
-) -> list[PseudoLabels]:
-    """`predict`, confirmed or not by the mirrored views. *Not in the papers.*
+def agree(one: PseudoLabels, two: PseudoLabels, min_score: float) -> PseudoLabels:
+    """What a teacher sees in a view, confirmed or not by the mirrored view.
 
-    A class that depends on which way the animal looks is none. The distribution and the
-    soft mask of an instance become the mean of what the teacher sees in the view and in
-    its mirror image; what it does not find in the second has probability 0 there.
+    *This project's; neither paper has it.* A class that depends on which way an animal
+    looks is none. Distribution and soft mask of an instance become the mean of those in
+    the two views; what is not found in the second has probability 0 there.
 
-    Args and result as for `predict`.
+    Args:
+        one: the predictions in the view.
+        two: those in its mirror image.
+        min_score: class quality under which an instance is dropped.
     """
-    mirrored = predict(model, [image.flip(-1) for image in images], min_score)
-    result = []
-    for image, one, two in zip(
-        images, predict(model, images, min_score), mirrored, strict=True
-    ):
-        # Back into the view: x becomes width - x, and left and right change places.
-        boxes = two.boxes[:, [2, 1, 0, 3]]
-        boxes[:, ::2] = image.shape[-1] - boxes[:, ::2]
-        partner = data.match(one.boxes, boxes).to(boxes.device)
-        found = partner >= 0
-        distribution, soft = one.distribution / 2, one.mask_probs.clone()
-        distribution[found] += two.distribution[partner[found]] / 2
-        soft[found] = (soft[found] + two.mask_probs[partner[found]].flip(-1)) / 2
-        c, index = distribution.max(dim=1)
-        both = dataclasses.replace(
-            one,
-            labels=index + 1,
-            class_quality=c,
-            mask_quality=mask_quality(soft),
-            mask_probs=soft,
-            masks=soft > 0.5,
-            distribution=distribution,
-        )
-        result.append(both[(c >= min_score).nonzero()[:, 0]])
-        # Best first, as everywhere.
-        result[-1] = result[-1][result[-1].class_quality.argsort(descending=True)]
-    return result
+    # Back into the view: x becomes width - x, and left and right change places.
+    boxes = two.boxes[:, [2, 1, 0, 3]]
+    boxes[:, ::2] = one.masks.shape[-1] - boxes[:, ::2]
+    partner = data.match(one.boxes, boxes).to(boxes.device)
+    found = partner >= 0
+    distribution, soft = one.distribution / 2, one.mask_probs.clone()
+    distribution[found] += two.distribution[partner[found]] / 2
+    soft[found] = (soft[found] + two.mask_probs[partner[found]].flip(-1)) / 2
+    c, index = distribution.max(dim=1)
+    both = dataclasses.replace(
+        one,
+        labels=index + 1,
+        class_quality=c,
+        mask_quality=mask_quality(soft),
+        mask_probs=soft,
+        masks=soft > 0.5,
+        distribution=distribution,
+    )
+    # Best first, as everywhere.
+    order = c.argsort(descending=True)
+    return both[order[c[order] >= min_score]]
 
 
 def select_detections(

@@ -56,11 +56,9 @@ class Run:
 
     def begin_burnin(self, pretrained: str, names: list[str], labeled, frequency) -> None:
         """From a first teacher on, as in `train.train`."""
-        teacher, thresholds, classifier, embeddings = self.labeler
-        state = dict(
-            student=self.net, teacher=teacher, thresholds=thresholds, classifier=classifier,
-            sam=embeddings, optimizer=self.optimizer, schedule=self.schedule, scaler=self.scaler,
-        )  # fmt: skip
+        teacher, thresholds, classifier, *_ = self.labeler
+        learning = dict(optimizer=self.optimizer, schedule=self.schedule, scaler=self.scaler)
+        state = dict(student=self.net, **self.labeler._asdict(), **learning)
         self.step = resume.restore(Path(pretrained), state, self.config, names, 0, True)["step"]
         teacher.load_state_dict(self.net.state_dict())
         thresholds.start(frequency)

@@ -127,11 +127,9 @@ streams = data.make_streams(
 
 device = torch.device("cpu")
 student, labeler, structure, optimizer, schedule, scaler = build(settings, train_set, 0, 1, device)
-teacher, thresholds, classifier, embeddings = labeler
-state = dict(
-    student=student, teacher=teacher, thresholds=thresholds, classifier=classifier,
-    sam=embeddings, optimizer=optimizer, schedule=schedule, scaler=scaler,
-)  # fmt: skip
+teacher, thresholds, classifier, embeddings, *_ = labeler
+learning = dict(optimizer=optimizer, schedule=schedule, scaler=scaler)
+state = dict(student=student, **labeler._asdict(), **learning)
 names = train_set.names
 saved = resume.restore(Path(first_teacher), state, settings, names, rank=0, first_teacher=True)
 t = saved["step"]

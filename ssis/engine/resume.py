@@ -37,8 +37,7 @@ def snapshot(
     """All that the next step depends on; every process must call this.
 
     Args:
-        state: student, teacher, thresholds, classifier (or None), calibration, sam
-            (`sam.Embeddings` or None), optimizer, schedule, scaler.
+        state: student, all of `build.Labeler`, optimizer, schedule, scaler.
         config: the settings of the run.
         names: class names, so that the checkpoint can be evaluated on its own.
         step: steps done, and so the location in the data streams.
@@ -50,7 +49,7 @@ def snapshot(
     parts = {
         name: part.state_dict()
         for name, part in state.items()
-        if name != "sam" and part
+        if "embeddings" not in name and part
     }
     # Before the burn-in there is no teacher: its network was never trained.
     if step <= config.stage_ends[0]:
@@ -62,7 +61,7 @@ def snapshot(
         results=results,
         seconds=seconds,
         # S4M: which SAM was asked.
-        sam=state["sam"].sam.fingerprint if state["sam"] else "",
+        sam=state["embeddings"].sam.fingerprint if state["embeddings"] else "",
         # torch's generators, from which anchors and proposals are sampled: a state for
         # each process.
         random=distributed.gather(dict(cpu=torch.get_rng_state(), gpu=gpu)),
@@ -148,8 +147,8 @@ def check_same_run(
     ignored = after_pretraining(config) if first_teacher else not_in_result()
     other = differences(config, saved["config"], ignored)
     # A first teacher that learned nothing from SAM can be of any.
-    asked = state["sam"] and (config.structure_weight > 0 or not first_teacher)
-    if asked and saved.get("sam") not in (None, state["sam"].sam.fingerprint):
+    asked = state["embeddings"] and (config.structure_weight > 0 or not first_teacher)
+    if asked and saved.get("sam") not in (None, state["embeddings"].sam.fingerprint):
         other.append("SAM's weights were others")
     if saved["names"] != names:
         other.append(f"classes were {', '.join(saved['names'][:4])}")

@@ -277,8 +277,8 @@ def table(summary: dict, folder: Path) -> str:
     )
     if summary.get("test_is_validation"):
         lines.append(
-            "this is the validation part, there is no other: settings chosen on it, and "
-            "the model `best`, look better than they are"
+            "this is the validation part, there is no other: settings chosen on it, "
+            "and the model `best`, look better than they are"
         )
     if summary.get("verdict"):
         verdict = summary["verdict"]

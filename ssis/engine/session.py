@@ -74,8 +74,9 @@ class Session:
         self.latest = distributed.from_main(run_folder.prepare, config, held)
         if rank == 0 and config.without_sam:
             print(
-                "note: S4M's parts that need SAM are left out; to have them, give --sam "
-                "vit_b --sam-checkpoint sam_vit_b_01ec64.pth (README, Segment Anything)",
+                "note: S4M's parts that need SAM are left out; to have them, give "
+                "--sam vit_b --sam-checkpoint sam_vit_b_01ec64.pth (README, Segment "
+                "Anything)",
                 file=sys.stderr,
             )
         self.train_set, self.val_set, self.test_set = parts.open_parts(config)
@@ -354,10 +355,8 @@ class Session:
         """Copy-paste as this run has it, for its pictures, or None."""
         if self.config.arp not in ("unlabeled", "both"):
             return None
-        min_area, jitter = self.config.arp_min_area, self.config.arp_jitter
-        crop = self.config.view_size.crop
         return lambda images, targets, seed: copy_paste.arp(
-            images, targets, min_area, jitter, seed, crop
+            images, targets, seed=seed, **self.config.pasting
         )
 
     def finish(self, student, teacher, audited) -> None:

@@ -181,8 +181,8 @@ def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list
         lines.append(f"only {right} of the pseudo-labels are right: give {more}")
     if audit.get("recall") is not None and audit["recall"] < 0.3:
         lines.append(
-            f"only {audit['recall']:.0%} of the unlabeled instances get a pseudo-label: "
-            "pretrain longer, label more, or lower the thresholds"
+            f"only {audit['recall']:.0%} of the unlabeled instances get a "
+            "pseudo-label: pretrain longer, label more, or lower the thresholds"
         )
     if gain < 0 and not lines:
         lines.append("lower --unsup-weight; best.pt is the best on the validation part")

@@ -71,7 +71,7 @@ class Study:
 
     @property
     def runs(self) -> list[tuple[int, str]]:
-        """Seed and row of every run; seed by seed, so that a part is a study as well."""
+        """Seed and row of every run; seed by seed: a part of it is a study too."""
         return [
             (seed, row)
             for seed in self.seeds

@@ -226,7 +226,7 @@ def test_two_views_of_a_symmetric_image_agree_and_of_another_halve_what_one_alon
     generator = torch.Generator().manual_seed(5)
     image = torch.rand(3, 64, 80, generator=generator)
     alone = teacher.predict(net, [image], 0.1)[0]
-    both = teacher.predict_both_views(net, [image], 0.0)[0]
+    both = teacher.predict(net, [image], 0.0, two_views=True)[0]
     mirrored = teacher.predict(net, [image.flip(-1)], 0.0)[0]
     assert (both.class_quality[:-1] >= both.class_quality[1:]).all() and len(alone)
     # By hand, instance by instance: the mean with the instance that it is matched with.

@@ -3,24 +3,24 @@ r"""Calibration: thresholds, gate and trust are measured, not guessed.
 *This project's; neither paper has it.*
 
 A threshold that is right on drawings lets false positives through on photographs; SAM
-outlines animals better than a teacher does, and blood cells worse; a category
+may outline animals better than a teacher does, and blood cells worse; a category
 classifier is a help on one dataset and harm on another. All three can be measured
-before the student is taught: on the *validation images*, where the truth is known, and
-which no model is trained on. (The labeled images will not do: the teacher knows them by
-heart, and is right on nearly all of them.) With `--filter calibrated` the teacher
+before the student is taught: on the *validation images*, whose ground truth is known
+and which no model is trained on. (The labeled images will not do: the teacher knows
+them by heart, and is right on nearly all of them.) With `--filter calibrated` the teacher
 labels the validation images as it labels unlabeled ones, and every instance that it
-predicts is compared with the truth. It is *found* if its box lies on an instance
+predicts is compared with the ground truth. It is *found* if its box lies on an instance
 (IoU >= 0.5, `data.match`), and *right* if it also has that instance's class.
 
 *Thresholds of the class quality.* The precision at a threshold is the fraction of the
 predictions above it that are right. Few validation images give rough fractions, so
-imagined predictions are added: for all classes together K of them, right with
-probability T, as if the class quality could be believed; for each class K more, as the
+imagined predictions are added: for all classes together κ of them, right with
+probability T, as if the class quality could be believed; for each class κ more, as the
 classes together have them. Each class gets the lowest threshold that reaches the
 precision asked for, `--target-precision`:
 
-$$\pi_k(T) = \frac{R_k(T) + K \pi(T)}{N_k(T) + K}, \qquad
-  \pi(T) = \frac{R(T) + K T}{N(T) + K}, \qquad
+$$\pi_k(T) = \frac{R_k(T) + \kappa \pi(T)}{N_k(T) + \kappa}, \qquad
+  \pi(T) = \frac{R(T) + \kappa T}{N(T) + \kappa}, \qquad
   T_k = \min \{T : \pi_k(T) \ge \pi^*\}$$ ssis Eq. (precision)
 
 with N_k(T) predictions of class k whose class quality reaches T, R_k(T) of them right,
@@ -43,7 +43,7 @@ refinement is off.
 *Trust.* The category classifier's weight in PL-DC Eq. (DICC) starts at one half,
 whether it knows better than the teacher or not. Here it starts at
 
-$$w_0 = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 0.5\}} \;
+$$w_{\mathrm{burn}} = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 0.5\}} \;
   |\{n : \mathrm{argmax}_k \, p_k(w) = y_n\}|$$ ssis Eq. (trust)
 
 the weight with which most of the found instances that pass the thresholds get their
@@ -66,7 +66,7 @@ from ssis import data, distributed, refine
 from ssis.filters import LOWEST, area
 from ssis.teacher import predict
 
-# K: how many imagined predictions the measured ones have to outweigh.
+# kappa: how many imagined predictions the measured ones have to outweigh.
 IMAGINED = 10
 # The thresholds and gates that are tried, and the weights of the category classifier.
 TRIED = torch.arange(LOWEST, 0.995, 0.01)
@@ -83,7 +83,7 @@ class Calibration:
 
     Args:
         gate: g, agreement from which SAM's mask is taken, until something is measured.
-        trust: w_0, the first weight of the category classifier, until then.
+        trust: w_burn, the first weight of the category classifier, until then.
     """
 
     def __init__(self, gate: float, trust: float = 0.5):
@@ -133,7 +133,7 @@ class Instances:
 
 @torch.no_grad()
 def look(labeler, items: Iterable[dict], config) -> tuple[Instances, int, int]:
-    """What the teacher, SAM and the category classifier make of images with truth.
+    """What the teacher, SAM and the category classifier make of validation images.
 
     Every process must call this.
 
@@ -207,6 +207,7 @@ def precision(quality: Tensor, right: Tensor, imagined: Tensor) -> Tensor:
     """
     passing = quality[:, None] >= TRIED  # (N, thresholds)
     n, r = passing.sum(dim=0), (passing & right[:, None]).sum(dim=0)
+    # ssis Eq. (precision)
     return (r + IMAGINED * imagined) / (n + IMAGINED)
 
 
@@ -233,6 +234,7 @@ def best_gate(passed: Instances) -> float:
     gain = passed.refined_iou - passed.mask_iou  # (N,)
     if len(gain) < 2:
         return OFF
+    # ssis Eq. (gate)
     taken = gain * (passed.agreement >= GATES[:, None])  # (gates, N)
     mean, error = taken.mean(dim=1), taken.std(dim=1) / len(gain) ** 0.5
     best = mean.argmax()
@@ -240,9 +242,10 @@ def best_gate(passed: Instances) -> float:
 
 
 def best_trust(passed: Instances) -> float:
-    """w_0 of ssis Eq. (trust)."""
+    """w_burn of ssis Eq. (trust)."""
     found = passed[(passed.true_labels > 0) & (passed.opinion.sum(dim=1) > 0)]
     teacher = found.distribution / found.distribution.sum(dim=1, keepdim=True)
+    # ssis Eq. (trust): PL-DC Eq. (DICC) with each of the weights.
     mixed = [w * found.opinion + (1 - w) * teacher for w in WEIGHTS]
     right = [(p.argmax(dim=1) + 1 == found.true_labels).sum() for p in mixed]
     # `argmax` gives the first of several largest values, so the smallest weight.

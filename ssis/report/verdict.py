@@ -9,7 +9,7 @@ time both models' AP is computed on the same drawn images (a *paired bootstrap*)
 these two models, not what another seed would give.
 
 Then, stage by stage, whether filter, SAM and category classifier made the pseudo-labels
-better or worse, measured on unlabeled images whose truth is hidden from training
+better or worse, measured on unlabeled images whose ground truth is hidden from training
 (`ssis/report/audit.py`), or else on the validation images (`ssis/calibration.py`).
 
 Read next: `ssis/report/page.py`, where it stands at the top.
@@ -33,7 +33,7 @@ NOTABLE = 0.02
 
 
 def evaluated(ground_truth: COCO, results: list[dict]) -> COCOeval:
-    """The matches of a model's masks with the truth, of all sizes.
+    """The matches of a model's masks with the ground truth, of all sizes.
 
     Args:
         ground_truth: of `Dataset.coco`.
@@ -133,7 +133,7 @@ def stages(audit: dict | None, calibration: dict | None) -> list[str]:
     """What each stage made of the pseudo-labels, a sentence each.
 
     Args:
-        audit: stage -> numbers, of `audit.measure`, or None without hidden truth.
+        audit: stage -> numbers, of `audit.measure`, or None without.
         calibration: the last of `calibration.calibrate`, or None.
     """
     lines = []

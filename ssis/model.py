@@ -382,11 +382,7 @@ def build_small(num_classes: int, min_size: int, max_size: int) -> MaskRCNN:
 
 
 def light_heads(
-    backbone: nn.Module,
-    num_classes: int,
-    anchors: tuple[int, ...],
-    canonical: int = 224,
-    **settings,
+    backbone: nn.Module, num_classes: int, anchors: tuple[int, ...], **settings
 ) -> MaskRCNN:
     """RPN and heads of a fraction of torchvision's size, on a given backbone.
 
@@ -394,7 +390,6 @@ def light_heads(
         backbone: with 64 channels on its levels, "0" of stride 4, "1" of 8, and so on.
         num_classes: C + 1.
         anchors: a size for each level, and for the one that the FPN's max-pool adds.
-        canonical: side of a box that is pooled from stride 16, pixels.
         settings: further ones of torchvision's Mask R-CNN.
     """
     levels = [str(k) for k in range(len(anchors) - 1)]
@@ -420,12 +415,12 @@ def light_heads(
         box_batch_size_per_image=32,
         # 7 x 7 cells of 64 channels into two layers of 256 (torchvision: 1024), and
         # from these C + 1 logits and a box for each class.
-        box_roi_pool=MultiScaleRoIAlign(levels, 7, 1, canonical_scale=canonical),
+        box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=1),
         box_head=TwoMLPHead(64 * 7 * 7, 256),
         box_predictor=FastRCNNPredictor(256, num_classes),
         # 14 x 14 cells through two convolutions of 64 channels (torchvision: four of
         # 256), doubled by a transposed one: 28 x 28 pixels for each class.
-        mask_roi_pool=MultiScaleRoIAlign(levels, 14, 1, canonical_scale=canonical),
+        mask_roi_pool=MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=1),
         mask_head=mask_rcnn.MaskRCNNHeads(64, (64, 64), 1),
         mask_predictor=mask_rcnn.MaskRCNNPredictor(64, 64, num_classes),
     )
@@ -483,9 +478,6 @@ def build_timm(
         TimmFPN(body),
         num_classes,
         anchors,
-        # 224 at a short side of 800; in a photograph of 160 to 240 pixels nearly all
-        # boxes would be pooled from stride 4, where ImageNet's features say least.
-        canonical=96,
         min_size=min_size,
         max_size=max_size,
         image_mean=mean,

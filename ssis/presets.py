@@ -89,20 +89,15 @@ PHOTOS = dict(
     model="timm",
     backbone_weights="imagenet",
     backbone_lr_factor=0.2,
-    short_side_min=160,
+    short_side_min=128,
     short_side=160,
     long_side=240,
-    # Large-scale jitter: an image that fits into the crop is scaled by half to one and
-    # a half.
-    crop_height=192,
-    crop_width=192,
-    scale_min=0.5,
-    scale_max=1.5,
-    pretrain_steps=400,
+    pretrain_steps=500,
     burnin_steps=50,
-    mutual_steps=350,
-    labeled_batch=4,
-    unlabeled_batch=4,
+    mutual_steps=400,
+    # Smaller steps, and half of the weight, for what the teacher may have wrong.
+    lr_after=0.3,
+    unsup_weight=0.5,
     sam="vit_b",
     eval_every=100,
 )

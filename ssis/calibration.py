@@ -7,10 +7,10 @@ may outline animals better than a teacher does, and blood cells worse; a categor
 classifier is a help on one dataset and harm on another. All three can be measured
 before the student is taught: on the *validation images*, whose ground truth is known
 and which no model is trained on. (The labeled images will not do: the teacher knows
-them by heart, and is right on nearly all of them.) With `--filter calibrated` the teacher
-labels the validation images as it labels unlabeled ones, and every instance that it
-predicts is compared with the ground truth. It is *found* if its box lies on an instance
-(IoU >= 0.5, `data.match`), and *right* if it also has that instance's class.
+them by heart, and is right on nearly all of them.) With `--filter calibrated` the
+teacher labels the validation images as it labels unlabeled ones, and every instance
+that it predicts is compared with the ground truth. It is *found* if its box lies on an
+instance (IoU >= 0.5, `data.match`), and *right* if it also has that instance's class.
 
 *Thresholds of the class quality.* The precision at a threshold is the fraction of the
 predictions above it that are right. Few validation images give rough fractions, so

@@ -244,8 +244,8 @@ def calibration(summary: dict) -> str:
         "<h2>Calibration on the validation images</h2>"
         + table(head, rows)
         + "<p class=\"note\">refined iou: of SAM's masks where the teacher's have mask "
-        "iou, both with the ground truth. Disagreements: of the category classifier with the "
-        "teacher, on found instances. Gate and trust are what was set.</p>"
+        "iou, both with the ground truth. Disagreements: of the category classifier "
+        "with the teacher, on found instances. Gate and trust are what was set.</p>"
     )
 
 

@@ -60,7 +60,7 @@ LEARNT = """## What was learned
 * **Classes are what is lost, more than masks.** With right classes on Guided Distillation's
   pseudo-labels its AP would be {ladder[oracle: classes]}, with right masks
   {ladder[oracle: masks]}, with both {ladder[oracle: both]}. Each part alone on top of Guided
-  Distillation: category correction {correction} (by its rule of before, see below), refinement
+  Distillation: category correction {ladder[+ category correction]}, refinement
   {ladder[+ refinement by SAM]}, copy-paste {ladder[+ copy-paste]}, structural distillation
   {ladder[+ structural distillation]}, adaptive filter {ladder[+ adaptive filter]}, pixel
   uncertainty {ladder[+ pixel uncertainty]}. The last three are within the noise of two runs (2
@@ -302,10 +302,7 @@ def facts() -> dict:
     signs_gap, signs_seeds = closed("signs", "supervised", "full", "all labels")
     run = json.loads((HERE / "results" / "default-run.json").read_text())
     first, last = (f"{run['mask_ap'][who]:.1f}" for who in ("pretrained", "teacher"))
-    before = json.loads((HERE / "results" / "ladder-before.json").read_text())
-    alone = [final(r) for r in before if r["row"] == "+ category correction"]
     return known | dict(
-        correction=f"{statistics.mean(alone):.1f}",
         gap=gap,
         gap_seeds=gap_seeds,
         signs_gap=signs_gap,

@@ -75,7 +75,9 @@ def resampled_ap(matches: COCOeval, rows: np.ndarray) -> float:
     with contextlib.redirect_stdout(io.StringIO()):
         drawn.accumulate()
     precision = drawn.eval["precision"]
-    return 100 * float(precision[precision > -1].mean())
+    known = precision[precision > -1]
+    # A draw may have no instance at all.
+    return 100 * float(known.mean()) if known.size else float("nan")
 
 
 def paired_interval(
@@ -91,17 +93,16 @@ def paired_interval(
     Returns:
         Its ends, in percent; None for a dataset so large that it would take minutes.
     """
-    both = evaluated(ground_truth, before), evaluated(ground_truth, after)
-    images = len(both[0].params.imgIds)
-    if images * len(both[0].params.catIds) > LARGE:
+    images = len(ground_truth.getImgIds())
+    if images * len(ground_truth.getCatIds()) > LARGE:
         return None
+    both = evaluated(ground_truth, before), evaluated(ground_truth, after)
     random = np.random.default_rng(seed)
     gains = []
     for _ in range(DRAWS):
         rows = random.integers(images, size=images)
         old, new = (resampled_ap(matches, rows) for matches in both)
         gains.append(new - old)
-    # A draw may have no instance at all.
     low, high = np.nanpercentile(gains, [2.5, 97.5])
     return round(float(low), 2), round(float(high), 2)
 

@@ -81,8 +81,10 @@ def assert_same_end(folder, other) -> None:
     one, two = (checkpoint.load(f / "checkpoint.pt") for f in (folder, other))
     for key in ("step", "student", "teacher", "optimizer", "schedule", "random", "results"):
         assert same(one[key], two[key]), f"{key} differs"
-    summaries = [json.loads((f / "summary.json").read_text()) for f in (folder, other)]
-    assert summaries[0]["mask_ap"] == summaries[1]["mask_ap"]
+    ends = [json.loads((f / "summary.json").read_text())["mask_ap"] for f in (folder, other)]
+    # Not the best model: a run that is stopped at an evaluation goes on without it.
+    for who in ("pretrained", "student", "teacher"):
+        assert ends[0][who] == ends[1][who]
 
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

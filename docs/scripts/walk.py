@@ -51,7 +51,7 @@ import walk_pictures as pictures
 from walk_pictures import table
 
 import train
-from ssis import augment, config, copy_paste, correction, data, filters, losses, refine
+from ssis import augment, calibration, config, copy_paste, correction, data, filters, losses, refine
 from ssis.datasets import parts, split
 from ssis.engine import loader, resume
 from ssis.engine.build import build
@@ -118,7 +118,7 @@ if not first_teacher:
 
 # %%
 parts.prepare(settings)
-train_set, _, _ = parts.open_parts(settings)
+train_set, val_set, _ = parts.open_parts(settings)
 settings.run_folder.mkdir(parents=True, exist_ok=True)
 labeled, unlabeled = split.split(train_set, settings, settings.run_folder / "labeled.json")
 streams = data.make_streams(
@@ -126,7 +126,8 @@ streams = data.make_streams(
 )
 
 device = torch.device("cpu")
-student, labeler, structure, optimizer, schedule, scaler = build(settings, train_set, 0, 1, device)
+made = build(settings, train_set, 0, 1, device, val_set)
+student, labeler, structure, optimizer, schedule, scaler = made
 teacher, thresholds, classifier, embeddings, *_ = labeler
 learning = dict(optimizer=optimizer, schedule=schedule, scaler=scaler)
 state = dict(student=student, **labeler._asdict(), **learning)
@@ -858,6 +859,84 @@ pictures.show(figure, "9-ground-truth", "Pseudo-labels before and after, beside 
 # class: nothing in the chain doubts it enough, for its c passes a threshold that starts low, and
 # the gate that refuses SAM's mask keeps the teacher's. One image proves nothing; docs/results.md
 # has the averages.
+#
+# ## 16. What the validation images would have said
+#
+# The thresholds of section 3 follow class frequencies, the gate is 0.5, and the category classifier
+# starts with half of the say: all three are guesses. With `--filter calibrated`, which is this
+# project's and not the papers', they are measured instead: the same teacher, SAM and category
+# classifier look at validation images, whose ground truth is known.
+#
+# *Thresholds.* Of the predictions whose class quality reaches T, R are right. To N real predictions
+# κ = 10 imagined ones are added, so that a handful of images decides little:
+#
+# $$\pi_k(T) = \frac{R_k(T) + \kappa \pi(T)}{N_k(T) + \kappa}, \qquad
+#   \pi(T) = \frac{R(T) + \kappa T}{N(T) + \kappa}, \qquad
+#   T_k = \min \{T : \pi_k(T) \ge \pi^*\}$$
+#
+# ssis Eq. (precision)
+
+# %%
+stream = data.Stream(val_set, list(range(len(val_set))), settings.view_size, 2, True)
+looked = [stream[k] for k in range(min(40, len(val_set)))]
+seen, images, instances = calibration.look(labeler, looked, settings)
+right, quality = seen.labels == seen.true_labels, seen.class_quality
+pi = calibration.precision(quality, right, calibration.TRIED)
+
+# By hand, at some of the thresholds that are tried.
+rows = []
+for k in range(0, len(calibration.TRIED), 15):
+    threshold = calibration.TRIED[k].item()
+    above = quality >= calibration.TRIED[k]
+    n, r = above.sum().item(), (above & right).sum().item()
+    by_hand = (r + 10 * threshold) / (n + 10)
+    assert abs(by_hand - pi[k].item()) < 1e-5
+    rows.append((threshold, n, r, by_hand))
+print(f"{len(seen)} predictions on {images} images, which have {instances} instances")
+table("T  N  R  (R + 10 T) / (N + 10)", rows)
+
+# %%
+measured = calibration.class_thresholds(seen, len(names), settings.target_precision)
+table(
+    "class  predicted  right  T_k measured  T_k of section 3",
+    [
+        (
+            name,
+            (seen.labels == k + 1).sum().item(),
+            (right & (seen.labels == k + 1)).sum().item(),
+            measured[k],
+            start[k],
+        )
+        for k, name in enumerate(names)
+    ],
+)
+
+# %% [markdown]
+# *Gate and trust*, over what passes these thresholds: what a gate would gain in mask IoU, and how
+# many classes are right with each weight of the category classifier.
+#
+# $$G(g) = \frac{1}{N} \sum_{n : a_n \ge g}
+#   (\mathrm{IoU}^{SAM}_n - \mathrm{IoU}^T_n)$$
+#
+# ssis Eq. (gate)
+#
+# $$w_{\mathrm{burn}} = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 0.5\}} \;
+#   |\{n : \mathrm{argmax}_k \, p_k(w) = y_n\}|$$
+#
+# ssis Eq. (trust)
+
+# %%
+passed = seen[seen.class_quality >= measured[seen.labels - 1]]
+gain = passed.refined_iou - passed.mask_iou
+rows = [(g, (gain * (passed.agreement >= g)).sum().item() / max(1, len(gain)))
+        for g in (0.0, 0.25, 0.5, 0.75, 0.9)]  # fmt: skip
+table("g  G(g)", rows)
+gate, trust = calibration.best_gate(passed), calibration.best_trust(passed)
+print(f"gate {gate:.2f}" if gate < calibration.OFF else "SAM is not asked", f"; w_burn {trust:.1f}")
+
+# %% [markdown]
+# *In this run* compare the two columns of thresholds: where the teacher is right more often than
+# the frequency of the class suggests, the measured one is lower, and the other way round.
 #
 # ## What to do with it
 #

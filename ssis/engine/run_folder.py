@@ -205,8 +205,6 @@ def summary(config: Config, results: dict, counts: dict, test_set, seconds: floa
             "end": results.get("audit_stages"),
         },
         calibration=results.get("calibration"),
-        # Which model best.pt is.
-        best=results.get("chosen"),
         details={who: results[who] for who in MODELS if who in results},
     )
 

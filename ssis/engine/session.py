@@ -104,8 +104,8 @@ class Session:
         self.done, self.results, self.earlier = 0, {}, 0.0
         self.began, self.table = time.monotonic(), {}
         self.stopped = self.evaluation_due = False
-        # The first teacher's detections, if this call has made them.
-        self.first_found = None
+        # The first teacher's detections, if this call has made them; what best.pt is.
+        self.first_found = self.chosen = None
         # Closed before an error is printed: it must not stand behind a progress bar.
         self.loop = held.enter_context(contextlib.ExitStack())
 
@@ -126,9 +126,11 @@ class Session:
             )
             self.done, self.results = saved["step"], saved["results"]
             self.earlier = saved["seconds"]
-            if first_teacher:
-                # best.pt is in the other run's folder.
-                self.results.pop("chosen", None)
+            # Which model best.pt is, says that file, where it is this run's.
+            best = self.folder / "best.pt"
+            if not first_teacher and best.exists():
+                with contextlib.suppress(UserError):
+                    self.chosen = checkpoint.load(best)["chosen"]
         # Now that the step is known: metrics and batches go on from there.
         path = self.folder / "metrics.jsonl"
         self.metrics = run_folder.Metrics(
@@ -272,8 +274,7 @@ class Session:
     def test(self, name: str, net) -> list[dict]:
         """AP of a model on the test part, once; returns its detections."""
         if name == "pretrained":
-            if "chosen" not in self.results:
-                self.candidate(name, net)
+            self.candidate(name, net)
             if name in self.results:
                 return []
         self.results[name], detections = self.ap(net, self.test_set)
@@ -293,12 +294,14 @@ class Session:
             net: the model.
         """
         ap = self.ap(net, self.val_set)[0]["mask"]["AP"]
-        best = self.results.get("chosen")
+        best = self.chosen
         if ap is not None and (best is None or ap > best["val_mask_ap"]):
-            self.results["chosen"] = dict(who=who, step=self.done, val_mask_ap=ap)
+            self.chosen = dict(who=who, step=self.done, val_mask_ap=ap)
             state = resume.model_alone(
                 net, self.config, self.train_set.names, self.done
             )
+            # The file says itself what it is: the next checkpoint may come much later.
+            state["chosen"] = self.chosen
             distributed.from_main(checkpoint.save, self.folder / "best.pt", state)
         return ap
 
@@ -377,7 +380,7 @@ class Session:
         summary = run_folder.summary(
             self.config, self.results, self.counts, self.test_set, self.seconds()
         )
-        summary["val_mask_ap"] = at_the_end
+        summary["val_mask_ap"], summary["best"] = at_the_end, self.chosen
         summary["test_is_validation"] = self.test_set.source == self.val_set.source
         if self.rank == 0:
             if teacher:
@@ -391,12 +394,10 @@ class Session:
 
     def test_best(self) -> None:
         """AP on the test part of the model that was best on the validation part."""
-        chosen = self.results.get("chosen")
-        if chosen is None:
-            return
-        if chosen["step"] == self.total or chosen["who"] == "pretrained":
+        chosen = self.chosen
+        if chosen and (chosen["step"] == self.total or chosen["who"] == "pretrained"):
             self.results["best"] = self.results[chosen["who"]]
-        else:
+        elif chosen:
             self.test("best", self.load("best.pt"))
 
     def others(self) -> list[tuple]:

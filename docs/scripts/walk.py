@@ -935,8 +935,12 @@ gate, trust = calibration.best_gate(passed), calibration.best_trust(passed)
 print(f"gate {gate:.2f}" if gate < calibration.OFF else "SAM is not asked", f"; w_burn {trust:.1f}")
 
 # %% [markdown]
-# *In this run* compare the two columns of thresholds: where the teacher is right more often than
-# the frequency of the class suggests, the measured one is lower, and the other way round.
+# *In this run* no threshold makes nine of ten predictions right: the teacher is sure of its wrong
+# classes, so all classes get the highest one tried, and next to nothing would be kept. Here classes
+# must be corrected, not filtered, and SAM and the category classifier are what does it: SAM's masks
+# are better than the teacher's wherever they agree by half or more, and the category classifier
+# earns the largest weight. So the built-in data keep PL-DC's thresholds; where a teacher's scores
+# mean more, measured ones can be lower than any guess.
 #
 # ## What to do with it
 #

@@ -462,7 +462,7 @@ def build_timm(
         name: of the backbone, as timm has it.
         weights: "none", "imagenet" (timm's own), or the path of a state dict with
             timm's names.
-        fetch: as for `build_resnet50`.
+        trained_stages, fetch: as for `build_resnet50`.
 
     Raises:
         UserError: no timm, no such backbone, or weights that do not fit.
@@ -553,9 +553,10 @@ def build(
         kind: "small", "resnet50" or "timm".
         num_classes: C + 1.
         short_side, long_side: sides of an image in evaluation, pixels.
-        weights, trained_stages, fetch: of `build_resnet50` and `build_timm`; the small
-            model has random weights, and all of it learns.
+        weights, trained_stages: of `build_resnet50` and `build_timm`; the small model
+            has random weights, and all of it learns.
         backbone: name of the timm backbone.
+        fetch: of `build_resnet50` and `build_timm`.
 
     Raises:
         ValueError: another kind.

@@ -50,6 +50,7 @@ Needs torch and torchvision. Labels count from 1: CLASSES[label - 1].
 from pathlib import Path
 
 import torch
+from torch import nn
 from torchvision.models import resnet
 from torchvision.models.detection import MaskRCNN, mask_rcnn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -119,7 +120,9 @@ def program(config, names: list[str], title: str, no_epsilon: bool) -> str:
         num_classes=len(names) + 1,
         short_side=config.short_side,
         long_side=config.long_side,
-        builder=inspect.getsource(model.build_small),
+        builder="\n\n".join(
+            inspect.getsource(part) for part in (model.build_small, model.light_heads)
+        ),
         norms=NO_EPSILON if no_epsilon else "",
     )
 
@@ -231,6 +234,11 @@ def run(argv: list[str] | None) -> None:
     if args.onnx and not importlib.util.find_spec("onnx"):
         raise UserError("--onnx: needs a further package; pip install onnx")
     net, config, names, who = resume.load_model(args.checkpoint, args.who)
+    if config.model == "timm":
+        raise UserError(
+            f"{args.checkpoint}: has a backbone of timm, which torchvision does not; "
+            "use python -m ssis predict, or train --model small or resnet50"
+        )
     title = f"The {who} of {args.checkpoint.name}, {MARK}"
     no_epsilon = config.model == "resnet50" and config.backbone_weights == "coco"
     target = args.out / "model.py"

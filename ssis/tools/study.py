@@ -56,9 +56,9 @@ class Study:
         text: what the table shows and how it is to be read.
         rows: name of a row -> its flags of train.py.
         seeds: each row is run once with each.
-        once: rows that are run with the first seed alone.
         common: flags of all rows.
         data: whether the dataset's folder must be given (`--data`).
+        once: rows that are run with the first seed alone.
     """
 
     title: str

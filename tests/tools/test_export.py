@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ssis import UserError, config, model
+from ssis.engine import resume
 from ssis.io import checkpoint
 from ssis.tools import export
 
@@ -143,3 +144,15 @@ def test_a_file_of_somebody_else_is_not_overwritten(exported, tmp_path):
         export.run([str(exported[0].parent / "checkpoint.pt"), "--out", str(tmp_path)])
     assert (tmp_path / "model.py").read_text() == "# mine"
     export.run([str(exported[0].parent / "checkpoint.pt"), "--out", str(exported[0])])
+
+
+def test_a_backbone_of_timm_is_refused_in_one_line(tmp_path):
+    pytest.importorskip("timm")
+    settings = config.parse(["--model", "timm", "--method", "supervised"])
+    sides = (settings.short_side, settings.long_side)
+    net = model.build("timm", 3, *sides, backbone=settings.backbone)
+    state = resume.model_alone(net, settings, ["cat", "dog"], 0)
+    checkpoint.save(tmp_path / "best.pt", state)
+    with pytest.raises(UserError, match="has a backbone of timm, which torchvision does not"):
+        export.run([str(tmp_path / "best.pt"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ssis import augment, calibration, copy_paste, correction, distributed, filters
 from ssis import losses, model, refine, sam_distill
 from ssis.config import Config, parse
-from ssis.engine.build import Labeler, autocast, build, model_of
+from ssis.engine.build import Labeler, build, model_of
 from ssis.engine.guard import Guard
 from ssis.engine.session import open_session
 from ssis.report import audit
@@ -143,17 +143,17 @@ def train_step(
 
     images = [item["image"].to(device) for item in labeled]
     targets = [{k: v.to(device) for k, v in item["target"].items()} for item in labeled]
-    # Pasting between labeled images is this project's option; S4M pastes unlabeled ones.
-    if config.pastes_labeled:
-        images, targets = copy_paste.arp(images, targets, seed=labeled[0]["seed"], **config.pasting)
-    # By default the labeled images get the strong view too, so that no gain over supervised
-    # training is that of the augmentation. PL-DC trains on both views of them.
+    # Our option; S4M pastes unlabeled ones. Its distillation needs the images as SAM saw them.
+    if config.pastes_labeled and (both or not structure):
+        images, targets = copy_paste.arp(images, targets, **config.pasting(labeled[0]["seed"]))
+    # Labeled images get the strong view too, or the augmentation would pass for a gain of the
+    # unlabeled ones. PL-DC trains on both views of them.
     if config.labeled_view != "weak":
         strong = augment.strong_views(images, labeled, config.strong_erasing)
         images = strong if config.labeled_view == "strong" else images + strong
     views = len(images) // len(labeled)
     # Mixed precision covers the forward pass alone; a gradient has the type of its forward pass.
-    with autocast(config, device):
+    with model.autocast(config, device):
         loss_s, counts, features = student(images, targets * views, config.no_object_labeled)
     # GD Eq. (total): the labeled part.
     objective = losses.total(loss_s, counts, distributed.all_sum(counts), distributed.world_size())
@@ -207,12 +207,12 @@ def unlabeled_pass(
     #    sure. Or it is trained as background (GD, S4M), as what is missing in the others is.
     chosen = [i for i, p in enumerate(pseudo) if len(p) or config.empty_images == "background"]
     # PL-DC Eq. (PMUA): the doubtful edge of a mask is taught less than its inside.
-    targets = [pseudo[i].target(config.uncertainty, config.refine_calibrate) for i in chosen]
+    agreement = config.refine_calibrate and labeler.calibration.gate < calibration.OFF
+    targets = [pseudo[i].target(config.uncertainty, agreement) for i in chosen]
     images, items = [weak[i] for i in chosen], [unlabeled[i] for i in chosen]
     # 3. S4M: instances are pasted from image to image, before the strong view distorts all alike.
     if config.arp in ("unlabeled", "both"):
-        pasting = dict(config.pasting, seed=unlabeled[0]["seed"])
-        images, targets = copy_paste.arp(images, targets, **pasting)
+        images, targets = copy_paste.arp(images, targets, **config.pasting(unlabeled[0]["seed"]))
     if config.ignore_uncertain:
         # Ours: what the filter dropped may be an instance all the same, or none.
         targets = [dict(t, uncertain=doubtful[i]) for t, i in zip(targets, chosen, strict=True)]
@@ -222,7 +222,7 @@ def unlabeled_pass(
     # Not through DDP's wrapper: a process with no pseudo-label skips this pass, so nothing in
     # it may wait for the others. All take part in the sum of the counts.
     if chosen:
-        with autocast(config, device):
+        with model.autocast(config, device):
             loss_u, counts, _ = net(strong, targets, config.no_object_unlabeled)
     total_counts = distributed.all_sum(counts)
     if chosen:
@@ -256,7 +256,7 @@ def pseudo_labels(
     """
     # What is of no use is not predicted, unless the audit asks: a mask is H x W floats.
     lowest = min(config.lowest_score, min_score)
-    with autocast(config, weak[0].device):
+    with model.autocast(config, weak[0].device):
         predicted = predict(labeler.teacher, weak, lowest, config.two_views)
     # PL-DC, instance level: class and mask quality decide what is kept. A wrong pseudo-label
     # teaches a mistake, which the student hands back to the teacher.

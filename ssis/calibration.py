@@ -15,9 +15,9 @@ instance (IoU >= 0.5, `data.match`), and *right* if it also has that instance's 
 *Thresholds of the class quality.* The precision at a threshold is the fraction of the
 predictions above it that are right. Few validation images give rough fractions, so
 imagined predictions are added: for all classes together κ of them, right with
-probability T, as if the class quality could be believed; for each class κ more, as the
-classes together have them. Each class gets the lowest threshold that reaches the
-precision asked for, `--target-precision`:
+probability T, as if the class quality could be believed; for each class κ more, right
+with probability π(T). Each class gets the lowest threshold that reaches the precision
+asked for, `--target-precision`:
 
 $$\pi_k(T) = \frac{R_k(T) + \kappa \pi(T)}{N_k(T) + \kappa}, \qquad
   \pi(T) = \frac{R(T) + \kappa T}{N(T) + \kappa}, \qquad
@@ -49,9 +49,10 @@ $$w_{\mathrm{burn}} = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 0.5\}} \;
 the weight with which most of the found instances that pass the thresholds get their
 true class y_n, the smaller of two that are equal; at 0 the correction is off.
 
-Measured when the first teacher is ready, when the burn-in ends, and with each
-evaluation after that, since the teacher changes. What was measured is printed, and in
-the report.
+Measured when the first teacher is ready, when the burn-in ends, and after each
+evaluation but the last, since the teacher changes. What was measured is printed, and in
+the report. Where the validation part is also the test part, the test's ground truth
+decides what is kept: the run then says so.
 
 Chain: 12 of 18. Read next: `ssis/losses.py`, what the student learns from all this.
 """
@@ -64,6 +65,7 @@ from torch import Tensor
 
 from ssis import data, distributed, refine
 from ssis.filters import LOWEST, area
+from ssis.model import autocast
 from ssis.teacher import predict
 
 # kappa: how many imagined predictions the measured ones have to outweigh.
@@ -149,7 +151,8 @@ def look(labeler, items: Iterable[dict], config) -> tuple[Instances, int, int]:
     parts, images, instances = [], 0, 0
     for item in items:
         image, target = item["image"].to(device), item["target"]
-        predicted = predict(labeler.teacher, [image], LOWEST, config.two_views)[0]
+        with autocast(config, device):
+            predicted = predict(labeler.teacher, [image], LOWEST, config.two_views)[0]
         predicted = refined = predicted[area(predicted) > config.min_area]
         if config.refine != "none":
             # Without a gate, and uncalibrated: SAM's masks as they are.

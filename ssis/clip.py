@@ -46,7 +46,6 @@ Differences from the released code:
   has whole prompts, and `TEMPLATES` are for bare class names.
 
 Chain: 11 of 18. Read next: `ssis/calibration.py`, which measures all of these.
-
 """
 
 import json

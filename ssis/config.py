@@ -137,7 +137,8 @@ class Config:
     )
     labeled: str = setting(
         "5%",
-        "labeled part of train_json: a fraction (5%), a number (64), or a split's JSON",
+        "labeled part of train_json: a fraction (5%), a number (64), annotated (all "
+        "that have an annotation), or a split's JSON",
     )
     unlabeled_includes_labeled: bool = setting(
         False,
@@ -524,7 +525,7 @@ class Config:
     arp: str = setting(
         "unlabeled",
         "paste instances between images: of pseudo-labeled ones (S4M), of labeled ones "
-        "in every stage, or of both",
+        "(with S4M's distillation after pretraining alone), or of both",
         choices=("none", "unlabeled", "labeled", "both"),
         scope=LATER,
         part=True,
@@ -560,7 +561,8 @@ class Config:
     )
     sam_memory_gb: float = setting(
         2.0,
-        "embeddings kept in memory by all processes; official SAM: 2 MB each",
+        "embeddings kept in memory by all processes; official SAM: 2 MB each "
+        "(calibrated: up to 200 validation images' beside them)",
         valid=">= 0",
         scope=PLACE,
     )
@@ -629,13 +631,16 @@ class Config:
     @property
     def lowest_score(self) -> float:
         """Class score under which a prediction is of no use to the training."""
-        if self.filter == "calibrated" or self.ignore_uncertain:
+        if self.filter == "calibrated":
             return filters.LOWEST
-        return self.tau_min if self.filter in filters.ADAPTIVE else self.tau_class
+        kept = self.tau_min if self.filter in filters.ADAPTIVE else self.tau_class
+        # Two views: what one of them is less sure of may pass in the mean.
+        more = self.ignore_uncertain or self.two_views
+        return min(kept, filters.LOWEST) if more else kept
 
     @property
     def pastes_labeled(self) -> bool:
-        """Whether instances are pasted between labeled images, in every stage."""
+        """Whether instances are pasted between labeled images."""
         return self.arp in ("labeled", "both")
 
     @property
@@ -648,11 +653,10 @@ class Config:
             and not self.sam_checkpoint
         )
 
-    @property
-    def pasting(self) -> dict:
-        """How `copy_paste.arp` pastes, its keyword arguments but the seed."""
-        crop = (self.crop_height, self.crop_width)
-        return dict(min_area=self.arp_min_area, jitter=self.arp_jitter, crop=crop)
+    def pasting(self, seed: int) -> dict:
+        """How `copy_paste.arp` pastes: its keyword arguments."""
+        size = dict(min_area=self.arp_min_area, jitter=self.arp_jitter)
+        return dict(size, seed=seed, crop=(self.crop_height, self.crop_width))
 
     @property
     def view_size(self) -> ViewSize:
@@ -740,6 +744,11 @@ class Config:
             raise UserError(
                 "--burnin-steps 0 --burnin-init fresh: the teacher would become a copy "
                 "of an untrained student; give burn-in steps, or --burnin-init teacher"
+            )
+        if self.labeled == "annotated" and self.oracle != "none":
+            raise UserError(
+                f"--labeled annotated --oracle {self.oracle}: the other images have no "
+                "ground truth; give --labeled a fraction of annotated images"
             )
         if self.two_views and not self.flip:
             raise UserError(
@@ -908,9 +917,7 @@ def completed(saved: dict) -> dict:
     # Until the mask quality got a range of its own, it had that of the class quality.
     for end in ("min", "max"):
         absent[f"tau_mask_{end}"] = saved.get(f"tau_{end}", absent[f"tau_{end}"])
-    record = GONE | absent | saved
-    # What the first teacher depends on: of `arp`, only this.
-    return record | dict(pastes_labeled=record["arp"] in ("labeled", "both"))
+    return GONE | absent | saved
 
 
 def from_saved(saved: dict) -> Config:
@@ -931,6 +938,13 @@ def differences(
     """
     ignored = not_in_result() if ignored is None else ignored
     now, before = completed(dataclasses.asdict(config)), completed(saved)
+    # Of `arp` a first teacher depends on this alone.
+    pasted = {
+        r["arp"] in ("labeled", "both") and not r["structure_weight"]
+        for r in (now, before)
+    }
+    if len(pasted) > 1:
+        ignored = ignored - {"arp"}
     return [
         f"{flag(name)} was {before[name]}, is {value}"
         for name, value in now.items()

@@ -268,8 +268,8 @@ def make_streams(
         oracle: "none", or what the ground truth replaces in the pseudo-labels.
         repeat_threshold: of `repeat_factors`, for the labeled images after pretraining;
             0: all alike.
-        audited: False where an unlabeled image without annotations is not one without
-            instances.
+        audited: False: images without annotations may have instances, so they are not
+            audited.
 
     Returns:
         The streams. The audit's is over those unlabeled images whose ground truth

@@ -94,6 +94,12 @@ from ssis.io import timm_backbone
 from ssis.io.backbone_weights import load_matching, read_weights
 
 
+def autocast(config, device: torch.device) -> torch.autocast:
+    """Mixed precision, where `--amp` asks for it."""
+    dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=config.amp != "off")
+
+
 class CountingSampler(BalancedPositiveNegativeSampler):
     """torchvision's sampler of foreground and background, which counts what it draws.
 
@@ -175,7 +181,7 @@ class WeightedRPN(RegionProposalNetwork):
     no_object = 1.0
 
     def assign_targets_to_anchors(self, anchors, targets):
-        """torchvision's, but that a target's `uncertain` boxes are left out."""
+        """torchvision's, except that a target's `uncertain` boxes are left out."""
         labels, boxes = super().assign_targets_to_anchors(anchors, targets)
         uncertain = [target.get("uncertain", ()) for target in targets]
         iou = self.proposal_matcher.low_threshold
@@ -219,7 +225,7 @@ class WeightedRoIHeads(RoIHeads):
         return super().select_training_samples(proposals, targets)
 
     def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels):
-        """torchvision's, but that a target's `uncertain` boxes are left out."""
+        """torchvision's, except that a target's `uncertain` boxes are left out."""
         matched, labels = super().assign_targets_to_proposals(
             proposals, gt_boxes, gt_labels
         )

@@ -57,6 +57,8 @@ from ssis.model import MaskRCNN
 
 # Cells on a side of the feature map that is kept of each instance.
 CELLS = 7
+# Overlap in non-maximum suppression: torchvision's.
+NMS_IOU = 0.5
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
@@ -409,9 +411,10 @@ def agree(one: PseudoLabels, two: PseudoLabels, min_score: float) -> PseudoLabel
         masks=soft > 0.5,
         distribution=distribution,
     )
-    # Best first, as everywhere.
-    order = c.argsort(descending=True)
-    return both[order[c[order] >= min_score]]
+    # Best first, as everywhere. Two candidates of one object may have the same class
+    # now: of two that overlap, the better one stays.
+    keep = batched_nms(both.boxes, c, both.labels, NMS_IOU)
+    return both[keep[c[keep] >= min_score]]
 
 
 def select_detections(

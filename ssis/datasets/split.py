@@ -77,8 +77,8 @@ def how_many(labeled: str, total: int) -> int:
         count = round(fraction * total) if fraction is not None else int(labeled)
     except (ValueError, OverflowError) as error:
         raise UserError(
-            f"--labeled {labeled}: must be a share (5%), a number of images (64) or "
-            "the path of a split's .json"
+            f"--labeled {labeled}: must be a share (5%), a number of images (64), "
+            "annotated or the path of a split's .json"
         ) from error
     if not 1 <= count <= total:
         raise UserError(

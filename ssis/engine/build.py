@@ -59,7 +59,7 @@ def build(
         config.correction, names, net.backbone.out_channels, config.prototypes,
         config.clip_model, config.descriptions, device,
     )  # fmt: skip
-    # S4M: SAM is asked about images of the training set only.
+    # S4M asks SAM about training images; the calibration about validation images too.
     embeddings = val_embeddings = structure = None
     if config.uses_sam:
         segmenter = sam.SegmentAnything(config.sam, config.sam_checkpoint, device)
@@ -70,7 +70,8 @@ def build(
             world_size,
         )
         embeddings = sam.Embeddings(segmenter, train_set, *limits)
-        val_embeddings = sam.Embeddings(segmenter, val_set, *limits)
+        if config.filter == "calibrated":
+            val_embeddings = sam.Embeddings(segmenter, val_set, *limits)
     if config.structure_weight:
         structure = sam_distill.Structure(
             embeddings, config.structure_queries, config.structure_boundary, config.seed
@@ -133,9 +134,3 @@ def model_of(config: Config) -> tuple:
     sides = (config.short_side, config.long_side)
     weights = (config.backbone_weights, config.trained_stages, config.backbone)
     return config.model, *sides, *weights
-
-
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """Mixed precision, where `--amp` asks for it."""
-    dtype = torch.float16 if config.amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=config.amp != "off")

@@ -3,7 +3,9 @@ r"""What a checkpoint holds, and how a run goes on from it.
 *Exactly*: it holds all that the next step depends on: student, teacher, optimizer,
 schedule, loss scaler, the memory of PL-DC's levels, the step (from which the data
 streams follow, see `ssis/data.py`) and the states of the random generators. On a CPU a
-resumed run ends bit-identical.
+resumed run ends bit-identical, except for best.pt: an evaluation that a stop cuts off
+is not made up, so its models are no candidates. With `--pretrained` the evaluations of
+the other run are none either.
 
 Read next: `ssis/io/checkpoint.py`, how it is written and read.
 """
@@ -108,9 +110,19 @@ def restore(
     # burn-in starts it anew.
     own = ("thresholds", "classifier", "calibration")
     for name in (*own, "optimizer", "schedule", "scaler"):
-        # A checkpoint may be older than the calibration.
-        if state[name] and name in saved and not (first_teacher and name in own):
+        older = name == "calibration" and name not in saved
+        if state[name] and not older and not (first_teacher and name in own):
             state[name].load_state_dict(saved[name])
+    if first_teacher:
+        # It holds the rate of its own run's next step, which `lr_after` may change.
+        schedule = state["schedule"]
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        pairs = zip(schedule.base_lrs, factors, strict=True)
+        schedule._last_lr = [base * factor for base, factor in pairs]
+        for group, lr in zip(
+            state["optimizer"].param_groups, schedule._last_lr, strict=True
+        ):
+            group["lr"] = lr
     for name in ("student", "teacher"):
         if saved[name] is not None:
             load_weights(state[name], saved[name], path)
@@ -138,6 +150,11 @@ def check_same_run(
             f"{path}: is of an older version, whose teacher was averaged otherwise; "
             "evaluate.py reads it, but the run cannot go on; give another --output, or "
             "--resume never to replace it"
+        )
+    if "random" not in saved:
+        raise UserError(
+            f"{path}: is a model alone, to be used, not to go on from; give the "
+            "pretrained.pt of its run"
         )
     if first_teacher and saved["step"] != saved["config"]["pretrain_steps"]:
         raise UserError(

@@ -6,8 +6,8 @@ r"""The files of a run: what it was, what happened, what came out.
     checkpoint.pt    everything needed to go on, or to evaluate; the one before it is
                      checkpoint.previous.pt
     pretrained.pt    the same at the end of pretraining; `--pretrained` takes it
-    best.pt          the model that was best on the validation part, the first teacher,
-                     student and teacher among them; to be used, not to go on from
+    best.pt          one model, of first teacher, students and teachers the best on the
+                     validation part; to be used, not to go on from
     summary.json     the result
     report.html      all of it on one page (`ssis/report/page.py`)
     *.png            pseudo-labels, predictions, curves
@@ -277,6 +277,7 @@ def table(summary: dict, folder: Path) -> str:
         lines.append(
             "this is the validation part, there is no other: settings chosen on it, "
             "and the model `best`, look better than they are"
+            + ("; so do the calibrated thresholds" if summary["calibration"] else "")
         )
     if summary.get("verdict"):
         verdict = summary["verdict"]

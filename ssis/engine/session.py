@@ -126,11 +126,11 @@ class Session:
             )
             self.done, self.results = saved["step"], saved["results"]
             self.earlier = saved["seconds"]
-            # Which model best.pt is, says that file, where it is this run's.
+            # best.pt itself says which model it is.
             best = self.folder / "best.pt"
             if not first_teacher and best.exists():
                 with contextlib.suppress(UserError):
-                    self.chosen = checkpoint.load(best)["chosen"]
+                    self.chosen = checkpoint.load(best).get("chosen")
         # Now that the step is known: metrics and batches go on from there.
         path = self.folder / "metrics.jsonl"
         self.metrics = run_folder.Metrics(
@@ -294,8 +294,11 @@ class Session:
             net: the model.
         """
         ap = self.ap(net, self.val_set)[0]["mask"]["AP"]
-        best = self.chosen
-        if ap is not None and (best is None or ap > best["val_mask_ap"]):
+        # Of two equal ones the first teacher, or else the earlier.
+        first, best, old = who == "pretrained", self.chosen, (-1, False)
+        if best:
+            old = (best["val_mask_ap"], best["who"] == "pretrained")
+        if ap is not None and (ap, first) > old:
             self.chosen = dict(who=who, step=self.done, val_mask_ap=ap)
             state = resume.model_alone(
                 net, self.config, self.train_set.names, self.done
@@ -359,7 +362,7 @@ class Session:
         if self.config.arp not in ("unlabeled", "both"):
             return None
         return lambda images, targets, seed: copy_paste.arp(
-            images, targets, seed=seed, **self.config.pasting
+            images, targets, **self.config.pasting(seed)
         )
 
     def finish(self, student, teacher, audited) -> None:
@@ -406,16 +409,27 @@ class Session:
         if found is None and (self.folder / "pretrained.pt").exists():
             # It was tested in an earlier call of this run.
             numbers, found = self.ap(self.load("pretrained.pt"), self.test_set)
-        others = [] if found is None else [("the first teacher", numbers, found)]
+        others = [] if found is None else [(verdict.FIRST, numbers, found)]
         beside = distributed.from_main(verdict.supervised_beside, self.folder)
+        net = None
         if beside:
-            numbers, found = self.ap(self.load(beside), self.test_set)
+            # What is wrong in another run's folder is no error of this one.
+            with contextlib.suppress(UserError):
+                net = self.load(beside)
+        if net:
+            numbers, found = self.ap(net, self.test_set)
             others.append((f"supervised training in {beside.parent}", numbers, found))
         return others
 
     def load(self, path):
-        """The student of a checkpoint; a name alone is one in the run's folder."""
-        net, *_ = resume.load_model(self.folder / path, "student")
+        """The student of a checkpoint; a name alone is one in the run's folder.
+
+        Raises:
+            UserError: it cannot be read, or is of other classes.
+        """
+        net, _, names, _ = resume.load_model(self.folder / path, "student")
+        if names != self.train_set.names:
+            raise UserError(f"{path}: is of other classes")
         return net.to(self.device)
 
 
@@ -428,10 +442,12 @@ def check_batches(config: Config, world_size: int) -> None:
                 f"{world_size} processes; choose a multiple"
             )
     # A pair is made within a process: without a second image nothing would be pasted.
-    labeled = ("labeled", "pretrain") if config.pretrain_batch else ("labeled",)
-    parts = dict(none=(), unlabeled=("unlabeled",), labeled=labeled)
-    parts["both"] = ("unlabeled", *labeled)
-    for part in parts[config.arp]:
+    semi = config.method != "supervised"
+    parts = ["unlabeled"] if semi and config.arp in ("unlabeled", "both") else []
+    if config.pastes_labeled:
+        parts += ["pretrain"] if config.pretrain_batch else []
+        parts += ["labeled"] if semi or not config.pretrain_batch else []
+    for part in parts:
         batch = getattr(config, f"{part}_batch")
         if batch // world_size < 2:
             raise UserError(

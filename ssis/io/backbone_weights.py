@@ -3,8 +3,6 @@ r"""Pretrained weights for torchvision models: fetched, or read from a file; che
 Read next: `ssis/model.py`, which asks for them.
 """
 
-import pickle
-
 import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights
@@ -28,8 +26,9 @@ def read_weights(weights: str) -> dict[str, Tensor]:
     }
     if weights not in known:
         try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            state = load_file(weights)
+        # Every exception: a file that is something else can fail in any way.
+        except Exception as error:
             raise UserError(
                 f"--backbone-weights {weights}: not imagenet, coco, none or a "
                 "readable state dict"
@@ -46,6 +45,16 @@ def read_weights(weights: str) -> dict[str, Tensor]:
             f"--backbone-weights {weights}: {known[weights].url} cannot be "
             "downloaded; fetch it elsewhere and pass its path, or pass none"
         ) from error
+
+
+def load_file(path: str) -> dict[str, Tensor]:
+    """The content of a state dict's file, .safetensors or PyTorch's own."""
+    if path.endswith(".safetensors"):
+        # What timm's weights are published as. Imported here: it comes with timm.
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_matching(module: nn.Module, state: dict[str, Tensor], source: str) -> None:

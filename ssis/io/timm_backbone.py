@@ -96,9 +96,14 @@ def freeze(body: nn.Module, trained_stages: int) -> nn.Module:
     if modules:
         # Layers are listed in the order in which they compute. timm's wrapper has "_"
         # for "." in the names of stages.
-        last = (f"{modules[-1]}.", f"{modules[-1].replace('.', '_')}.")
-        names = [name for name, _ in body.named_parameters()]
-        end = max(k for k, name in enumerate(names) if name.startswith(last))
-        for name in names[: end + 1]:
-            body.get_parameter(name).requires_grad_(False)
+        last = (modules[-1], modules[-1].replace(".", "_"))
+        layers = list(body.named_modules())
+        end = max(
+            k
+            for k, (name, _) in enumerate(layers)
+            if name in last or name.startswith(tuple(f"{n}." for n in last))
+        )
+        for _, layer in layers[: end + 1]:
+            for parameter in layer.parameters(recurse=False):
+                parameter.requires_grad_(False)
     return freeze_batch_norm_2d(body)

@@ -1,12 +1,12 @@
 r"""The verdict: what the unlabeled images brought, and what to change.
 
 A run ends with a sentence. It compares the final teacher with the first one, which has
-seen labeled images alone, and with a supervised run of as many steps where one lies
-beside it; both on the test images. A few hundred test images are a sample, and so the
-sentence has an interval: the images are drawn anew, with replacement, many times; each
-time both models' AP is computed on the same drawn images (a *paired bootstrap*), and
-95 % of the differences lie in the interval. It says how sure the difference is for
-these two models, not what another seed would give.
+seen labeled images alone, and with a supervised run of the same labeled images where
+one lies beside it, both on the test images. A few hundred test images are a sample, and
+so the sentence has an interval: the images are drawn anew, with replacement, many
+times; each time both models' AP is computed on the same drawn images (a *paired
+bootstrap*), and 95 % of the differences lie in the interval. It says how sure the
+difference is for these two models, not what another seed would give.
 
 Then, stage by stage, whether filter, SAM and category classifier made the pseudo-labels
 better or worse, measured on unlabeled images whose ground truth is hidden from training
@@ -24,10 +24,12 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-# How often the images are drawn; their number times that of the classes from which on
-# it would take minutes, and the interval is narrow anyway.
+# Draws. Above LARGE = images x classes they would take minutes, and the interval is
+# narrow anyway.
 DRAWS = 300
 LARGE = 20_000
+# What the final teacher is compared with in every run.
+FIRST = "the first teacher"
 # A stage changed something if a fraction moved by more than this.
 NOTABLE = 0.02
 
@@ -216,13 +218,15 @@ def supervised_beside(folder: Path) -> Path | None:
     """
     found = []
     for path in folder.parent.glob("*/summary.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             summary = json.loads(path.read_text(encoding="utf-8"))
             labeled = [
                 json.loads((place / "labeled.json").read_text(encoding="utf-8"))
                 for place in (path.parent, folder)
             ]
-            same = labeled[0]["labeled"] == labeled[1]["labeled"]
+            # The same images of the same list of images.
+            keys = ("labeled", "sha256")
+            same = all(labeled[0][key] == labeled[1][key] for key in keys)
             checkpoint = path.with_name("checkpoint.pt")
             if summary["method"] == "supervised" and same and checkpoint.exists():
                 found.append((summary["steps"], str(checkpoint)))
@@ -252,11 +256,12 @@ def verdict(config, summary: dict, now: tuple, others: list[tuple], test_set) ->
     compared = [compare(name, (n, r), now, truth) for name, n, r in others]
     ends = summary["audit_stages"]["end"]
     calibrations = summary.get("calibration") or [None]
+    gain = sum(c["gain"] for c in compared if c["name"] == FIRST)
     sentence = f"with the unlabeled images the mask AP is {ap:.1f}: "
     sentence += "; ".join(one["words"] for one in compared)
     return dict(
         sentence=sentence,
         compared=compared,
         stages=stages(ends, calibrations[-1]),
-        advice=advice(config, summary["audit"], ends, compared[0]["gain"]),
+        advice=advice(config, summary["audit"], ends, gain),
     )

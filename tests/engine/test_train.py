@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, real
-from helpers import TINY, assert_same_end, command, dataset_of, launch, same
+from helpers import TINY, assert_same_end, command, dataset_of, error_of, launch, same
 
 import evaluate
 import train
@@ -145,6 +145,63 @@ def test_a_shared_first_teacher_leads_to_the_same_end(whole, tmp_path, capsys):
     assert "minutes, the first teacher's included." in (tmp_path / "a" / "report.html").read_text()
     steps = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(steps[0])["step"] > 4
+
+
+def test_a_shared_first_teacher_has_the_next_runs_learning_rate(whole, tmp_path):
+    """`lr_after` is of what comes later: shared or made anew, the first step has it."""
+    folder, arguments, _ = whole
+    ends = []
+    for name, more in (("alone", []), ("shared", ["--pretrained", str(folder / "pretrained.pt")])):
+        given = [*arguments, "--lr-after", "0.5", *more, "--output", str(tmp_path / name)]
+        train.main(given)
+        ends.append(tmp_path / name)
+    assert_same_end(*ends)
+
+
+def test_a_model_alone_is_no_first_teacher(whole, tmp_path, capsys):
+    folder, arguments, _ = whole
+    alone = checkpoint.load(folder / "best.pt")
+    checkpoint.save(tmp_path / "best.pt", dict(alone, step=4))
+    given = [*arguments, "--pretrained", tmp_path / "best.pt", "--output", tmp_path / "a"]
+    assert "is a model alone, to be used" in error_of(capsys, train.main, given)
+
+
+def test_a_damaged_neighbor_is_no_error_of_this_run(whole, tmp_path):
+    """And a sound one of the same labeled images is in the verdict."""
+    folder, arguments, _ = whole
+    run = ["--pretrained", str(folder / "pretrained.pt"), "--mutual-steps", "1"]
+    plain = [*arguments, "--method", "supervised", "--output", str(tmp_path / "beside")]
+    train.main(plain)
+    for k in range(2):
+        train.main([*arguments, *run, "--output", str(tmp_path / str(k))])
+        verdict = json.loads((tmp_path / str(k) / "summary.json").read_text())["verdict"]
+        names = [one["name"] for one in verdict["compared"]]
+        assert names[0] == "the first teacher" and len(names) == 2 - k
+        (tmp_path / "beside" / "checkpoint.pt").write_bytes(b"damaged")
+    assert (
+        str(tmp_path / "beside")
+        in json.loads((tmp_path / "0" / "summary.json").read_text())["verdict"]["sentence"]
+    )
+
+
+def test_distillation_sees_the_images_that_sam_saw(whole, few, tmp_path, monkeypatch):
+    """Pasted into, they would have another layout: while pretraining nothing is pasted."""
+    _, arguments, _ = whole
+    arp, seen = train.copy_paste.arp, []
+
+    def spy(images, *rest, **more):
+        seen.append(len(seen))
+        return arp(images, *rest, **more)
+
+    monkeypatch.setattr(train.copy_paste, "arp", spy)
+    monkeypatch.setattr(correction, "START_VIEWS", 16)
+    short = [*arguments, "--mutual-steps", "0", "--burnin-steps", "1", "--eval-every", "99"]
+    short += ["--audit-images", "0", "--arp", "labeled", "--structure-queries", "8"]
+    for weight, pasted in (("1", 1), ("0", 5)):
+        seen.clear()
+        output = str(tmp_path / weight)
+        train.main([*short, "--structure-weight", weight, "--output", output])
+        assert len(seen) == pasted
 
 
 # Both papers, every switch on, and a teacher that finds a few things after four steps.

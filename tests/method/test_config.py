@@ -287,4 +287,28 @@ def test_a_first_teacher_depends_on_what_is_pasted_into_labeled_images():
     for arp, same in (("both", True), ("labeled", True), ("unlabeled", False), ("none", False)):
         now = config.parse(["--arp", arp])
         found = config.differences(now, saved, config.after_pretraining(now))
-        assert found == ([] if same else ["--pastes-labeled was True, is False"])
+        assert found == ([] if same else [f"--arp was labeled, is {arp}"])
+    # With S4M's distillation nothing is pasted while pretraining.
+    distilled = dict(saved, structure_weight=1.0)
+    now = "--arp none --structure-weight 1 --structure-boundary 0"
+    now = config.parse(now.split())
+    assert config.differences(now, distilled, config.after_pretraining(now)) == []
+
+
+def test_what_is_of_no_use_is_not_predicted():
+    for flags, lowest in (
+        ("--filter score --tau-class 0.7", 0.7),
+        ("--filter adaptive --tau-min 0.5", 0.5),
+        ("--filter calibrated", 0.3),
+        # What one view is less sure of may pass in the mean of two, and what the filter drops
+        # may be uncertain; a threshold below is not raised.
+        ("--filter score --tau-class 0.7 --two-views", 0.3),
+        ("--filter score --tau-class 0.7 --ignore-uncertain", 0.3),
+        ("--filter score --tau-class 0.1 --ignore-uncertain", 0.1),
+    ):
+        assert config.parse(flags.split()).lowest_score == lowest, flags
+
+
+def test_an_oracle_needs_annotated_images():
+    with pytest.raises(UserError, match="--labeled annotated --oracle class: the other images"):
+        config.parse(["--labeled", "annotated", "--oracle", "class"])

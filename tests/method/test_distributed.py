@@ -101,6 +101,12 @@ def test_copy_paste_without_a_second_image_in_a_process_is_refused():
     said = str(error.value)
     assert said.startswith("--arp unlabeled: --unlabeled-batch 12 over 12 process(es) is 1 image")
     assert "\n" not in said and "--arp none" in said
+    # Supervised training has no unlabeled batch, and one labeled one.
+    check_batches(config.parse(["--method", "supervised", "--arp", "unlabeled"]), 8)
+    one = ["--method", "supervised", "--arp", "labeled", "--labeled-batch", "8"]
+    check_batches(config.parse([*one, "--pretrain-batch", "16"]), 8)
+    with pytest.raises(UserError, match="--labeled-batch 8 over 8"):
+        check_batches(config.parse(one), 8)
     with pytest.raises(UserError, match="--labeled-batch 8 over 8"):
         check_batches(config.parse(["--arp", "both", "--unlabeled-batch", "16"]), 8)
 

@@ -34,6 +34,12 @@ def test_a_backbone_starts_from_a_file_and_its_norms_are_frozen(name, tmp_path):
     assert {n for n, _ in net.backbone.body.named_parameters() if n.startswith(below)} <= {*frozen}
     loose = timm_backbone.freeze(timm_backbone.load(name, "none")[0], 5)
     assert all(p.requires_grad for p in loose.parameters())
+    # Four of five: the stem alone is constant.
+    most = timm_backbone.freeze(timm_backbone.load(name, "none")[0], 4)
+    learn = {n for n, p in most.named_parameters() if p.requires_grad}
+    stem = "conv_stem" if "efficientnet" in name else "conv1"
+    assert any(n.startswith(below) for n in learn)
+    assert not any(n.startswith(stem) for n in learn)
     fixed = timm_backbone.freeze(timm_backbone.load(name, "none")[0], 0)
     assert not any(p.requires_grad for p in fixed.parameters())
     # No norm of the backbone learns or follows the batch; the heads have none.
@@ -116,3 +122,16 @@ def test_the_published_weights_load():
 def test_flags_that_contradict_each_other():
     with pytest.raises(UserError, match="--backbone-weights coco: is a whole resnet50"):
         config.parse(["--model", "timm", "--backbone-weights", "coco"])
+
+
+def test_weights_as_they_are_published_load(tmp_path):
+    """A .safetensors file, and one that is not."""
+    from safetensors.torch import save_file
+
+    whole = timm.create_model("resnet10t")
+    save_file(whole.state_dict(), tmp_path / "model.safetensors")
+    body, *_ = timm_backbone.load("resnet10t", str(tmp_path / "model.safetensors"))
+    assert torch.equal(body.layer1[0].conv1.weight, whole.layer1[0].conv1.weight)
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="readable state dict"):
+        timm_backbone.load("resnet10t", str(tmp_path / "broken.safetensors"))

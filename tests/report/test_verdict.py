@@ -126,19 +126,25 @@ def test_stages_and_advice():
 
 def test_a_supervised_run_beside_it_is_found(tmp_path):
     """Of the same labeled images, finished, and the longest."""
-    for name, method, steps, labeled in (
-        ("own", "full", 9, ["a"]),
-        ("other-split", "supervised", 9, ["b"]),
-        ("short", "supervised", 5, ["a"]),
-        ("long", "supervised", 9, ["a"]),
-        ("unfinished", "supervised", 99, ["a"]),
+    for name, method, steps, labeled, sha256 in (
+        ("own", "full", 9, ["a"], "1"),
+        ("other-split", "supervised", 9, ["b"], "1"),
+        ("other-images", "supervised", 99, ["a"], "2"),
+        ("short", "supervised", 5, ["a"], "1"),
+        ("long", "supervised", 9, ["a"], "1"),
+        ("unfinished", "supervised", 99, ["a"], "1"),
     ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "labeled.json").write_text(json.dumps(dict(labeled=labeled)))
+        split = dict(labeled=labeled, sha256=sha256)
+        (tmp_path / name / "labeled.json").write_text(json.dumps(split))
         (tmp_path / name / "checkpoint.pt").touch()
         if name != "unfinished":
             text = json.dumps(dict(method=method, steps=steps))
             (tmp_path / name / "summary.json").write_text(text)
+    # What is no run of ours is passed over.
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "summary.json").write_text("[]")
+    (tmp_path / "list" / "labeled.json").write_text("[]")
     found = verdict.supervised_beside(tmp_path / "own")
     assert found == tmp_path / "long" / "checkpoint.pt"
     (tmp_path / "alone").mkdir()

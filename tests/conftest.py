@@ -166,3 +166,18 @@ def write_coco(folder: Path, change=None) -> dict:
 def coco_folder(tmp_path) -> Path:
     write_coco(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Six detections an image: a teacher of four steps finds a hundred, SAM redraws all."""
+    from ssis import model
+
+    build = model.build
+
+    def build_with_few(*arguments, **more):
+        net = build(*arguments, **more)
+        net.roi_heads.detections_per_img = 6
+        return net
+
+    monkeypatch.setattr(model, "build", build_with_few)

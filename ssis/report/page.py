@@ -218,12 +218,10 @@ def verdict(summary: dict) -> str:
     given = summary.get("verdict")
     if not given:
         return ""
-    rows = given["stages"] + [f"To change: {line}." for line in given["advice"]]
-    items = "".join(f"<li>{html.escape(row)}</li>" for row in rows)
-    sentence = html.escape(given["sentence"])
-    return f"<p><strong>Verdict: {sentence}.</strong></p>" + f"<ul>{items}</ul>" * bool(
-        rows
-    )
+    text = f"<p><strong>Verdict: {html.escape(given['sentence'])}.</strong></p>"
+    for line in given["stages"] + [f"To change: {line}" for line in given["advice"]]:
+        text += f"<p>{html.escape(line)}.</p>"
+    return text
 
 
 def calibration(summary: dict) -> str:

@@ -175,7 +175,8 @@ def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list
         ("refined", "mask_iou", "--refine none"),
         ("corrected", "class_accuracy", "--correction none"),
     ):
-        if change(stages, stage, key, below=-NOTABLE) and not calibrated:
+        moved = change(stages, stage, key)
+        if moved and moved[1] < moved[0] and not calibrated:
             lines.append(f"give {flags}, or --filter calibrated")
     precision, accuracy = audit.get("box_precision"), audit.get("class_accuracy")
     if precision is not None and accuracy is not None and precision * accuracy < 0.8:
@@ -192,23 +193,20 @@ def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list
     return lines
 
 
-def change(stages: dict, stage: str, key: str, below: float | None = None):
-    """How a stage moved a number of the audit: (before, after), or None.
+def change(stages: dict, stage: str, key: str) -> tuple[float, float] | None:
+    """How a stage moved a number of the audit: before and after; None for not much.
 
     Args:
         stages: stage -> numbers, in their order.
         stage, key: which.
-        below: only if the difference is below this; None: if it is NOTABLE.
     """
     names = list(stages)
     if stage not in names:
         return None
     before, after = stages[names[names.index(stage) - 1]][key], stages[stage][key]
-    if before is None or after is None:
+    if before is None or after is None or abs(after - before) <= NOTABLE:
         return None
-    moved = after - before
-    notable = abs(moved) > NOTABLE if below is None else moved < below
-    return (before, after) if notable else None
+    return before, after
 
 
 def supervised_beside(folder: Path) -> Path | None:

@@ -18,7 +18,7 @@ from helpers import TINY, assert_same_end, command, dataset_of, error_of, launch
 
 import evaluate
 import train
-from ssis import UserError, config, correction, model
+from ssis import UserError, config, correction
 from ssis.datasets import parts
 from ssis.engine import resume
 from ssis.io import checkpoint
@@ -213,19 +213,6 @@ FULL += ["--structure-weight", "1"]
 FULL += "--crop-height 64 --crop-width 80 --scale-min 0.8 --scale-max 1.5 --weak-color".split()
 FULL += "--labeled-view both --strong-erasing --pretrain-batch 3 --repeat-threshold 10".split()
 FULL += "--arp-jitter 0.2 --no-object-unlabeled 0.3 --empty-images background".split()
-
-
-@pytest.fixture
-def few(monkeypatch):
-    """Six detections an image: a teacher of four steps finds a hundred, SAM redraws all."""
-    build = model.build
-
-    def build_with_few(*arguments, **more):
-        net = build(*arguments, **more)
-        net.roi_heads.detections_per_img = 6
-        return net
-
-    monkeypatch.setattr(model, "build", build_with_few)
 
 
 def test_both_papers_resume_bit_identical(whole, few, tmp_path, monkeypatch):

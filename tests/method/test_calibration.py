@@ -9,7 +9,7 @@ import torch
 from helpers import TINY, dataset_of
 
 import train
-from ssis import calibration, correction, filters, model, presets
+from ssis import calibration, correction, filters, presets
 from ssis.calibration import GATES, IMAGINED, OFF, TRIED, Instances
 
 fast = pytest.mark.fast
@@ -143,19 +143,12 @@ def test_the_trust_is_where_the_weight_starts():
     assert correction.weight(30, 10, 30, 0.2) == pytest.approx(0)
 
 
-def test_a_calibrated_run_resumes_bit_identical(shapes_folder, tmp_path, monkeypatch):
+def test_a_calibrated_run_resumes_bit_identical(shapes_folder, few, tmp_path, monkeypatch):
     """Thresholds, gate and trust are in the checkpoint; SAM and the prototypes are measured."""
-    build = model.build
-
-    def build_with_few(*arguments, **more):
-        net = build(*arguments, **more)
-        net.roi_heads.detections_per_img = 6
-        return net
-
-    monkeypatch.setattr(model, "build", build_with_few)
     monkeypatch.setattr(correction, "START_VIEWS", 16)
     # A teacher of four steps is sure of nothing.
-    monkeypatch.setattr(calibration, "LOWEST", 0.02)
+    for module in (calibration, filters):
+        monkeypatch.setattr(module, "LOWEST", 0.02)
     monkeypatch.setattr(calibration, "TRIED", torch.arange(0.02, 0.995, 0.01))
     monkeypatch.setattr(calibration, "GATES", torch.zeros(1))
     given = [*TINY, *dataset_of(shapes_folder), "--method", "full", "--filter", "calibrated"]
@@ -182,6 +175,10 @@ def test_a_calibrated_run_resumes_bit_identical(shapes_folder, tmp_path, monkeyp
     # After pretraining (4), at the end of the burn-in (7, an evaluation as well).
     assert [measured["step"] for measured in one["calibration"]] == [4, 7]
     assert one["calibration"][0]["images"] == 6 and one["calibration"][0]["kept"] > 0
+    # All of it is at work: the student is taught something, and SAM has been asked.
+    assert one["audit"]["pseudo_per_image"] > 0
+    stages = one["audit_stages"]["end of burn-in"]
+    assert list(stages)[:2] == ["predicted", "kept"] and stages["kept"]["pseudo_per_image"] > 0
     assert "Calibration on the validation images" in (tmp_path / "once/report.html").read_text()
 
 

@@ -38,6 +38,15 @@ from ssis.teacher import PseudoLabels
 # every so many steps.
 FEW, MANY, ENOUGH = 0.05, 5.0, 20
 WATCH_EVERY = 100
+# The flags that make a filter stricter or looser.
+FLAGS = dict(
+    score="--tau-class",
+    coupled="--tau-class",
+    dual="--tau-class or --tau-mask",
+    adaptive="--tau-min and --tau-max, or --tau-mask-min and --tau-mask-max",
+    calibrated="--target-precision",
+)
+FLAGS["three-way"] = FLAGS["adaptive"]
 # Lowest class score of the stage `predicted`, before any filter.
 PREDICTED = 0.3
 # The columns of the sums from which all numbers follow. Sums, not means, since those of
@@ -193,17 +202,9 @@ class Watch:
     ):
         self.names = names
         self.per_image, self.expected = per_image, per_image * class_shares
-        flags = dict(
-            score="--tau-class",
-            coupled="--tau-class",
-            dual="--tau-class or --tau-mask",
-            adaptive="--tau-min and --tau-max, or --tau-mask-min and --tau-mask-max",
-        )
-        flags["three-way"] = flags["adaptive"]
-        flags["calibrated"] = "--target-precision"
-        if rule not in flags:
+        if rule not in FLAGS:
             raise ValueError(f"unknown filter {rule!r}")
-        self.flags = flags[rule]
+        self.flags = FLAGS[rule]
         # Since the last report: images, then kept pseudo-labels of each class.
         self.sums = torch.zeros(len(names) + 1)
 

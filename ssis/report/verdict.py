@@ -24,6 +24,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ssis.report.audit import FLAGS
+
 # Draws. Above LARGE = images x classes they would take minutes, and the interval is
 # narrow anyway.
 DRAWS = 300
@@ -168,6 +170,9 @@ def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list
         config: the settings of the run.
         audit, stages: of the summary, at the end of the run.
         gain: over the first teacher, AP.
+
+    Returns:
+        None is needed by a run whose gain is certain (`verdict`).
     """
     lines, stages, audit = [], stages or {}, audit or {}
     calibrated = config.filter == "calibrated"
@@ -178,16 +183,19 @@ def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list
         moved = change(stages, stage, key)
         if moved and moved[1] < moved[0] and not calibrated:
             lines.append(f"give {flags}, or --filter calibrated")
-    precision, accuracy = audit.get("box_precision"), audit.get("class_accuracy")
-    if precision is not None and accuracy is not None and precision * accuracy < 0.8:
-        more = "a higher --target-precision" if calibrated else "--filter calibrated"
-        right = f"{precision * accuracy:.0%}"
-        lines.append(f"only {right} of the pseudo-labels are right: give {more}")
-    if audit.get("recall") is not None and audit["recall"] < 0.3:
-        lines.append(
-            f"only {audit['recall']:.0%} of the unlabeled instances get a "
-            "pseudo-label: pretrain longer, label more, or lower the thresholds"
-        )
+    thresholds = FLAGS[config.filter]
+    for key, least, what, mend in (
+        ("box_precision", 0.8, "of the pseudo-labels lie on an instance", "raise"),
+        ("class_accuracy", 0.8, "of those have its class", "label more, or raise"),
+        (
+            "recall",
+            0.3,
+            "of the instances have a pseudo-label",
+            "pretrain longer, or lower",
+        ),
+    ):
+        if audit.get(key) is not None and audit[key] < least:
+            lines.append(f"only {audit[key]:.0%} {what}: {mend} {thresholds}")
     if gain < 0 and not lines:
         lines.append("lower --unsup-weight; best.pt is the best on the validation part")
     return lines
@@ -255,11 +263,15 @@ def verdict(config, summary: dict, now: tuple, others: list[tuple], test_set) ->
     ends = summary["audit_stages"]["end"]
     calibrations = summary.get("calibration") or [None]
     gain = sum(c["gain"] for c in compared if c["name"] == FIRST)
+    # Never change a winning run.
+    certain = all(
+        c["gain"] > 0 and c["interval"] and c["interval"][0] > 0 for c in compared
+    )
     sentence = f"with the unlabeled images the mask AP is {ap:.1f}: "
     sentence += "; ".join(one["words"] for one in compared)
     return dict(
         sentence=sentence,
         compared=compared,
         stages=stages(ends, calibrations[-1]),
-        advice=advice(config, summary["audit"], ends, gain),
+        advice=[] if certain else advice(config, summary["audit"], ends, gain),
     )

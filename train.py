@@ -15,7 +15,7 @@ keeps it alive (progress, files, resuming, evaluation) in `ssis/engine/session.p
 
 B = images in this process's batch, N = instances, C = classes.
 
-Chain: 1 of 18. Read next: `ssis/data.py`, where the batches come from.
+Chain: 1 of 19. Read next: `ssis/data.py`, where the batches come from.
 """
 
 import torch
@@ -257,7 +257,7 @@ def pseudo_labels(
     # What is of no use is not predicted, unless the audit asks: a mask is H x W floats.
     lowest = min(config.lowest_score, min_score)
     with model.autocast(config, weak[0].device):
-        predicted = predict(labeler.teacher, weak, lowest, config.two_views)
+        predicted = predict(labeler.teacher, weak, lowest)
     # PL-DC, instance level: class and mask quality decide what is kept. A wrong pseudo-label
     # teaches a mistake, which the student hands back to the teacher.
     rule = (config.filter, config.tau_class, config.tau_mask, config.min_area)

@@ -10,21 +10,23 @@ and which no model is trained on. (The labeled images will not do: the teacher k
 them by heart, and is right on nearly all of them.) With `--filter calibrated` the
 teacher labels the validation images as it labels unlabeled ones, and every instance
 that it predicts is compared with the ground truth. It is *found* if its box lies on an
-instance (IoU >= 0.5, `data.match`), and *right* if it also has that instance's class.
+instance (IoU >= 0.5, `data.match`), one prediction for each instance.
 
-*Thresholds of the class quality.* The precision at a threshold is the fraction of the
-predictions above it that are right. Few validation images give rough fractions, so
-imagined predictions are added: for all classes together κ of them, right with
-probability T, as if the class quality could be believed; for each class κ more, right
-with probability π(T). Each class gets the lowest threshold that reaches the precision
-asked for, `--target-precision`:
+*Thresholds of the foreground quality.* The precision at a threshold is the fraction of
+the predictions above it that are found. (Not: found and right. A class can be corrected
+later, but a box where nothing is cannot.) Few validation images give rough fractions,
+so imagined predictions are added: for all classes together κ of them, found with
+probability T, as if the foreground quality could be believed; for each class κ more,
+found with probability π(T). Each class gets the lowest threshold that reaches the
+precision asked for, `--target-precision`:
 
-$$\pi_k(T) = \frac{R_k(T) + \kappa \pi(T)}{N_k(T) + \kappa}, \qquad
-  \pi(T) = \frac{R(T) + \kappa T}{N(T) + \kappa}, \qquad
+$$\pi_k(T) = \frac{F_k(T) + \kappa \pi(T)}{N_k(T) + \kappa}, \qquad
+  \pi(T) = \frac{F(T) + \kappa T}{N(T) + \kappa}, \qquad
   T_k = \min \{T : \pi_k(T) \ge \pi^*\}$$ ssis Eq. (precision)
 
-with N_k(T) predictions of class k whose class quality reaches T, R_k(T) of them right,
-and N, R of all classes. A class without any prediction is held to the threshold of all.
+with N_k(T) predictions of class k whose foreground quality reaches T, F_k(T) of them
+found, and N, F of all classes. A class without any prediction is held to the threshold
+of all.
 
 *Threshold of the mask quality.* The same, over the found instances that pass the first
 threshold, one for all classes; a mask is right if its IoU with the true mask reaches
@@ -40,21 +42,22 @@ with a_n the agreement, and the IoUs those with the true mask. The gate of the l
 gain is taken, if the gain is more than twice its standard error; otherwise the
 refinement is off.
 
-*Trust.* The category classifier's weight in PL-DC Eq. (DICC) starts at one half,
-whether it knows better than the teacher or not. Here it starts at
+*Trust.* The category classifier's weight in PL-DC Eq. (DICC) starts at one half and
+falls to 0, whether it knows better than the teacher or not. Here it is measured, as
+long as the run goes on:
 
-$$w_{\mathrm{burn}} = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 0.5\}} \;
+$$w = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 1\}} \;
   |\{n : \mathrm{argmax}_k \, p_k(w) = y_n\}|$$ ssis Eq. (trust)
 
 the weight with which most of the found instances that pass the thresholds get their
-true class y_n, the smaller of two that are equal; at 0 the correction is off.
+true class y_n, the smallest of several that are equal; at 0 the correction is off.
 
 Measured when the first teacher is ready, when the burn-in ends, and after each
 evaluation but the last, since the teacher changes. What was measured is printed, and in
 the report. Where the validation part is also the test part, the test's ground truth
 decides what is kept: the run then says so.
 
-Chain: 12 of 18. Read next: `ssis/losses.py`, what the student learns from all this.
+Chain: 13 of 19. Read next: `ssis/losses.py`, what the student learns from all this.
 """
 
 from collections.abc import Iterable
@@ -64,7 +67,7 @@ import torch
 from torch import Tensor
 
 from ssis import data, distributed, refine
-from ssis.filters import LOWEST, area
+from ssis.filters import LOWEST, area, foreground, objects
 from ssis.model import autocast
 from ssis.teacher import predict
 
@@ -73,7 +76,7 @@ IMAGINED = 10
 # The thresholds and gates that are tried, and the weights of the category classifier.
 TRIED = torch.arange(LOWEST, 0.995, 0.01)
 GATES = torch.arange(0, 1, 0.05)
-WEIGHTS = torch.arange(6) / 10
+WEIGHTS = torch.arange(11) / 10
 # A gate that no agreement reaches: the refinement is off.
 OFF = 2.0
 # A mask is right from this IoU with the true one on.
@@ -85,10 +88,10 @@ class Calibration:
 
     Args:
         gate: g, agreement from which SAM's mask is taken, until something is measured.
-        trust: w_burn, the first weight of the category classifier, until then.
+        trust: w, the weight of the category classifier; None: that of PL-DC Eq. (w).
     """
 
-    def __init__(self, gate: float, trust: float = 0.5):
+    def __init__(self, gate: float, trust: float | None = None):
         self.gate, self.trust = gate, trust
 
     def state_dict(self) -> dict:
@@ -106,7 +109,7 @@ class Instances:
 
     Attributes:
         labels: (N,) int64, 1..C, by the teacher.
-        class_quality, mask_quality: (N,) in [0, 1].
+        foreground, mask_quality: (N,) in [0, 1].
         true_labels: (N,) int64, of the instance that it lies on; 0 for none.
         mask_iou: (N,) in [0, 1], of the teacher's mask with the true one; 0 for none.
         agreement: (N,) in [0, 1], of SAM's mask with the teacher's.
@@ -116,7 +119,7 @@ class Instances:
     """
 
     labels: Tensor
-    class_quality: Tensor
+    foreground: Tensor
     mask_quality: Tensor
     true_labels: Tensor
     mask_iou: Tensor
@@ -152,8 +155,8 @@ def look(labeler, items: Iterable[dict], config) -> tuple[Instances, int, int]:
     for item in items:
         image, target = item["image"].to(device), item["target"]
         with autocast(config, device):
-            predicted = predict(labeler.teacher, [image], LOWEST, config.two_views)[0]
-        predicted = refined = predicted[area(predicted) > config.min_area]
+            predicted = predict(labeler.teacher, [image], LOWEST)[0]
+        predicted = refined = objects(predicted[area(predicted) > config.min_area])
         if config.refine != "none":
             # Without a gate, and uncalibrated: SAM's masks as they are.
             how = (config.refine, config.refine_points, config.refine_sampling)
@@ -171,7 +174,7 @@ def look(labeler, items: Iterable[dict], config) -> tuple[Instances, int, int]:
         true[found] = target["masks"].bool()[partner[found]]
         labels[found] = target["labels"][partner[found]]
         masks, redrawn = predicted.masks.cpu(), refined.masks.cpu()
-        columns = (predicted.labels, predicted.class_quality, predicted.mask_quality)
+        columns = (predicted.labels, foreground(predicted), predicted.mask_quality)
         columns += (labels, data.mask_iou(masks, true))
         columns += (data.mask_iou(masks, redrawn), data.mask_iou(redrawn, true))
         columns += (predicted.distribution, opinion)
@@ -200,26 +203,26 @@ def lowest_reaching(precision: Tensor, target: float) -> Tensor:
     return TRIED[reached.int().max(dim=-1).indices]
 
 
-def precision(quality: Tensor, right: Tensor, imagined: Tensor) -> Tensor:
+def precision(quality: Tensor, found: Tensor, imagined: Tensor) -> Tensor:
     """One line of ssis Eq. (precision), at each of the thresholds tried.
 
     Args:
         quality: (N,) in [0, 1].
-        right: (N,) bool.
+        found: (N,) bool.
         imagined: (len(TRIED),) precision of the imagined predictions.
     """
     passing = quality[:, None] >= TRIED  # (N, thresholds)
-    n, r = passing.sum(dim=0), (passing & right[:, None]).sum(dim=0)
+    n, f = passing.sum(dim=0), (passing & found[:, None]).sum(dim=0)
     # ssis Eq. (precision)
-    return (r + IMAGINED * imagined) / (n + IMAGINED)
+    return (f + IMAGINED * imagined) / (n + IMAGINED)
 
 
-def class_thresholds(seen: Instances, classes: int, target: float) -> Tensor:
+def found_thresholds(seen: Instances, classes: int, target: float) -> Tensor:
     """T_k of ssis Eq. (precision), (C,)."""
-    right = seen.labels == seen.true_labels
-    of_all = precision(seen.class_quality, right, TRIED)
+    found = seen.true_labels > 0
+    of_all = precision(seen.foreground, found, TRIED)
     of_each = [
-        precision(seen.class_quality[own], right[own], of_all)
+        precision(seen.foreground[own], found[own], of_all)
         for own in (seen.labels == k + 1 for k in range(classes))
     ]
     return lowest_reaching(torch.stack(of_each), target)
@@ -245,7 +248,7 @@ def best_gate(passed: Instances) -> float:
 
 
 def best_trust(passed: Instances) -> float:
-    """w_burn of ssis Eq. (trust)."""
+    """w of ssis Eq. (trust)."""
     found = passed[(passed.true_labels > 0) & (passed.opinion.sum(dim=1) > 0)]
     teacher = found.distribution / found.distribution.sum(dim=1, keepdim=True)
     # ssis Eq. (trust): PL-DC Eq. (DICC) with each of the weights.
@@ -268,8 +271,8 @@ def calibrate(labeler, looked: tuple[Instances, int, int], target: float) -> dic
     """
     (seen, images, instances), measured = looked, labeler.calibration
     classes = seen.distribution.shape[1]
-    of_class = class_thresholds(seen, classes, target)
-    passed = seen[seen.class_quality >= of_class[seen.labels - 1]]
+    of_class = found_thresholds(seen, classes, target)
+    passed = seen[seen.foreground >= of_class[seen.labels - 1]]
     of_mask = mask_threshold(passed, target)
     passed = passed[passed.mask_quality >= of_mask]
     mask_row = torch.full_like(of_class, of_mask)
@@ -287,10 +290,11 @@ def calibrate(labeler, looked: tuple[Instances, int, int], target: float) -> dic
 
     return dict(
         images=images,
-        class_thresholds=[round(t, 4) for t in of_class.tolist()],
+        found_thresholds=[round(t, 4) for t in of_class.tolist()],
         mask_threshold=round(of_mask, 4),
         kept=len(passed),
-        precision=mean(passed.labels == passed.true_labels),
+        precision=mean(passed.true_labels > 0),
+        class_accuracy=mean(found.labels == found.true_labels),
         recall=round(len(found) / max(instances, 1), 4),
         mask_iou=mean(found.mask_iou),
         refined_iou=mean(found.refined_iou),

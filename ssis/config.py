@@ -18,7 +18,7 @@ What is known of a field stands with it: its reason, its choices or range, and
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
 
-Chain: 17 of 18. Read next: `ssis/presets.py`, the settings of papers and datasets.
+Chain: 18 of 19. Read next: `ssis/presets.py`, the settings of papers and datasets.
 """
 
 import argparse
@@ -313,20 +313,13 @@ class Config:
         valid="from 0 to 1",
         scope=LATER,
     )
-    two_views: bool = setting(
-        False,
-        "the teacher looks at the mirrored view too, and the two class distributions "
-        "and masks are averaged (this project's)",
-        scope=LATER,
-        part=True,
-    )
     filter: str = setting(
         "adaptive",
         "what keeps a pseudo-label: class score (GD), score times mask quality, both "
         "apart, both with a threshold for each class (PL-DC), or three-way: what lies "
         "between T_min and that is left to the correction (this project's reading); "
-        "calibrated: thresholds, SAM's gate and the first weight of the correction are "
-        "measured on the validation images (this project's)",
+        "calibrated: thresholds of foreground and mask, SAM's gate and the weight of "
+        "the correction are measured on the validation images (this project's)",
         choices=("score", "coupled", "dual", "adaptive", "three-way", "calibrated"),
         scope=LATER,
         part=True,
@@ -377,7 +370,7 @@ class Config:
     )
     target_precision: float = setting(
         0.9,
-        "fraction of the pseudo-labels that calibrated thresholds want right",
+        "fraction of the pseudo-labels that shall lie on an instance, of calibrated",
         valid="from 0 to 1",
         scope=LATER,
     )
@@ -391,8 +384,9 @@ class Config:
     correction: str = setting(
         "prototypes",
         "category classifier that corrects the class of a pseudo-label (PL-DC): "
-        "prototypes of the labeled instances, or CLIP (needs open_clip_torch)",
-        choices=("none", "prototypes", "clip"),
+        "prototypes of the labeled instances, class means of ImageNet features (this "
+        "project's; with --model timm), or CLIP (needs open_clip_torch)",
+        choices=("none", "prototypes", "imagenet", "clip"),
         scope=LATER,
         part=True,
         absent="none",
@@ -634,9 +628,7 @@ class Config:
         if self.filter == "calibrated":
             return filters.LOWEST
         kept = self.tau_min if self.filter in filters.ADAPTIVE else self.tau_class
-        # Two views: what one of them is less sure of may pass in the mean.
-        more = self.ignore_uncertain or self.two_views
-        return min(kept, filters.LOWEST) if more else kept
+        return min(kept, filters.LOWEST) if self.ignore_uncertain else kept
 
     @property
     def pastes_labeled(self) -> bool:
@@ -750,14 +742,17 @@ class Config:
                 f"--labeled annotated --oracle {self.oracle}: the other images have no "
                 "ground truth; give --labeled a fraction of annotated images"
             )
-        if self.two_views and not self.flip:
-            raise UserError(
-                "--two-views --no-flip: the second view is the mirrored one; leave one "
-                "of the two out"
-            )
         if self.descriptions and self.correction != "clip":
             raise UserError(
                 f"--descriptions {self.descriptions}: are for --correction clip alone"
+            )
+        if self.correction == "imagenet" and (
+            self.model != "timm" or self.backbone_weights == "none"
+        ):
+            raise UserError(
+                "--correction imagenet: asks the pretrained backbone; give --model "
+                "timm and --backbone-weights imagenet or a PATH, or take "
+                "--correction prototypes"
             )
         if self.refine_calibrate and self.refine == "none":
             raise UserError(

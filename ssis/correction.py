@@ -26,7 +26,7 @@ Why a mixture and not a vote? In a mixture the confidence of each side counts. A
 weight falls on purpose: an opinion that never changes would in the end hold back a
 teacher that has become better.
 
-Two category classifiers (`--correction`):
+Three category classifiers (`--correction`):
 
 *prototypes.* A memory of the labeled instances: the teacher's features of up to 64
 instances of each class. A pseudo-label is compared with all of them; a class is as
@@ -42,7 +42,10 @@ thrown away with it: the features of two networks cannot be compared.
 *clip* (`ssis/clip.py`). The paper's: CLIP on mask-pooled features, against the
 embeddings of described class names. For photographs of things that have names.
 
-Chain: 10 of 18. Read next: `ssis/clip.py`, the paper's own category classifier.
+*imagenet* (`ssis/imagenet.py`). Class means of the features of the ImageNet backbone
+that the run starts from, as it was downloaded. For photographs on a CPU.
+
+Chain: 10 of 19. Read next: `ssis/clip.py`, the paper's own category classifier.
 """
 
 import dataclasses
@@ -69,30 +72,35 @@ NEAREST = 3
 TEMPERATURE = 0.005
 
 
-def weight(step: int, burnin_end: int, last: int, first: float = 0.5) -> float:
+def weight(
+    step: int, burnin_end: int, last: int, measured: float | None = None
+) -> float:
     """How much the category classifier counts, from 0.5 down to 0.
 
     Args:
         step: t, steps done.
         burnin_end: t_burn, the step at which the guided burn-in ends.
         last: t_max, the last step.
-        first: the weight until t_burn; another one if it was measured
-            (`calibration.Calibration.trust`).
+        measured: another weight (`calibration.Calibration.trust`), or None. It is not
+            faded out: it is measured again while the teacher becomes better.
     """
+    if measured is not None:
+        return measured
     # The teacher is frozen in the burn-in. It does not become better, so its weight
     # does not grow.
     if step <= burnin_end:
-        return first
+        return 0.5
     # PL-DC Eq. (w)
     angle = math.pi * (step - burnin_end) / (last - burnin_end)
-    return first / 2 * (math.cos(angle) + 1)
+    return 0.25 * (math.cos(angle) + 1)
 
 
 class CategoryClassifier:
-    """The interface of both category classifiers.
+    """The interface of the category classifiers.
 
-    `Prototypes` has a memory and overrides all of it. `clip.Clip` never learns and
-    overrides the call alone: it has nothing to forget, to learn or to save.
+    `Prototypes` and `imagenet.ClassMeans` have a memory and override all of it.
+    `clip.Clip` never learns and overrides the call alone: it has nothing to forget, to
+    learn or to save.
     """
 
     def forget(self) -> None:
@@ -157,6 +165,25 @@ def fuse(pseudo: PseudoLabels, opinion: Tensor, w: float) -> PseudoLabels:
         class_quality=torch.where(asked, quality, pseudo.class_quality),
         distribution=torch.where(asked[:, None], mixed, pseudo.distribution),
     )
+
+
+def among_seen(logits: Tensor, seen: Tensor, distribution: Tensor) -> Tensor:
+    """A softmax over the classes that a memory knows.
+
+    Args:
+        logits: (N, C).
+        seen: (C,) how many instances of each class were remembered.
+        distribution: (N, C), the teacher's.
+
+    Returns:
+        (N, C); rows sum to 1.
+    """
+    # A class that was never seen keeps the teacher's probability: there is nothing to
+    # compare with. The other classes divide the rest among them.
+    unseen = seen == 0
+    kept = distribution * unseen
+    others = logits.masked_fill(unseen, -torch.inf).softmax(dim=1)
+    return kept + (1 - kept.sum(dim=1, keepdim=True)) * others
 
 
 def correct(
@@ -313,9 +340,4 @@ class Prototypes(nn.Module, CategoryClassifier):
         present = torch.arange(nearest.shape[2], device=query.device)
         present = (present < self.seen[:, None].clamp(min=1)).to(nearest)
         mean = (nearest * present).sum(dim=2) / present.sum(dim=1)  # (N, C)
-        # A class that was never seen keeps the teacher's probability: there is nothing
-        # to compare with. The other classes divide the rest among them.
-        unseen = self.seen == 0
-        kept = pseudo.distribution * unseen
-        others = (mean / TEMPERATURE).masked_fill(unseen, -torch.inf).softmax(dim=1)
-        return kept + (1 - kept.sum(dim=1, keepdim=True)) * others
+        return among_seen(mean / TEMPERATURE, self.seen, pseudo.distribution)

@@ -54,8 +54,18 @@ $$T^{\mathrm{class}}_{\mathrm{min}} \le c, \;
 
   with p of PL-DC Eq. (DICC) and k its argmax.
 
-* `calibrated`, this project's: PL-DC Eq. (adaptive) with thresholds that are measured
-  on the validation images (`ssis/calibration.py`).
+* `calibrated`, this project's: PL-DC decouples the class from the mask; this rule also
+  decouples *that* something is there from *what* it is. A teacher of few images finds
+  an animal, and divides its probability between bear and deer: c is low for both,
+  though it is sure of an animal. So it is asked for the foreground alone, the
+  probability of not being background, and the class is left to the category
+  classifier:
+
+$$o = \sum_k P(k), \qquad
+  o \ge T^{\mathrm{found}}_k \;\wedge\; m \ge T^{\mathrm{mask}}_k$$ ssis Eq. (found)
+
+  The thresholds are measured on the validation images (`ssis/calibration.py`). Of
+  candidates that overlap, whatever their classes, that with the highest o stays.
 
 With a single class n / N is 1, so the thresholds start at T_max: a teacher that is less
 confident keeps nothing at first (the run warns). Lower `--tau-max`, or take
@@ -74,11 +84,12 @@ no instance *is* background, so a dropped object is trained as background, at th
 of the step, as in PL-DC, or all of it is trained as background, as in Guided
 Distillation and S4M (`empty_images`).
 
-Chain: 7 of 18. Read next: `ssis/sam.py`, which redraws the masks of what is kept.
+Chain: 7 of 19. Read next: `ssis/sam.py`, which redraws the masks of what is kept.
 """
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import nms
 
 from ssis import distributed
 from ssis.teacher import PseudoLabels
@@ -89,6 +100,8 @@ ADAPTIVE = ("adaptive", "three-way")
 # Class quality from which predictions are looked at where thresholds are measured, and
 # where what is dropped counts as uncertain.
 LOWEST = 0.3
+# Boxes that overlap by more are candidates for the same object: torchvision's limit.
+NMS_IOU = 0.5
 
 
 class Thresholds(nn.Module):
@@ -194,10 +207,16 @@ def keep(
     elif rule == "dual":
         # PL-DC Eq. (dual)
         good = (c >= tau_class) & (m >= tau_mask)
-    elif rule in ("adaptive", "calibrated"):
+    elif rule == "adaptive":
         # PL-DC Eq. (adaptive): each instance against the thresholds of its own class.
         own_class, own_mask = thresholds.values[:, predictions.labels - 1]
         good = (c >= own_class) & (m >= own_mask)
+    elif rule == "calibrated":
+        predictions = objects(predictions)
+        own_found, own_mask = thresholds.values[:, predictions.labels - 1]
+        # ssis Eq. (found)
+        good = foreground(predictions) >= own_found
+        good &= predictions.mask_quality >= own_mask
     elif rule == "three-way":
         # ssis Eq. (ambiguous), its first half; what is certain is above T_min as well.
         good = (c >= thresholds.lowest[0]) & (m >= thresholds.lowest[1])
@@ -226,6 +245,24 @@ def decide(
     # enough. The class may be another one now, so its threshold is too.
     confirmed = corrected.class_quality >= thresholds.values[0, corrected.labels - 1]
     return corrected[certain | confirmed]
+
+
+def foreground(predictions: PseudoLabels) -> Tensor:
+    """o, the probability of not being background, (N,) in [0, 1]."""
+    return predictions.distribution.sum(dim=1)
+
+
+def objects(predictions: PseudoLabels) -> PseudoLabels:
+    """One candidate for each object, whatever its class.
+
+    torchvision suppresses within a class: an object may be there as a deer and as a
+    bear. Of candidates that overlap, that of the highest foreground quality stays.
+
+    Args:
+        predictions: of one image.
+    """
+    best = nms(predictions.boxes, foreground(predictions), NMS_IOU)
+    return predictions[best.sort().values]
 
 
 def area(predictions: PseudoLabels) -> Tensor:

@@ -5,7 +5,7 @@ Plain dicts over the fields of `config.Config`, whose defaults are the preset `s
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
 
-Chain: 18 of 18. Read next: back to `train.py`.
+Chain: 19 of 19. Read next: back to `train.py`.
 """
 
 # The parts that a method switches on or off. Guided Distillation has none of them.
@@ -227,7 +227,7 @@ FULL = dict(PL_DC_FILTER, empty_images="skip")
 # On photographs the labeled images are pasted into each other by every method, so that
 # none has an augmentation that the line to beat does not have.
 PHOTOS_ALL = dict(arp="labeled")
-PHOTOS_CALIBRATED = dict(filter="calibrated")
+PHOTOS_CALIBRATED = dict(filter="calibrated", correction="imagenet")
 
 # What `--preset photos` switches off where SAM's weights are not given.
 WITHOUT_SAM = dict(structure_weight=0.0, refine="none", refine_calibrate=False)
@@ -254,6 +254,8 @@ OF_BOTH = {
 def switches(preset: str, method: str, model: str) -> dict:
     """What a method sets, with this preset and this model; {} for an unknown method."""
     settings = {**METHODS.get(method, {}), **OF_BOTH.get((preset, method), {})}
+    if model != "timm" and settings.get("correction") == "imagenet":
+        settings["correction"] = "prototypes"
     if method == "full" and model != "resnet50":
         # Its stride-4 map also feeds the classifier, and with SAM's class-free layout
         # the first teacher is no better, or worse (docs/differences.md). `s4m` has it,

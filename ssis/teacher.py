@@ -36,7 +36,7 @@ rounded to a multiple of 4, and a probability of 0.9 by up to 0.002, which is en
 move it across a threshold. `Tensor.float` marks the border. The EMA update is float32
 too, like all weights: adding 0.0004 of a difference would change nothing in 16 bits.
 
-Chain: 6 of 18. Read next: `ssis/filters.py`, which decides what is kept.
+Chain: 6 of 19. Read next: `ssis/filters.py`, which decides what is kept.
 """
 
 import copy
@@ -51,14 +51,12 @@ from torch.nn import functional as F
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 
-from ssis import data, losses
+from ssis import losses
 from ssis.model import MaskRCNN
 
 
 # Cells on a side of the feature map that is kept of each instance.
 CELLS = 7
-# Overlap in non-maximum suppression: torchvision's.
-NMS_IOU = 0.5
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
@@ -349,7 +347,7 @@ def features_in(
 
 
 def predict(
-    model: MaskRCNN, images: list[Tensor], min_score: float, two_views: bool = False
+    model: MaskRCNN, images: list[Tensor], min_score: float
 ) -> list[PseudoLabels]:
     """A model's predictions in some images, in the frame of each.
 
@@ -358,15 +356,10 @@ def predict(
         images: (3, H, W) float in [0, 1] each, of any sizes.
         min_score: class probability below which a detection is dropped. High values
             save memory: a soft mask is H x W floats for each instance.
-        two_views: look at the mirrored images too, see `agree`.
 
     Returns:
         One `PseudoLabels` for each image; N may be 0.
     """
-    if two_views:
-        mirrored = predict(model, [image.flip(-1) for image in images], min_score)
-        pairs = zip(predict(model, images, min_score), mirrored, strict=True)
-        return [agree(one, two, min_score) for one, two in pairs]
     result = []
     detections = detect(model, images, min_score)
     for image, detected in zip(images, detections, strict=True):
@@ -379,42 +372,6 @@ def predict(
         # The boxes twice: at the end those that features and logits belong to.
         result.append(PseudoLabels(*parts, logits, boxes))
     return result
-
-
-def agree(one: PseudoLabels, two: PseudoLabels, min_score: float) -> PseudoLabels:
-    """What a teacher sees in a view, confirmed or not by the mirrored view.
-
-    *This project's; neither paper has it.* A class that depends on which way an animal
-    looks is none. Distribution and soft mask of an instance become the mean of those in
-    the two views; what is not found in the second has probability 0 there.
-
-    Args:
-        one: the predictions in the view.
-        two: those in its mirror image.
-        min_score: class quality under which an instance is dropped.
-    """
-    # Back into the view: x becomes width - x, and left and right change places.
-    boxes = two.boxes[:, [2, 1, 0, 3]]
-    boxes[:, ::2] = one.masks.shape[-1] - boxes[:, ::2]
-    partner = data.match(one.boxes, boxes).to(boxes.device)
-    found = partner >= 0
-    distribution, soft = one.distribution / 2, one.mask_probs.clone()
-    distribution[found] += two.distribution[partner[found]] / 2
-    soft[found] = (soft[found] + two.mask_probs[partner[found]].flip(-1)) / 2
-    c, index = distribution.max(dim=1)
-    both = dataclasses.replace(
-        one,
-        labels=index + 1,
-        class_quality=c,
-        mask_quality=mask_quality(soft),
-        mask_probs=soft,
-        masks=soft > 0.5,
-        distribution=distribution,
-    )
-    # Best first, as everywhere. Two candidates of one object may have the same class
-    # now: of two that overlap, the better one stays.
-    keep = batched_nms(both.boxes, c, both.labels, NMS_IOU)
-    return both[keep[c[keep] >= min_score]]
 
 
 def select_detections(

@@ -1,4 +1,4 @@
-r"""Which category classifier? The measurement behind the default, `prototypes`.
+r"""Which category classifier? The measurement behind `prototypes` and `imagenet`.
 
     python docs/bench/category_classifiers.py runs/<name>/pretrained.pt [--images 300]
 
@@ -11,7 +11,8 @@ instance get a class again, from each candidate for a category classifier:
 
 with descriptions: features averaged over a region (mask, band around its edge, box), the box
 head's 256 numbers, the 7 x 7 feature map in the box without and with the mask, the
-silhouette, and the last two together, which is `correction.Prototypes`.
+silhouette, and the last two together, which is `correction.Prototypes`; of a run with
+`--model timm` also the pretrained backbone's features of the crop: `imagenet.ClassMeans`.
 
 Printed: fraction of right classes of the candidate alone, and mixed with the teacher at
 w = 0.5 and 0.4 (PL-DC Eq. (DICC)).
@@ -27,11 +28,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssis import config, correction, data, filters, model, teacher
+from ssis import config, correction, data, filters, imagenet, model, teacher
 from ssis.datasets import parts, split
+from ssis.engine import build
 from ssis.io import checkpoint
 
 NEAREST = correction.NEAREST
+IMAGENET = "ImageNet features of the crop"
 
 
 def region_mean(features: Tensor, region: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ def region_mean(features: Tensor, region: Tensor) -> Tensor:
     return total / cover.flatten(1).sum(1).clamp(min=1e-4)[:, None]
 
 
-def descriptions(net, image: Tensor, boxes: Tensor, masks: Tensor) -> dict[str, Tensor]:
+def descriptions(net, encoder, image: Tensor, boxes: Tensor, masks: Tensor) -> dict[str, Tensor]:
     """Every description of some instances of one image: name -> (N, length)."""
     padded = net.transform.batch_images([net.transform.normalize(image)])
     size = tuple(image.shape[-2:])
@@ -67,6 +70,8 @@ def descriptions(net, image: Tensor, boxes: Tensor, masks: Tensor) -> dict[str, 
     described["7 x 7 map, masked"] = both[:, :-shape]
     described["silhouette"] = both[:, -shape:]
     described["7 x 7 map, masked + silhouette"] = both
+    if encoder:
+        described[IMAGENET] = encoder.embed(image, boxes)
     return described
 
 
@@ -93,11 +98,12 @@ def other_views(net, image: Tensor, boxes: Tensor) -> dict[str, Tensor]:
     return opinions
 
 
-def collect(net, stream, count: int, labeled: bool) -> tuple[dict, Tensor, Tensor]:
+def collect(net, encoder, stream, count: int, labeled: bool) -> tuple[dict, Tensor, Tensor]:
     """Descriptions (and views), true classes and teacher's distributions of instances.
 
     Args:
         net: the teacher.
+        encoder: `imagenet.ClassMeans`, or None.
         stream: images with ground truth.
         count: of images.
         labeled: take the instances of the ground truth, else the teacher's pseudo-labels.
@@ -115,7 +121,7 @@ def collect(net, stream, count: int, labeled: bool) -> tuple[dict, Tensor, Tenso
             boxes, masks, distribution = pseudo.boxes, pseudo.mask_probs, pseudo.distribution
             more = other_views(net, image, boxes) if len(true) else {}
         if len(true):
-            rows.append(descriptions(net, image, boxes, masks) | more)
+            rows.append(descriptions(net, encoder, image, boxes, masks) | more)
             classes.append(true - 1)
             said.append(distribution)
     together = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -126,17 +132,22 @@ def first_teacher(path: str) -> tuple:
     """The network of a `pretrained.pt`, its run's dataset, settings and split.
 
     Returns:
-        network, dataset, settings, labeled and other indices, class names.
+        network, dataset, settings, labeled and other indices, `imagenet.ClassMeans` of the
+        backbone it started from (None without timm), class names.
     """
     state = checkpoint.load(path)
     settings = config.from_saved(state["config"])
     dataset, _, _ = parts.open_parts(settings)
     labeled, _ = split.draw_split(dataset, settings.labeled, settings.seed)
-    sides = (settings.short_side, settings.long_side)
-    net = model.build(settings.model, len(state["names"]) + 1, *sides).eval()
+    kind, *rest = build.model_of(settings)
+    net = model.build(kind, len(state["names"]) + 1, *rest).eval()
     net.load_state_dict(state["student"])
     rest = sorted(set(range(dataset.annotated)) - set(labeled))
-    return net, dataset, settings, labeled, rest, state["names"]
+    encoder = None
+    if settings.model == "timm":
+        where = (settings.backbone, settings.backbone_weights)
+        encoder = build.make_classifier("imagenet", state["names"], 0, 0, "", "", "cpu", where)
+    return net, dataset, settings, labeled, rest, encoder, state["names"]
 
 
 @torch.no_grad()
@@ -146,12 +157,16 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--images", type=int, default=300)
     args = parser.parse_args()
-    net, dataset, settings, labeled, rest, names = first_teacher(args.checkpoint)
+    net, dataset, settings, labeled, rest, encoder, names = first_teacher(args.checkpoint)
     known, known_class, _ = collect(
-        net, data.Stream(dataset, labeled, settings.view_size, 0, True), 2 * len(labeled), True
+        net,
+        encoder,
+        data.Stream(dataset, labeled, settings.view_size, 0, True),
+        2 * len(labeled),
+        True,
     )
     asked, true, said = collect(
-        net, data.Stream(dataset, rest, settings.view_size, 1, True), args.images, False
+        net, encoder, data.Stream(dataset, rest, settings.view_size, 1, True), args.images, False
     )
     classes = len(names)
 
@@ -176,7 +191,8 @@ def main() -> None:
         means = F.normalize(torch.stack([rows.mean(0) for rows in members]))
         near = torch.stack([(query @ rows.T).topk(NEAREST).values.mean(1) for rows in members], 1)
         for kind, score in (("mean", query @ means.T), ("nearest", near)):
-            line(f"{kind}: {name}", (score / correction.TEMPERATURE).softmax(1))
+            scale = imagenet.TEMPERATURE if name == IMAGENET else correction.TEMPERATURE
+            line(f"{kind}: {name}", (score / scale).softmax(1))
 
 
 if __name__ == "__main__":

@@ -867,11 +867,18 @@ pictures.show(figure, "9-ground-truth", "Pseudo-labels before and after, beside 
 # project's and not the papers', they are measured instead: the same teacher, SAM and category
 # classifier look at validation images, whose ground truth is known.
 #
-# *Thresholds.* Of the predictions whose class quality reaches T, R are right. To N real predictions
-# κ = 10 imagined ones are added, so that a handful of images decides little:
+# *Thresholds.* The teacher is asked whether something is there, whatever it is: its foreground
+# quality o is the probability of not being background. Classes are the correction's part. Of the
+# predictions whose o reaches T, F lie on an instance. To N real predictions κ = 10 imagined ones
+# are added, so that a handful of images decides little:
 #
-# $$\pi_k(T) = \frac{R_k(T) + \kappa \pi(T)}{N_k(T) + \kappa}, \qquad
-#   \pi(T) = \frac{R(T) + \kappa T}{N(T) + \kappa}, \qquad
+# $$o = \sum_k P(k), \qquad
+#   o \ge T^{\mathrm{found}}_k \;\wedge\; m \ge T^{\mathrm{mask}}_k$$
+#
+# ssis Eq. (found)
+#
+# $$\pi_k(T) = \frac{F_k(T) + \kappa \pi(T)}{N_k(T) + \kappa}, \qquad
+#   \pi(T) = \frac{F(T) + \kappa T}{N(T) + \kappa}, \qquad
 #   T_k = \min \{T : \pi_k(T) \ge \pi^*\}$$
 #
 # ssis Eq. (precision)
@@ -880,32 +887,31 @@ pictures.show(figure, "9-ground-truth", "Pseudo-labels before and after, beside 
 stream = data.Stream(val_set, list(range(len(val_set))), settings.view_size, 2, True)
 looked = [stream[k] for k in range(min(40, len(val_set)))]
 seen, images, instances = calibration.look(labeler, looked, settings)
-right, quality = seen.labels == seen.true_labels, seen.class_quality
-pi = calibration.precision(quality, right, calibration.TRIED)
+found, quality = seen.true_labels > 0, seen.foreground
+pi = calibration.precision(quality, found, calibration.TRIED)
 
 # By hand, at some of the thresholds that are tried.
 rows = []
 for k in range(0, len(calibration.TRIED), 15):
     threshold = calibration.TRIED[k].item()
     above = quality >= calibration.TRIED[k]
-    n, r = above.sum().item(), (above & right).sum().item()
-    by_hand = (r + 10 * threshold) / (n + 10)
+    n, f = above.sum().item(), (above & found).sum().item()
+    by_hand = (f + 10 * threshold) / (n + 10)
     assert abs(by_hand - pi[k].item()) < 1e-5
-    rows.append((threshold, n, r, by_hand))
+    rows.append((threshold, n, f, by_hand))
 print(f"{len(seen)} predictions on {images} images, which have {instances} instances")
-table("T  N  R  (R + 10 T) / (N + 10)", rows)
+table("T  N  F  (F + 10 T) / (N + 10)", rows)
 
 # %%
-measured = calibration.class_thresholds(seen, len(names), settings.target_precision)
+measured = calibration.found_thresholds(seen, len(names), settings.target_precision)
 table(
-    "class  predicted  right  T_k measured  T_k of section 3",
+    "class  predicted  found  T_k measured",
     [
         (
             name,
             (seen.labels == k + 1).sum().item(),
-            (right & (seen.labels == k + 1)).sum().item(),
+            (found & (seen.labels == k + 1)).sum().item(),
             measured[k],
-            start[k],
         )
         for k, name in enumerate(names)
     ],
@@ -920,19 +926,19 @@ table(
 #
 # ssis Eq. (gate)
 #
-# $$w_{\mathrm{burn}} = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 0.5\}} \;
+# $$w = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 1\}} \;
 #   |\{n : \mathrm{argmax}_k \, p_k(w) = y_n\}|$$
 #
 # ssis Eq. (trust)
 
 # %%
-passed = seen[seen.class_quality >= measured[seen.labels - 1]]
+passed = seen[seen.foreground >= measured[seen.labels - 1]]
 gain = passed.refined_iou - passed.mask_iou
 rows = [(g, (gain * (passed.agreement >= g)).sum().item() / max(1, len(gain)))
         for g in (0.0, 0.25, 0.5, 0.75, 0.9)]  # fmt: skip
 table("g  G(g)", rows)
 gate, trust = calibration.best_gate(passed), calibration.best_trust(passed)
-print(f"gate {gate:.2f}" if gate < calibration.OFF else "SAM is not asked", f"; w_burn {trust:.1f}")
+print(f"gate {gate:.2f}" if gate < calibration.OFF else "SAM is not asked", f"; w = {trust:.1f}")
 
 # %% [markdown]
 # *In this run* no threshold makes nine of ten predictions right: the teacher is sure of its wrong

@@ -15,6 +15,8 @@ from ssis import correction, distributed, filters, model, optimizer, sam, sam_di
 from ssis.calibration import Calibration
 from ssis.clip import Clip
 from ssis.config import Config
+from ssis.imagenet import ClassMeans
+from ssis.io import timm_backbone
 from ssis.teacher import make_teacher
 
 
@@ -58,6 +60,7 @@ def build(
     classifier = make_classifier(
         config.correction, names, net.backbone.out_channels, config.prototypes,
         config.clip_model, config.descriptions, device,
+        (config.backbone, config.backbone_weights),
     )  # fmt: skip
     # S4M asks SAM about training images; the calibration about validation images too.
     embeddings = val_embeddings = structure = None
@@ -106,16 +109,18 @@ def make_classifier(
     clip_model: str,
     descriptions: str,
     device,
+    encoder: tuple[str, str] = ("", "none"),
 ) -> correction.CategoryClassifier | None:
     """The category classifier of a kind, or None.
 
     Args:
-        kind: "none", "prototypes" or "clip".
+        kind: "none", "prototypes", "imagenet" or "clip".
         names: class names.
         channels: D, of the feature pyramid.
         size: K, instances remembered of each class.
         clip_model, descriptions: of `clip.Clip`.
         device: where it is to be.
+        encoder: name and weights of a timm network, for "imagenet".
 
     Raises:
         ValueError: another kind.
@@ -124,9 +129,13 @@ def make_classifier(
         return None
     if kind == "prototypes":
         return correction.Prototypes(len(names), channels, size).to(device)
+    if kind == "imagenet":
+        return ClassMeans(*timm_backbone.encoder(*encoder), len(names), device)
     if kind == "clip":
         return Clip(clip_model, names, descriptions, device)
-    raise ValueError(f"no category classifier {kind!r}: none, prototypes or clip")
+    raise ValueError(
+        f"no category classifier {kind!r}: none, prototypes, imagenet or clip"
+    )
 
 
 def model_of(config: Config) -> tuple:

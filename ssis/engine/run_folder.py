@@ -218,15 +218,16 @@ def calibration_line(measured: dict, names: list[str], refined: bool) -> str:
         refined: whether SAM was asked.
     """
     line = f"calibrated after step {measured['step']} on {measured['images']} images: "
-    thresholds = measured["class_thresholds"]
+    thresholds = measured["found_thresholds"]
     lowest, highest = min(thresholds), max(thresholds)
-    line += f"class thresholds {lowest:.2f}"
+    line += f"foreground thresholds {lowest:.2f}"
     if lowest < highest:
         first, last = (names[thresholds.index(t)] for t in (lowest, highest))
         line += f" ({first}) to {highest:.2f} ({last})"
     if measured["precision"] is not None:
         line += (
-            f", precision {measured['precision']:.2f}, recall {measured['recall']:.2f}"
+            f", {measured['precision']:.0%} of what is kept lies on an instance "
+            f"(recall {measured['recall']:.0%})"
         )
     if refined and measured["mask_iou"] is not None:
         taken = f"gate {measured['gate']:.2f}" if measured["gate"] <= 1 else "off"

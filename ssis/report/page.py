@@ -229,19 +229,21 @@ def calibration(summary: dict) -> str:
     measured = summary.get("calibration")
     if not measured:
         return ""
-    keys = ["precision", "recall", "mask_iou", "refined_iou", "gate"]
+    keys = ["precision", "recall", "class_accuracy", "mask_iou", "refined_iou", "gate"]
     keys += ["disagreements", "classifier_right", "teacher_right", "trust"]
     rows = []
     for one in measured:
-        lowest, highest = min(one["class_thresholds"]), max(one["class_thresholds"])
+        lowest, highest = min(one["found_thresholds"]), max(one["found_thresholds"])
         gate = "off" if one["gate"] > 1 else one["gate"]
         shown = [gate if key == "gate" else one[key] for key in keys]
         rows.append([str(one["step"]), f"{lowest:.2f} – {highest:.2f}", *shown])
-    head = ["after step", "class thresholds", *(key.replace("_", " ") for key in keys)]
+    names = [key.replace("_", " ") for key in keys]
+    head = ["after step", "foreground thresholds", *names]
     return (
         "<h2>Calibration on the validation images</h2>"
         + table(head, rows)
-        + "<p class=\"note\">refined iou: of SAM's masks where the teacher's have mask "
+        + '<p class="note">Precision: fraction of what is kept that lies on an '
+        "instance. Refined iou: of SAM's masks where the teacher's have mask "
         "iou, both with the ground truth. Disagreements: of the category classifier "
         "with the teacher, on found instances. Gate and trust are what was set.</p>"
     )

@@ -341,8 +341,8 @@ def test_the_teacher_pastes_nothing_that_no_rule_would_keep(whole, few, tmp_path
     folder, arguments, _ = whole
     predict, lowest, asked = train.predict, [], []
 
-    def remember(model, images, min_score, two_views):
-        found = predict(model, images, min_score, two_views)
+    def remember(model, images, min_score):
+        found = predict(model, images, min_score)
         asked.append(min_score)
         lowest.extend(each.class_quality.min().item() for each in found if len(each))
         return found

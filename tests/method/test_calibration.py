@@ -19,7 +19,7 @@ def seen(**columns) -> Instances:
     """Instances of which some columns are given: by default right, sure, and nobody asked."""
     n = len(next(iter(columns.values())))
     usual = dict(
-        labels=torch.ones(n, dtype=torch.int64), class_quality=torch.ones(n),
+        labels=torch.ones(n, dtype=torch.int64), foreground=torch.ones(n),
         mask_quality=torch.ones(n), true_labels=torch.ones(n, dtype=torch.int64),
         mask_iou=torch.full((n,), 0.8), agreement=torch.ones(n),
         refined_iou=torch.full((n,), 0.8), distribution=torch.tensor([[1.0, 0.0]]).repeat(n, 1),
@@ -43,15 +43,16 @@ def test_precision_is_the_equation_in_loops():
 
 
 @fast
-def test_class_thresholds_by_hand():
-    """A hundred sure and right ones of class 1, a hundred sure and wrong ones of class 2."""
+def test_found_thresholds_by_hand():
+    """Class 1: a hundred that lie on an instance, whatever its class. Class 2: on none."""
     labels = torch.tensor([1] * 100 + [2] * 100)
     quality = torch.tensor([0.6] * 100 + [0.8] * 100)
-    both = seen(labels=labels, class_quality=quality, true_labels=torch.ones(200).long())
-    first, second, third = calibration.class_thresholds(both, 3, 0.9).tolist()
+    true = torch.tensor([1, 3] * 50 + [0] * 100)
+    both = seen(labels=labels, foreground=quality, true_labels=true)
+    first, second, third = calibration.found_thresholds(both, 3, 0.9).tolist()
     # Class 1 at T = 0.6 or below: (100 + 10 pi) / 110, with pi near one half: above 0.9.
     assert first == pytest.approx(0.3)
-    # Class 2 is never right above 0.8; beyond that only the imagined ones are left.
+    # Class 2 is never found above 0.8; beyond that only the imagined ones are left.
     assert second == pytest.approx(0.9)
     # A class that was not seen has the threshold of all, and so has nothing below 0.8.
     assert third == pytest.approx(0.9)
@@ -60,7 +61,7 @@ def test_class_thresholds_by_hand():
 @fast
 def test_without_predictions_the_score_is_believed():
     nothing = seen(labels=torch.zeros(0, dtype=torch.int64))
-    assert calibration.class_thresholds(nothing, 2, 0.85).tolist() == pytest.approx([0.85, 0.85])
+    assert calibration.found_thresholds(nothing, 2, 0.85).tolist() == pytest.approx([0.85, 0.85])
     assert calibration.mask_threshold(nothing, 0.85) == pytest.approx(0.85)
     assert calibration.best_gate(nothing) == OFF and calibration.best_trust(nothing) == 0.0
 
@@ -102,9 +103,14 @@ def test_trust_by_hand():
     assert calibration.best_trust(seen(true_labels=[2, 1, 1], **of)) == pytest.approx(0.1)
     # About the first and the third: 0.2 mixes that to 0.48 : 0.52.
     assert calibration.best_trust(seen(true_labels=[2, 1, 2], **of)) == pytest.approx(0.2)
-    # About all: half each mixes the second to 0.45 : 0.55. About none: not asked.
+    # About all: half each mixes the second to 0.45 : 0.55. About none: not asked. More than
+    # half where the teacher is surer.
     assert calibration.best_trust(seen(true_labels=[2, 2, 2], **of)) == pytest.approx(0.5)
     assert calibration.best_trust(seen(true_labels=[1, 1, 1], **of)) == 0.0
+    sure = dict(
+        distribution=torch.tensor([[0.95, 0.05]] * 3), opinion=torch.tensor([[0.15, 0.85]] * 3)
+    )
+    assert calibration.best_trust(seen(true_labels=[2, 2, 2], **sure)) == pytest.approx(0.6)
     # What lies on no instance has no class to be right about.
     assert calibration.best_trust(seen(true_labels=[2, 0, 1], **of)) == pytest.approx(0.1)
 
@@ -117,16 +123,19 @@ def test_what_is_measured_is_put_to_use():
         calibration=calibration.Calibration(0.5),
     )
     columns = dict(
-        labels=[1] * 20, class_quality=[0.95] * 20, true_labels=[1] * 18 + [2, 0],
+        labels=[1] * 20, foreground=[0.95] * 20, true_labels=[1] * 18 + [2, 0],
         distribution=[[1.0, 0.0]] * 20, opinion=[[1.0, 0.0]] * 17 + [[0.0, 1.0]] * 3,
         mask_iou=[0.8] * 19 + [0.0], refined_iou=[0.9] * 19 + [0.0],
     )  # fmt: skip
     looked = (seen(**columns), 10, 38)
     measured = calibration.calibrate(labeler, looked, 0.5)
     stored = labeler.thresholds.values[0].tolist()
-    assert stored == pytest.approx(measured["class_thresholds"])
+    assert stored == pytest.approx(measured["found_thresholds"])
     assert labeler.calibration.gate == 0.0 and measured["gate"] == 0.0
-    assert measured["kept"] == 20 and measured["precision"] == 0.9 and measured["recall"] == 0.5
+    assert measured["kept"] == 20 and measured["precision"] == 0.95
+    assert measured["recall"] == 0.5 and measured["class_accuracy"] == pytest.approx(
+        18 / 19, abs=1e-4
+    )
     assert measured["mask_iou"] == 0.8 and measured["refined_iou"] == 0.9
     # Two found ones are disputed: one is of class 1, one of class 2.
     disputed = ("disagreements", "classifier_right", "teacher_right")
@@ -137,10 +146,10 @@ def test_what_is_measured_is_put_to_use():
 
 
 @fast
-def test_the_trust_is_where_the_weight_starts():
+def test_a_measured_weight_is_not_faded_out():
     assert correction.weight(5, 10, 30) == 0.5 and correction.weight(5, 10, 30, 0.2) == 0.2
-    assert correction.weight(20, 10, 30, 0.2) == pytest.approx(0.1)
-    assert correction.weight(30, 10, 30, 0.2) == pytest.approx(0)
+    assert correction.weight(20, 10, 30) == pytest.approx(0.25)
+    assert correction.weight(20, 10, 30, 0.8) == 0.8 and correction.weight(30, 10, 30, 0.0) == 0
 
 
 def test_a_calibrated_run_resumes_bit_identical(shapes_folder, few, tmp_path, monkeypatch):
@@ -152,7 +161,7 @@ def test_a_calibrated_run_resumes_bit_identical(shapes_folder, few, tmp_path, mo
     monkeypatch.setattr(calibration, "TRIED", torch.arange(0.02, 0.995, 0.01))
     monkeypatch.setattr(calibration, "GATES", torch.zeros(1))
     given = [*TINY, *dataset_of(shapes_folder), "--method", "full", "--filter", "calibrated"]
-    given += ["--target-precision", "0.01", "--two-views", "--ignore-uncertain", "--arp", "both"]
+    given += ["--target-precision", "0.01", "--ignore-uncertain", "--arp", "both"]
     given += ["--lr-after", "0.5"]
     train_step, stops = train.train_step, []
 

@@ -5,14 +5,13 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
-from torchvision.ops import box_iou
 
 from torchvision.models.detection.roi_heads import (
     paste_masks_in_image,
     project_masks_on_boxes,
 )
 
-from ssis import data, model, teacher
+from ssis import model, teacher
 
 pytestmark = pytest.mark.fast
 
@@ -219,49 +218,3 @@ def test_detections_are_torchvisions_with_the_whole_distribution():
         assert torch.equal(distributions[torch.arange(len(labels)), labels - 1], scores)
         away = (distributions[:, None] - probs[None, :, 1:]).abs().sum(dim=2)
         assert away.amin(dim=1).max() == 0
-
-
-def test_two_views_of_a_symmetric_image_agree_and_of_another_halve_what_one_alone_sees():
-    net = small().eval()
-    net.roi_heads.score_thresh = 0.0
-    generator = torch.Generator().manual_seed(5)
-    image = torch.rand(3, 64, 80, generator=generator)
-    alone = teacher.predict(net, [image], 0.1)[0]
-    both = teacher.predict(net, [image], 0.0, two_views=True)[0]
-    mirrored = teacher.predict(net, [image.flip(-1)], 0.0)[0]
-    assert (both.class_quality[:-1] >= both.class_quality[1:]).all() and len(alone)
-    # By hand, instance by instance: the mean with the instance that it is matched with.
-    whole = teacher.predict(net, [image], 0.0)[0]
-    boxes = mirrored.boxes.clone()
-    boxes[:, 0], boxes[:, 2] = 80 - mirrored.boxes[:, 2], 80 - mirrored.boxes[:, 0]
-    partner, expected = data.match(whole.boxes, boxes), []
-    for k in range(len(whole)):
-        other = torch.zeros(3) if partner[k] < 0 else mirrored.distribution[partner[k]]
-        mean = (whole.distribution[k] + other) / 2
-        expected.append((mean.max().item(), mean.argmax().item() + 1, whole.boxes[k]))
-    # And of two that have the same class now and overlap, the better one.
-    expected, apart = sorted(expected, key=lambda e: -e[0]), []
-    for c, label, box in expected:
-        if not any(o == label and box_iou(box[None], b[None]) > 0.5 for _, o, b in apart):
-            apart.append((c, label, box))
-    found = list(zip(both.class_quality.tolist(), both.labels.tolist(), strict=True))
-    for (c, label), (c_hand, label_hand, _) in zip(found, apart, strict=True):
-        assert c == pytest.approx(c_hand, abs=1e-6)
-        assert label == label_hand or c == pytest.approx(c_hand, abs=1e-6)
-    assert (partner < 0).any() and (partner >= 0).any()
-    # A mask that the mirrored view has as well is the mean of the two, flipped back.
-    k = (partner >= 0).nonzero()[0, 0]
-    mean = (whole.mask_probs[k] + mirrored.mask_probs[partner[k]].flip(-1)) / 2
-    assert any(torch.allclose(mean, mask, atol=1e-6) for mask in both.mask_probs)
-
-
-def test_two_candidates_of_one_object_that_get_the_same_class_become_one():
-    """Deer or bear in the view, bear in the mirrored one: bear, once."""
-    from conftest import made_labels
-
-    both = [[0.5, 0.45, 0.0]] * 2
-    one = made_labels([1, 2], [0.5, 0.45], [1.0, 1.0], both)
-    two = made_labels([2], [0.9], [1.0], [[0.05, 0.9, 0.0]])
-    two.boxes = torch.tensor([[4.0, 4.0, 16.0, 12.0]])
-    (label,), (c,) = (getattr(teacher.agree(one, two, 0.3), k) for k in ("labels", "class_quality"))
-    assert label == 2 and c == pytest.approx(0.675)

@@ -81,7 +81,7 @@ def train(config: Config) -> None:
             if session.calibration_due(step):
                 # Ours: what is kept, redrawn and corrected is decided where the truth is known.
                 looked = calibration.look(labeler, session.validation_items(), config)
-                session.calibrated(calibration.calibrate(labeler, looked, config.target_precision))
+                session.calibrated(calibration.calibrate(labeler, *looked))
             # One step, on labeled images alone while the first teacher is made, then on both.
             lr = schedule.get_last_lr()[-1]
             unlabeled = next(session.unlabeled) if step >= pretrain_end else None

@@ -12,24 +12,23 @@ teacher labels the validation images as it labels unlabeled ones, and every inst
 that it predicts is compared with the ground truth. It is *found* if its box lies on an
 instance (IoU >= 0.5, `data.match`), one prediction for each instance.
 
-*Thresholds of the foreground quality.* The precision at a threshold is the fraction of
-the predictions above it that are found. (Not: found and right. A class can be corrected
-later, but a box where nothing is cannot.) Few validation images give rough fractions,
-so imagined predictions are added: for all classes together κ of them, found with
-probability T, as if the foreground quality could be believed; for each class κ more,
-found with probability π(T). Each class gets the lowest threshold that reaches the
-precision asked for, `--target-precision`:
+*Thresholds of the foreground quality.* A threshold that is too low teaches objects
+where there are none, one that is too high teaches that objects are background. F1, the
+harmonic mean of precision and recall, weighs both. (Both of what is *found*, not of
+what also has its class: a class can be corrected later, a box where nothing is cannot.)
+Each class gets the threshold of the highest F1. Few validation images give rough
+counts, so those of all classes are added to each, as if they had κ instances:
 
-$$\pi_k(T) = \frac{F_k(T) + \kappa \pi(T)}{N_k(T) + \kappa}, \qquad
-  \pi(T) = \frac{F(T) + \kappa T}{N(T) + \kappa}, \qquad
-  T_k = \min \{T : \pi_k(T) \ge \pi^*\}$$ ssis Eq. (precision)
+$$\mathrm{F1}_k(T) = \frac{2 \, (F_k(T) + \lambda F(T))}
+  {N_k(T) + M_k + \lambda (N(T) + M)}, \qquad \lambda = \frac{\kappa}{M}, \qquad
+  T_k = \mathrm{argmax}_T \, \mathrm{F1}_k(T)$$ ssis Eq. (F1)
 
 with N_k(T) predictions of class k whose foreground quality reaches T, F_k(T) of them
-found, and N, F of all classes. A class without any prediction is held to the threshold
-of all.
+found, M_k true instances of class k, and N, F, M those of all classes. Of several
+thresholds with the highest F1 it is the median.
 
-*Threshold of the mask quality.* The same, over the found instances that pass the first
-threshold, one for all classes; a mask is right if its IoU with the true mask reaches
+*Threshold of the mask quality.* The same over the found instances that pass the first
+threshold, one for all classes; "found" is a mask whose IoU with the true mask reaches
 one half.
 
 *Gate.* SAM's mask is taken where it agrees with the teacher's (`ssis/refine.py`). How
@@ -71,8 +70,8 @@ from ssis.filters import LOWEST, area, foreground, objects
 from ssis.model import autocast
 from ssis.teacher import predict
 
-# kappa: how many imagined predictions the measured ones have to outweigh.
-IMAGINED = 10
+# kappa: as how many instances all classes together count in each class.
+SHARED = 10
 # The thresholds and gates that are tried, and the weights of the category classifier.
 TRIED = torch.arange(LOWEST, 0.995, 0.01)
 GATES = torch.arange(0, 1, 0.05)
@@ -137,7 +136,7 @@ class Instances:
 
 
 @torch.no_grad()
-def look(labeler, items: Iterable[dict], config) -> tuple[Instances, int, int]:
+def look(labeler, items: Iterable[dict], config) -> tuple[Instances, int, Tensor]:
     """What the teacher, SAM and the category classifier make of validation images.
 
     Every process must call this.
@@ -148,10 +147,12 @@ def look(labeler, items: Iterable[dict], config) -> tuple[Instances, int, int]:
         config: the settings of the refinement.
 
     Returns:
-        The instances of all processes, how many images, and how many true instances.
+        The instances of all processes, how many images, and (C,) how many true
+        instances of each class.
     """
     device = next(labeler.teacher.parameters()).device
     parts, images, instances = [], 0, 0
+    classes = labeler.thresholds.values.shape[1]
     for item in items:
         image, target = item["image"].to(device), item["target"]
         with autocast(config, device):
@@ -180,59 +181,63 @@ def look(labeler, items: Iterable[dict], config) -> tuple[Instances, int, int]:
         columns += (predicted.distribution, opinion)
         parts.append([column.cpu() for column in columns])
         images += 1
-        instances += len(target["labels"])
+        instances += torch.bincount(target["labels"] - 1, minlength=classes)
     gathered = distributed.gather((parts, images, instances))
     rows = [part for mine, _, _ in gathered for part in mine]
     everything = Instances(*(torch.cat(column) for column in zip(*rows, strict=True)))
     return everything, sum(g[1] for g in gathered), sum(g[2] for g in gathered)
 
 
-def lowest_reaching(precision: Tensor, target: float) -> Tensor:
-    """The lowest of the thresholds tried that reaches a precision.
-
-    Args:
-        precision: (.., len(TRIED)).
-        target: in [0, 1].
-
-    Returns:
-        (..), the highest threshold where none reaches it.
-    """
-    reached = precision >= target
-    reached[..., -1] = True
-    # `max` gives the first of several largest values, so the first True.
-    return TRIED[reached.int().max(dim=-1).indices]
-
-
-def precision(quality: Tensor, found: Tensor, imagined: Tensor) -> Tensor:
-    """One line of ssis Eq. (precision), at each of the thresholds tried.
+def counts(quality: Tensor, found: Tensor) -> Tensor:
+    """F and N of ssis Eq. (F1), at each of the thresholds tried.
 
     Args:
         quality: (N,) in [0, 1].
         found: (N,) bool.
-        imagined: (len(TRIED),) precision of the imagined predictions.
+
+    Returns:
+        (2, len(TRIED)).
     """
     passing = quality[:, None] >= TRIED  # (N, thresholds)
-    n, f = passing.sum(dim=0), (passing & found[:, None]).sum(dim=0)
-    # ssis Eq. (precision)
-    return (f + IMAGINED * imagined) / (n + IMAGINED)
+    return torch.stack([(passing & found[:, None]).sum(dim=0), passing.sum(dim=0)])
 
 
-def found_thresholds(seen: Instances, classes: int, target: float) -> Tensor:
-    """T_k of ssis Eq. (precision), (C,)."""
+def best_threshold(found: Tensor, kept: Tensor, instances: Tensor | float) -> float:
+    """The threshold of the highest F1.
+
+    Args:
+        found, kept: (len(TRIED),) F and N at each of the thresholds tried.
+        instances: M.
+    """
+    # ssis Eq. (F1)
+    f1 = 2 * found / (kept + instances + 1e-9)
+    # Between the last wrong prediction and the first right one all are as good.
+    return TRIED[f1 == f1.max()].median().item()
+
+
+def found_thresholds(seen: Instances, instances: Tensor) -> Tensor:
+    """T_k of ssis Eq. (F1), (C,).
+
+    Args:
+        seen: the predictions.
+        instances: (C,) M_k, true instances of each class.
+    """
     found = seen.true_labels > 0
-    of_all = precision(seen.foreground, found, TRIED)
-    of_each = [
-        precision(seen.foreground[own], found[own], of_all)
-        for own in (seen.labels == k + 1 for k in range(classes))
-    ]
-    return lowest_reaching(torch.stack(of_each), target)
+    of_all, total = counts(seen.foreground, found), instances.sum()
+    share = SHARED / total.clamp(min=1)
+    thresholds = []
+    for k, own_total in enumerate(instances):
+        own = seen.labels == k + 1
+        both = counts(seen.foreground[own], found[own]) + share * of_all
+        thresholds.append(best_threshold(*both, own_total + share * total))
+    return torch.tensor(thresholds)
 
 
-def mask_threshold(passed: Instances, target: float) -> float:
-    """The mask quality from which on masks are right, by ssis Eq. (precision)."""
+def mask_threshold(passed: Instances) -> float:
+    """The mask quality from which on masks are right, by ssis Eq. (F1)."""
     found = passed[passed.true_labels > 0]
     right = found.mask_iou >= RIGHT_MASK
-    return lowest_reaching(precision(found.mask_quality, right, TRIED), target).item()
+    return best_threshold(*counts(found.mask_quality, right), right.sum())
 
 
 def best_gate(passed: Instances) -> float:
@@ -258,22 +263,19 @@ def best_trust(passed: Instances) -> float:
     return WEIGHTS[torch.stack(right).argmax()].item()
 
 
-def calibrate(labeler, looked: tuple[Instances, int, int], target: float) -> dict:
+def calibrate(labeler, seen: Instances, images: int, instances: Tensor) -> dict:
     """Set thresholds, gate and trust by what was seen.
 
     Args:
         labeler: `engine.build.Labeler`; its thresholds and calibration are changed.
-        looked: of `look`.
-        target: precision that the kept pseudo-labels shall have, in [0, 1].
+        seen, images, instances: of `look`.
 
     Returns:
         What was measured, for the terminal and the report: numbers, and a list of C.
     """
-    (seen, images, instances), measured = looked, labeler.calibration
-    classes = seen.distribution.shape[1]
-    of_class = found_thresholds(seen, classes, target)
+    measured, of_class = labeler.calibration, found_thresholds(seen, instances)
     passed = seen[seen.foreground >= of_class[seen.labels - 1]]
-    of_mask = mask_threshold(passed, target)
+    of_mask = mask_threshold(passed)
     passed = passed[passed.mask_quality >= of_mask]
     mask_row = torch.full_like(of_class, of_mask)
     labeler.thresholds.values.copy_(torch.stack([of_class, mask_row]))
@@ -295,7 +297,7 @@ def calibrate(labeler, looked: tuple[Instances, int, int], target: float) -> dic
         kept=len(passed),
         precision=mean(passed.true_labels > 0),
         class_accuracy=mean(found.labels == found.true_labels),
-        recall=round(len(found) / max(instances, 1), 4),
+        recall=round(len(found) / max(instances.sum().item(), 1), 4),
         mask_iou=mean(found.mask_iou),
         refined_iou=mean(found.refined_iou),
         gate=round(measured.gate, 4),

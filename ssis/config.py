@@ -368,12 +368,6 @@ class Config:
         valid="from 0 to 1",
         scope=LATER,
     )
-    target_precision: float = setting(
-        0.9,
-        "fraction of the pseudo-labels that shall lie on an instance, of calibrated",
-        valid="from 0 to 1",
-        scope=LATER,
-    )
     min_area: int = setting(
         5,
         "a pseudo-label needs more mask pixels than this (PL-DC 5; GD and S4M: a mass "

@@ -207,16 +207,14 @@ def keep(
     elif rule == "dual":
         # PL-DC Eq. (dual)
         good = (c >= tau_class) & (m >= tau_mask)
-    elif rule == "adaptive":
+    elif rule in ("adaptive", "calibrated"):
+        if rule == "calibrated":
+            # ssis Eq. (found): one candidate for each object, and whether it is one.
+            predictions = objects(predictions)
+            c, m = foreground(predictions), predictions.mask_quality
         # PL-DC Eq. (adaptive): each instance against the thresholds of its own class.
         own_class, own_mask = thresholds.values[:, predictions.labels - 1]
         good = (c >= own_class) & (m >= own_mask)
-    elif rule == "calibrated":
-        predictions = objects(predictions)
-        own_found, own_mask = thresholds.values[:, predictions.labels - 1]
-        # ssis Eq. (found)
-        good = foreground(predictions) >= own_found
-        good &= predictions.mask_quality >= own_mask
     elif rule == "three-way":
         # ssis Eq. (ambiguous), its first half; what is certain is above T_min as well.
         good = (c >= thresholds.lowest[0]) & (m >= thresholds.lowest[1])

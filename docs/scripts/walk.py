@@ -868,47 +868,48 @@ pictures.show(figure, "9-ground-truth", "Pseudo-labels before and after, beside 
 # classifier look at validation images, whose ground truth is known.
 #
 # *Thresholds.* The teacher is asked whether something is there, whatever it is: its foreground
-# quality o is the probability of not being background. Classes are the correction's part. Of the
-# predictions whose o reaches T, F lie on an instance. To N real predictions κ = 10 imagined ones
-# are added, so that a handful of images decides little:
+# quality o is the probability of not being background. Classes are the correction's part. Of N
+# predictions whose o reaches T, F lie on one of the M instances; the best T has the highest F1.
+# Those of all classes are added to each class as if they had κ = 10 instances, so that a handful of
+# images decides little:
 #
 # $$o = \sum_k P(k), \qquad
 #   o \ge T^{\mathrm{found}}_k \;\wedge\; m \ge T^{\mathrm{mask}}_k$$
 #
 # ssis Eq. (found)
 #
-# $$\pi_k(T) = \frac{F_k(T) + \kappa \pi(T)}{N_k(T) + \kappa}, \qquad
-#   \pi(T) = \frac{F(T) + \kappa T}{N(T) + \kappa}, \qquad
-#   T_k = \min \{T : \pi_k(T) \ge \pi^*\}$$
+# $$\mathrm{F1}_k(T) = \frac{2 \, (F_k(T) + \lambda F(T))}
+#   {N_k(T) + M_k + \lambda (N(T) + M)}, \qquad \lambda = \frac{\kappa}{M}, \qquad
+#   T_k = \mathrm{argmax}_T \, \mathrm{F1}_k(T)$$
 #
-# ssis Eq. (precision)
+# ssis Eq. (F1)
 
 # %%
 stream = data.Stream(val_set, list(range(len(val_set))), settings.view_size, 2, True)
 looked = [stream[k] for k in range(min(40, len(val_set)))]
 seen, images, instances = calibration.look(labeler, looked, settings)
 found, quality = seen.true_labels > 0, seen.foreground
-pi = calibration.precision(quality, found, calibration.TRIED)
+f_all, n_all = calibration.counts(quality, found)
 
-# By hand, at some of the thresholds that are tried.
-rows = []
-for k in range(0, len(calibration.TRIED), 15):
+# By hand, at some of the thresholds that are tried, for all classes together.
+rows, total = [], instances.sum().item()
+for k in range(0, len(calibration.TRIED), 10):
     threshold = calibration.TRIED[k].item()
     above = quality >= calibration.TRIED[k]
     n, f = above.sum().item(), (above & found).sum().item()
-    by_hand = (f + 10 * threshold) / (n + 10)
-    assert abs(by_hand - pi[k].item()) < 1e-5
-    rows.append((threshold, n, f, by_hand))
-print(f"{len(seen)} predictions on {images} images, which have {instances} instances")
-table("T  N  F  (F + 10 T) / (N + 10)", rows)
+    assert (f, n) == (f_all[k].item(), n_all[k].item())
+    rows.append((threshold, n, f, f / max(n, 1), f / total, 2 * f / (n + total)))
+print(f"{len(seen)} predictions on {images} images, which have {total} instances")
+table("T  N  F  precision  recall  F1", rows)
 
 # %%
-measured = calibration.found_thresholds(seen, len(names), settings.target_precision)
+measured = calibration.found_thresholds(seen, instances)
 table(
-    "class  predicted  found  T_k measured",
+    "class  instances  predicted  found  T_k measured",
     [
         (
             name,
+            instances[k].item(),
             (seen.labels == k + 1).sum().item(),
             (found & (seen.labels == k + 1)).sum().item(),
             measured[k],

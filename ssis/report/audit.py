@@ -44,7 +44,7 @@ FLAGS = dict(
     coupled="--tau-class",
     dual="--tau-class or --tau-mask",
     adaptive="--tau-min and --tau-max, or --tau-mask-min and --tau-mask-max",
-    calibrated="--target-precision",
+    calibrated="the thresholds by hand (--filter dual)",
 )
 FLAGS["three-way"] = FLAGS["adaptive"]
 # Lowest class score of the stage `predicted`, before any filter.

@@ -10,7 +10,7 @@ from helpers import TINY, dataset_of
 
 import train
 from ssis import calibration, correction, filters, presets
-from ssis.calibration import GATES, IMAGINED, OFF, TRIED, Instances
+from ssis.calibration import GATES, OFF, SHARED, TRIED, Instances
 
 fast = pytest.mark.fast
 
@@ -29,51 +29,71 @@ def seen(**columns) -> Instances:
 
 
 @fast
-def test_precision_is_the_equation_in_loops():
-    """Also with nobody above a threshold: then it is what was imagined."""
+def test_thresholds_are_the_equation_in_loops():
+    """ssis Eq. (F1), each class and threshold by itself."""
     generator = torch.Generator().manual_seed(1)
-    quality = torch.rand(30, generator=generator) * 0.9
-    right = torch.rand(30, generator=generator) < quality
-    found = calibration.precision(quality, right, TRIED)
-    for k, threshold in enumerate(TRIED.tolist()):
-        above = [bool(r) for q, r in zip(quality, right, strict=True) if q >= threshold]
-        expected = (sum(above) + IMAGINED * threshold) / (len(above) + IMAGINED)
-        assert found[k].item() == pytest.approx(expected, abs=1e-6)
-    assert found[-1] == pytest.approx(TRIED[-1].item())
+    quality = torch.rand(60, generator=generator)
+    found = torch.rand(60, generator=generator) < quality
+    labels = torch.randint(1, 3, (60,), generator=generator)
+    true = torch.where(found, 3 - labels, 0)  # found, whatever the class
+    instances = torch.tensor([25, 40])
+    given = seen(labels=labels, foreground=quality, true_labels=true)
+    measured = calibration.found_thresholds(given, instances).tolist()
+    for k in (1, 2):
+        best = {}
+        for threshold in TRIED.tolist():
+            f = n = f_all = n_all = 0
+            for q, is_found, label in zip(quality, found, labels, strict=True):
+                if q >= threshold:
+                    f, n = f + bool(is_found and label == k), n + bool(label == k)
+                    f_all, n_all = f_all + bool(is_found), n_all + 1
+            share = SHARED / 65
+            above = 2 * (f + share * f_all)
+            below = n + instances[k - 1].item() + share * (n_all + 65)
+            best.setdefault(round(above / below, 6), []).append(threshold)
+        highest = best[max(best)]
+        assert measured[k - 1] == pytest.approx(highest[(len(highest) - 1) // 2])
 
 
 @fast
 def test_found_thresholds_by_hand():
     """Class 1: a hundred that lie on an instance, whatever its class. Class 2: on none."""
     labels = torch.tensor([1] * 100 + [2] * 100)
-    quality = torch.tensor([0.6] * 100 + [0.8] * 100)
+    quality = torch.tensor([0.605] * 100 + [0.805] * 100)
     true = torch.tensor([1, 3] * 50 + [0] * 100)
     both = seen(labels=labels, foreground=quality, true_labels=true)
-    first, second, third = calibration.found_thresholds(both, 3, 0.9).tolist()
-    # Class 1 at T = 0.6 or below: (100 + 10 pi) / 110, with pi near one half: above 0.9.
-    assert first == pytest.approx(0.3)
-    # Class 2 is never found above 0.8; beyond that only the imagined ones are left.
-    assert second == pytest.approx(0.9)
-    # A class that was not seen has the threshold of all, and so has nothing below 0.8.
-    assert third == pytest.approx(0.9)
+    instances = torch.tensor([50, 0, 50])
+    first, second, third = calibration.found_thresholds(both, instances).tolist()
+    # Class 1: every threshold up to 0.6 keeps all hundred; the middle of 0.3 to 0.6.
+    assert first == pytest.approx(0.45)
+    # Class 2 has no instance: what counts is all classes together, where 0.6 keeps half that is
+    # right. A class that was not predicted is held to the same.
+    assert second == third == pytest.approx(0.45)
+    # False ones below all true ones: the threshold lies between.
+    low = seen(foreground=[0.405] * 9 + [0.805] * 9, true_labels=[0] * 9 + [1] * 9)
+    found = calibration.found_thresholds(low, torch.tensor([9, 0])).tolist()
+    assert found == pytest.approx([0.6, 0.6])
 
 
 @fast
-def test_without_predictions_the_score_is_believed():
+def test_without_predictions_or_instances_there_is_a_threshold():
     nothing = seen(labels=torch.zeros(0, dtype=torch.int64))
-    assert calibration.found_thresholds(nothing, 2, 0.85).tolist() == pytest.approx([0.85, 0.85])
-    assert calibration.mask_threshold(nothing, 0.85) == pytest.approx(0.85)
+    middle = TRIED.median().item()
+    for instances in (torch.tensor([3, 4]), torch.tensor([0, 0])):
+        assert calibration.found_thresholds(nothing, instances).tolist() == [middle] * 2
+    assert calibration.mask_threshold(nothing) == middle
     assert calibration.best_gate(nothing) == OFF and calibration.best_trust(nothing) == 0.0
 
 
 @fast
 def test_the_threshold_of_masks_looks_at_found_instances_alone():
-    quality = torch.tensor([0.7] * 50 + [0.9] * 50 + [0.95] * 50)
+    quality = torch.tensor([0.705] * 50 + [0.905] * 50 + [0.955] * 50)
     iou = torch.tensor([0.3] * 50 + [0.9] * 50 + [0.0] * 50)
     true = torch.tensor([1] * 100 + [0] * 50)
     columns = dict(mask_quality=quality, mask_iou=iou, true_labels=true)
-    # The last fifty lie on no instance: whether their masks are right is not the question.
-    assert calibration.mask_threshold(seen(**columns), 0.9) == pytest.approx(0.71)
+    # The last fifty lie on no instance: whether their masks are right is not the question. The
+    # middle of what lies between 0.705 and 0.905.
+    assert calibration.mask_threshold(seen(**columns)) == pytest.approx(0.8)
 
 
 @fast
@@ -127,8 +147,7 @@ def test_what_is_measured_is_put_to_use():
         distribution=[[1.0, 0.0]] * 20, opinion=[[1.0, 0.0]] * 17 + [[0.0, 1.0]] * 3,
         mask_iou=[0.8] * 19 + [0.0], refined_iou=[0.9] * 19 + [0.0],
     )  # fmt: skip
-    looked = (seen(**columns), 10, 38)
-    measured = calibration.calibrate(labeler, looked, 0.5)
+    measured = calibration.calibrate(labeler, seen(**columns), 10, torch.tensor([30, 8]))
     stored = labeler.thresholds.values[0].tolist()
     assert stored == pytest.approx(measured["found_thresholds"])
     assert labeler.calibration.gate == 0.0 and measured["gate"] == 0.0
@@ -161,8 +180,7 @@ def test_a_calibrated_run_resumes_bit_identical(shapes_folder, few, tmp_path, mo
     monkeypatch.setattr(calibration, "TRIED", torch.arange(0.02, 0.995, 0.01))
     monkeypatch.setattr(calibration, "GATES", torch.zeros(1))
     given = [*TINY, *dataset_of(shapes_folder), "--method", "full", "--filter", "calibrated"]
-    given += ["--target-precision", "0.01", "--ignore-uncertain", "--arp", "both"]
-    given += ["--lr-after", "0.5"]
+    given += ["--ignore-uncertain", "--arp", "both", "--lr-after", "0.5"]
     train_step, stops = train.train_step, []
 
     def step_and_stop(*arguments):

@@ -46,6 +46,32 @@ def test_each_class_has_its_own_adaptive_threshold():
     assert kept_by(found, "adaptive", thresholds=thresholds).labels.tolist() == [1]
 
 
+def test_the_calibrated_rule_asks_whether_something_is_there_whatever_it_is():
+    """Deer or bear, surely one; a sure deer beside it; and background."""
+    found = made_labels(
+        labels=[2, 1, 2, 3],
+        class_quality=[0.7, 0.5, 0.4, 0.35],
+        mask_quality=[0.9] * 4,
+        distribution=[[0.0, 0.7, 0.0], [0.5, 0.45, 0.0], [0.5, 0.4, 0.0], [0.1, 0.1, 0.35]],
+    )
+    # The second and the third are candidates for one object; of the same o the first in order.
+    found.boxes[0] = torch.tensor([0.0, 13.0, 10.0, 20.0])
+    found.boxes[3] = torch.tensor([13.0, 0.0, 20.0, 3.0])
+    assert filters.foreground(found).tolist() == pytest.approx([0.7, 0.95, 0.9, 0.55])
+    assert filters.objects(found).labels.tolist() == [2, 1, 3]
+    thresholds = filters.Thresholds(3, *RANGES, 0.99)
+    thresholds.values.copy_(torch.tensor([[0.9, 0.71, 0.5], [0.8, 0.8, 0.8]]))
+    # The first would pass as class 1 or 3, but not as class 2; 0.95 passes though no class does.
+    kept = kept_by(found, "calibrated", thresholds=thresholds)
+    assert kept.labels.tolist() == [1, 3] and kept.class_quality.tolist() == pytest.approx(
+        [0.5, 0.35]
+    )
+    # The mask has a threshold of its own.
+    thresholds.values[1, 0] = 0.95
+    assert kept_by(found, "calibrated", thresholds=thresholds).labels.tolist() == [3]
+    assert len(kept_by(found[:0], "calibrated", thresholds=thresholds)) == 0
+
+
 def test_few_pixels_are_dropped_whatever_the_scores():
     found = made_labels(labels=[1, 1], class_quality=[1.0, 1.0], mask_quality=[1.0, 1.0])
     found.masks[0] = False

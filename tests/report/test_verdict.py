@@ -119,9 +119,9 @@ def test_stages_and_advice():
         "only 70% of those have its class: label more, or raise --tau-class",
         "only 20% of the instances have a pseudo-label: pretrain longer, or lower --tau-class",
     ]
-    # A calibrated run has switched off what is worse, and has another flag.
-    assert [line[-18:] for line in verdict.advice(calibrated, audit, STAGES, 1.0)] == [
-        "--target-precision"
+    # A calibrated run has switched off what is worse, and has no threshold to set.
+    assert [line[-34:] for line in verdict.advice(calibrated, audit, STAGES, 1.0)] == [
+        "thresholds by hand (--filter dual)"
     ] * 2
     assert verdict.advice(plain, None, None, 1.0) == []
     assert "--unsup-weight" in verdict.advice(plain, None, None, -1.0)[0]

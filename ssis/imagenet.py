@@ -9,7 +9,7 @@ stays as it was downloaded.
 
 1. Each instance is cut out of the view, its box with a tenth of its sides around it, at
    128 x 128 pixels;
-2. the encoder makes one feature vector v of the crop, brought to length 1;
+2. the encoder's last feature map, averaged, is one vector v, brought to length 1;
 3. a class is the mean of the vectors of its labeled instances (also called a nearest
    class mean classifier, or a prototypical network's prototypes), brought to length 1;
 4. the opinion is a softmax over the cosines:
@@ -50,7 +50,7 @@ class ClassMeans(CategoryClassifier):
     Not a module: of the encoder's weights none belongs into a checkpoint.
 
     Args:
-        encoder: (N, 3, H, W), normalized, -> (N, D).
+        encoder: (N, 3, H, W), normalized, -> feature maps, the last one (N, D, h, w).
         mean, std: of R, G, B, that the encoder's images are normalized with.
         classes: C.
         device: where it is to be.
@@ -93,7 +93,7 @@ class ClassMeans(CategoryClassifier):
         view = ((image - self.mean) / self.std)[None]
         # Every pixel of a large box counts: as many samples per cell as it has pixels.
         crops = roi_align(view, [wide], CROP, aligned=True)
-        return F.normalize(self.encoder(crops), dim=1)
+        return F.normalize(self.encoder(crops)[-1].mean(dim=(2, 3)), dim=1)
 
     def forget(self) -> None:
         """Empty the memory."""

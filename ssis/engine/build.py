@@ -130,7 +130,7 @@ def make_classifier(
     if kind == "prototypes":
         return correction.Prototypes(len(names), channels, size).to(device)
     if kind == "imagenet":
-        return ClassMeans(*timm_backbone.encoder(*encoder), len(names), device)
+        return ClassMeans(*timm_backbone.load(*encoder), len(names), device)
     if kind == "clip":
         return Clip(clip_model, names, descriptions, device)
     raise ValueError(

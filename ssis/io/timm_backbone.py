@@ -81,24 +81,6 @@ def load(name: str, weights: str) -> tuple[nn.Module, list[float], list[float]]:
     return body, list(settings.mean), list(settings.std)
 
 
-def encoder(name: str, weights: str) -> tuple[nn.Module, list[float], list[float]]:
-    """The whole network without its classifier: images to feature vectors.
-
-    Args:
-        name, weights: as for `load`.
-
-    Returns:
-        The network, and the mean and deviation that images are normalized with, RGB.
-    """
-    import timm
-
-    whole = timm.create_model(name, num_classes=0, pretrained=weights == "imagenet")
-    if weights not in ("none", "imagenet"):
-        load_matching(whole, read_weights(weights), weights)
-    settings = timm.get_pretrained_cfg(name)
-    return whole, list(settings.mean), list(settings.std)
-
-
 def freeze(body: nn.Module, trained_stages: int) -> nn.Module:
     """The backbone with constant norms and constant first stages.
 

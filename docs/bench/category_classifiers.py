@@ -189,7 +189,8 @@ def main() -> None:
         query, bank = F.normalize(asked[name]), F.normalize(known[name])
         members = [bank[known_class == k] for k in range(classes)]
         means = F.normalize(torch.stack([rows.mean(0) for rows in members]))
-        near = torch.stack([(query @ rows.T).topk(NEAREST).values.mean(1) for rows in members], 1)
+        near = [(query @ rows.T).topk(min(NEAREST, len(rows))).values.mean(1) for rows in members]
+        near = torch.stack(near, dim=1)
         for kind, score in (("mean", query @ means.T), ("nearest", near)):
             scale = imagenet.TEMPERATURE if name == IMAGENET else correction.TEMPERATURE
             line(f"{kind}: {name}", (score / scale).softmax(1))

@@ -46,10 +46,12 @@ falls to 0, whether it knows better than the teacher or not. Here it is measured
 long as the run goes on:
 
 $$w = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 1\}} \;
-  |\{n : \mathrm{argmax}_k \, p_k(w) = y_n\}|$$ ssis Eq. (trust)
+  \sum_n \log p_{y_n}(w)$$ ssis Eq. (trust)
 
-the weight with which most of the found instances that pass the thresholds get their
-true class y_n, the smallest of several that are equal; at 0 the correction is off.
+the weight with which the true classes y_n of the found instances that pass the
+thresholds are most likely. A teacher that is sure of wrong classes pays for it.
+(Counting which classes are right would let three disagreements decide.) At 0 the
+correction is off.
 
 Measured when the first teacher is ready, when the burn-in ends, and after each
 evaluation but the last, since the teacher changes. What was measured is printed, and in
@@ -258,9 +260,9 @@ def best_trust(passed: Instances) -> float:
     teacher = found.distribution / found.distribution.sum(dim=1, keepdim=True)
     # ssis Eq. (trust): PL-DC Eq. (DICC) with each of the weights.
     mixed = [w * found.opinion + (1 - w) * teacher for w in WEIGHTS]
-    right = [(p.argmax(dim=1) + 1 == found.true_labels).sum() for p in mixed]
-    # `argmax` gives the first of several largest values, so the smallest weight.
-    return WEIGHTS[torch.stack(right).argmax()].item()
+    true = (torch.arange(len(found)), found.true_labels - 1)
+    likelihood = [p[true].clamp(min=1e-6).log().sum() for p in mixed]
+    return WEIGHTS[torch.stack(likelihood).argmax()].item()
 
 
 def calibrate(labeler, seen: Instances, images: int, instances: Tensor) -> dict:

@@ -95,9 +95,7 @@ PHOTOS = dict(
     pretrain_steps=500,
     burnin_steps=50,
     mutual_steps=400,
-    # Smaller steps, and half of the weight, for what the teacher may have wrong.
-    lr_after=0.3,
-    unsup_weight=0.5,
+    lr_after=0.6,
     sam="vit_b",
     eval_every=100,
 )
@@ -224,6 +222,8 @@ S4M_90K = dict(
 # an image without pseudo-labels is left out.
 FULL = dict(PL_DC_FILTER, empty_images="skip")
 
+# Smaller steps, and half of the weight, for what the teacher may have wrong.
+PHOTOS_CAREFUL = dict(tau_class=0.9, lr_after=0.3, unsup_weight=0.5)
 # On photographs the labeled images are pasted into each other by every method, so that
 # none has an augmentation that the line to beat does not have.
 PHOTOS_ALL = dict(arp="labeled")
@@ -235,9 +235,9 @@ WITHOUT_SAM = dict(structure_weight=0.0, refine="none", refine_calibrate=False)
 # What belongs to a preset and a method together.
 OF_BOTH = {
     ("photos", "supervised"): PHOTOS_ALL,
-    ("photos", "guided-distillation"): dict(PHOTOS_ALL, tau_class=0.9),
+    ("photos", "guided-distillation"): dict(PHOTOS_ALL, **PHOTOS_CAREFUL),
     ("photos", "pl-dc"): dict(PHOTOS_ALL, **PHOTOS_CALIBRATED),
-    ("photos", "s4m"): dict(arp="both", tau_class=0.9),
+    ("photos", "s4m"): dict(arp="both", **PHOTOS_CAREFUL),
     ("photos", "full"): dict(arp="both", **PHOTOS_CALIBRATED),
     ("coco", "pl-dc"): PL_DC_COCO,
     ("cityscapes", "pl-dc"): PL_DC_90K,

@@ -920,7 +920,7 @@ table(
 
 # %% [markdown]
 # *Gate and trust*, over what passes these thresholds: what a gate would gain in mask IoU, and how
-# many classes are right with each weight of the category classifier.
+# likely the true classes are with each weight of the category classifier.
 #
 # $$G(g) = \frac{1}{N} \sum_{n : a_n \ge g}
 #   (\mathrm{IoU}^{SAM}_n - \mathrm{IoU}^T_n)$$
@@ -928,7 +928,7 @@ table(
 # ssis Eq. (gate)
 #
 # $$w = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 1\}} \;
-#   |\{n : \mathrm{argmax}_k \, p_k(w) = y_n\}|$$
+#   \sum_n \log p_{y_n}(w)$$
 #
 # ssis Eq. (trust)
 

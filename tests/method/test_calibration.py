@@ -115,24 +115,21 @@ def test_gate_by_hand():
 
 @fast
 def test_trust_by_hand():
-    """Sure both: with 0.5 the argmax takes the teacher's class; unsure: any weight decides."""
-    teacher = torch.tensor([[0.55, 0.45], [0.9, 0.1], [0.6, 0.4]])
-    opinion = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    """Where the true classes are most likely: all, none, or between, of two that disagree."""
+    teacher = torch.tensor([[0.8, 0.2], [0.9, 0.1], [0.6, 0.4]])
+    opinion = torch.tensor([[0.1, 0.9], [0.1, 0.9], [0.1, 0.9]])
     of = dict(distribution=teacher, opinion=opinion)
-    # Right about the first alone: a weight of 0.1 mixes it to 0.495 : 0.505, and leaves the rest.
-    assert calibration.best_trust(seen(true_labels=[2, 1, 1], **of)) == pytest.approx(0.1)
-    # About the first and the third: 0.2 mixes that to 0.48 : 0.52.
-    assert calibration.best_trust(seen(true_labels=[2, 1, 2], **of)) == pytest.approx(0.2)
-    # About all: half each mixes the second to 0.45 : 0.55. About none: not asked. More than
-    # half where the teacher is surer.
-    assert calibration.best_trust(seen(true_labels=[2, 2, 2], **of)) == pytest.approx(0.5)
+    assert calibration.best_trust(seen(true_labels=[2, 2, 2], **of)) == 1.0
     assert calibration.best_trust(seen(true_labels=[1, 1, 1], **of)) == 0.0
-    sure = dict(
-        distribution=torch.tensor([[0.95, 0.05]] * 3), opinion=torch.tensor([[0.15, 0.85]] * 3)
-    )
-    assert calibration.best_trust(seen(true_labels=[2, 2, 2], **sure)) == pytest.approx(0.6)
-    # What lies on no instance has no class to be right about.
-    assert calibration.best_trust(seen(true_labels=[2, 0, 1], **of)) == pytest.approx(0.1)
+    # One right each: (0.2 + 0.7 w)(0.9 - 0.8 w) is largest at w = 0.42.
+    assert calibration.best_trust(seen(true_labels=[2, 1, 0], **of)) == pytest.approx(0.4)
+    # A teacher that gives the true class no chance at all pays most of it.
+    sure = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    of = dict(distribution=sure, opinion=torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
+    assert calibration.best_trust(seen(true_labels=[1, 2], **of)) == 1.0
+    # The scale is no probability of background: 0.3 : 0.1 counts as 0.75 : 0.25.
+    half = dict(distribution=[[0.3, 0.1]], opinion=[[0.7, 0.3]], true_labels=[1])
+    assert calibration.best_trust(seen(**half)) == 0.0
 
 
 @fast
@@ -161,7 +158,7 @@ def test_what_is_measured_is_put_to_use():
     assert [measured[key] for key in disputed] == [2, 1, 1]
     again = calibration.Calibration(1.0)
     again.load_state_dict(labeler.calibration.state_dict())
-    assert (again.gate, again.trust) == (0.0, 0.0)
+    assert (again.gate, again.trust) == (0.0, 0.5)
 
 
 @fast

@@ -12,6 +12,10 @@ from ssis import UserError
 from ssis.data import Shard, Stream
 
 
+# What a worker's connection gives if it is killed while it is handing over a batch.
+BROKEN = (ConnectionResetError, EOFError)
+
+
 def ignore_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM reach workers too; only the main process is to react."""
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -32,12 +36,12 @@ def dead_workers():
     """
     try:
         yield
-    except (RuntimeError, UserError, ConnectionResetError) as error:
+    except (RuntimeError, UserError, *BROKEN) as error:
         first = error.__cause__ if isinstance(error, UserError) else error
         said = str(first).strip()
         # Killed while it was handing over a batch, it is met as a broken connection.
-        if isinstance(error, ConnectionResetError):
-            said = f"DataLoader worker: {said}"
+        if isinstance(error, BROKEN):
+            said = f"DataLoader worker: {said or 'end of its data'}"
         elif not said.startswith("DataLoader worker (pid"):
             raise
         raise UserError(
@@ -73,16 +77,21 @@ def batches(stream: Stream, shard: Shard, workers: int):
         shard: the numbers of its items, batch by batch.
         workers: loader processes; 0: none.
     """
-    return iter(
-        torch.utils.data.DataLoader(
-            stream,
-            batch_sampler=shard,
-            num_workers=workers,
-            # Images differ in size: a batch is a list.
-            collate_fn=list,
-            # The streams carry their own seeds; the loader must not consume the global
-            # ones, or the number of restarts would change the results.
-            generator=torch.Generator(),
-            worker_init_fn=ignore_signals,
-        )
+    loader = torch.utils.data.DataLoader(
+        stream,
+        batch_sampler=shard,
+        num_workers=workers,
+        # Images differ in size: a batch is a list.
+        collate_fn=list,
+        # The streams carry their own seeds; the loader must not consume the global
+        # ones, or the number of restarts would change the results.
+        generator=torch.Generator(),
+        worker_init_fn=ignore_signals,
     )
+    try:
+        yield from loader
+    except BROKEN:
+        # Now, or PyTorch's handler would raise a second time while the first error is
+        # on its way.
+        end_workers()
+        raise

@@ -110,6 +110,11 @@ def test_a_worker_killed_while_it_hands_over_a_batch_is_one_line_too():
     ):
         with loader.dead_workers():
             raise ConnectionResetError(104, "Connection reset by peer")
+    with pytest.raises(
+        UserError, match=r"a loader worker died .DataLoader worker: end of its data"
+    ):
+        with loader.dead_workers():
+            raise EOFError
     with pytest.raises(RuntimeError, match=r"^another thing$"), loader.dead_workers():
         raise RuntimeError("another thing")
 

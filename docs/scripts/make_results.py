@@ -141,7 +141,7 @@ holds. On a second drawn dataset, on which nothing was chosen (seeds: {signs_see
 {nuclei[5% supervised]} with 5 % of the labels, both papers {nuclei[5% full]};
 {nuclei[10% supervised]} and {nuclei[10% full]} with 10 %; all labels {nuclei[all labels]}.
 S4M on photographs with an official SAM is not measured here: its weights could not be had. All that
-is said of SAM's masks is of the tiny one, on drawings."""
+is said of SAM's masks is of tiny ones, which were trained on drawings."""
 
 # Stages of making pseudo-labels are shown for these rows of the ladder.
 STAGED = ("pl-dc (all three)", "s4m (as published)", "full (both papers, own parts)")

@@ -657,9 +657,9 @@ if partner is not None:
 pictures.show(figure, "6-pasted", "This image and its partner, before and after copy-paste")
 
 # %% [markdown]
-# *In this run* the partner's star is pasted where #4 was, of which too little is left to be an
-# instance. A bad mask that is pasted would take some background with it; S4M pastes *refined* masks
-# for this reason.
+# *In this run* #4 is gone in both images: of what the other masks and the partner's star leave of
+# it, too little is left to be an instance. A bad mask that is pasted would take some background
+# with it; S4M pastes *refined* masks for this reason.
 #
 # The student must say the same of the *strong* view: colors, gray, blur. No pixel moves, so the
 # targets stay valid untouched. The seed is the item's own.

@@ -20,11 +20,18 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import train
-from ssis import augment, correction, data, distributed, filters, model, teacher
+from ssis import augment, correction, data, distributed, filters, imagenet, model, teacher
 from ssis.config import Config
 from ssis.datasets import coco_json
 from ssis.engine.build import build
 from ssis.engine.guard import Guard
+
+
+class Colors(nn.Module):
+    """The smallest encoder: its only feature map is the image."""
+
+    def forward(self, crops):
+        return [crops]
 
 
 def freeze_norms(module: nn.Module) -> None:
@@ -141,7 +148,11 @@ def main(out: str, folder: str) -> None:
     thresholds.update(teacher.predict(labeler.teacher, views, 0.05))
     classifier = correction.Prototypes(6, net.backbone.out_channels, 64)
     classifier.learn(labeler.teacher, [labeled[k] for k in range(4)][mine])
-    remembered = distributed.gather((thresholds.values, classifier.bank, classifier.seen))
+    # This project's class means, of the colors themselves.
+    means = imagenet.ClassMeans(Colors(), [0.0] * 3, [1.0] * 3, 6, "cpu")
+    means.learn(labeler.teacher, [labeled[k] for k in range(4)][mine])
+    known = (thresholds.values, classifier.bank, classifier.seen, means.sums, means.seen)
+    remembered = distributed.gather(known)
     if rank == 0:
         torch.save(
             dict(

@@ -11,6 +11,7 @@ from helpers import TINY, dataset_of
 import train
 from ssis import calibration, correction, filters, presets
 from ssis.calibration import GATES, OFF, SHARED, TRIED, Instances
+from ssis.io import checkpoint
 
 fast = pytest.mark.fast
 
@@ -168,8 +169,11 @@ def test_a_measured_weight_is_not_faded_out():
     assert correction.weight(20, 10, 30, 0.8) == 0.8 and correction.weight(30, 10, 30, 0.0) == 0
 
 
-def test_a_calibrated_run_resumes_bit_identical(shapes_folder, few, tmp_path, monkeypatch):
-    """Thresholds, gate and trust are in the checkpoint; SAM and the prototypes are measured."""
+@pytest.mark.parametrize("classifier", ["prototypes", "imagenet"])
+def test_a_calibrated_run_resumes_bit_identical(
+    classifier, shapes_folder, few, tmp_path, monkeypatch
+):
+    """Thresholds, gate, trust and memory are in the checkpoint; SAM and classifier are asked."""
     monkeypatch.setattr(correction, "START_VIEWS", 16)
     # A teacher of four steps is sure of nothing.
     for module in (calibration, filters):
@@ -178,6 +182,12 @@ def test_a_calibrated_run_resumes_bit_identical(shapes_folder, few, tmp_path, mo
     monkeypatch.setattr(calibration, "GATES", torch.zeros(1))
     given = [*TINY, *dataset_of(shapes_folder), "--method", "full", "--filter", "calibrated"]
     given += ["--ignore-uncertain", "--arp", "both", "--lr-after", "0.5"]
+    if classifier == "imagenet":
+        timm = pytest.importorskip("timm", reason="timm is not installed")
+        weights = tmp_path / "weights.pth"
+        torch.save(timm.create_model("resnet10t").state_dict(), weights)
+        given += ["--model", "timm", "--backbone", "resnet10t", "--backbone-weights", str(weights)]
+        given += ["--correction", "imagenet"]
     train_step, stops = train.train_step, []
 
     def step_and_stop(*arguments):
@@ -195,10 +205,18 @@ def test_a_calibrated_run_resumes_bit_identical(shapes_folder, few, tmp_path, mo
         summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
     one, two = summaries
     assert one["mask_ap"] == two["mask_ap"] and one["calibration"] == two["calibration"]
+    ends = [checkpoint.load(str(tmp_path / name / "checkpoint.pt")) for name in ("once", "often")]
+    for part in ("student", "teacher", "classifier", "thresholds"):
+        assert ends[0][part].keys() == ends[1][part].keys() and ends[0][part]
+        assert all(torch.equal(v, ends[1][part][k]) for k, v in ends[0][part].items()), part
+    assert ends[0]["classifier"]["seen"].sum() > 8
     assert one["best"] == two["best"] and one["verdict"]["compared"] == two["verdict"]["compared"]
     # After pretraining (4), at the end of the burn-in (7, an evaluation as well).
     assert [measured["step"] for measured in one["calibration"]] == [4, 7]
-    assert one["calibration"][0]["images"] == 6 and one["calibration"][0]["kept"] > 0
+    assert one["calibration"][0]["images"] == 6
+    if classifier == "imagenet":
+        return  # with a backbone of random weights, nothing is found in four steps
+    assert one["calibration"][0]["kept"] > 0
     # All of it is at work: the student is taught something, and SAM has been asked.
     assert one["audit"]["pseudo_per_image"] > 0
     stages = one["audit_stages"]["end of burn-in"]

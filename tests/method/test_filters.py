@@ -54,14 +54,14 @@ def test_the_calibrated_rule_asks_whether_something_is_there_whatever_it_is():
         mask_quality=[0.9] * 4,
         distribution=[[0.0, 0.7, 0.0], [0.5, 0.45, 0.0], [0.5, 0.4, 0.0], [0.1, 0.1, 0.35]],
     )
-    # The second and the third are candidates for one object; of the same o the first in order.
+    # The second and the third are candidates for one object: that with the higher o stays.
     found.boxes[0] = torch.tensor([0.0, 13.0, 10.0, 20.0])
     found.boxes[3] = torch.tensor([13.0, 0.0, 20.0, 3.0])
     assert filters.foreground(found).tolist() == pytest.approx([0.7, 0.95, 0.9, 0.55])
     assert filters.objects(found).labels.tolist() == [2, 1, 3]
     thresholds = filters.Thresholds(3, *RANGES, 0.99)
     thresholds.values.copy_(torch.tensor([[0.9, 0.71, 0.5], [0.8, 0.8, 0.8]]))
-    # The first would pass as class 1 or 3, but not as class 2; 0.95 passes though no class does.
+    # 0.7 is too little for class 2; 0.95 is enough for class 1, though its c is one half.
     kept = kept_by(found, "calibrated", thresholds=thresholds)
     assert kept.labels.tolist() == [1, 3] and kept.class_quality.tolist() == pytest.approx(
         [0.5, 0.35]

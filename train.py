@@ -21,7 +21,7 @@ Chain: 1 of 19. Read next: `ssis/data.py`, where the batches come from.
 import torch
 from torch import Tensor, nn
 
-from ssis import augment, calibration, copy_paste, correction, distributed, filters
+from ssis import augment, calibration, copy_paste, correction, data, distributed, filters
 from ssis import losses, model, refine, sam_distill
 from ssis.config import Config, parse
 from ssis.engine.build import Labeler, build, model_of
@@ -141,8 +141,7 @@ def train_step(
     both = unlabeled is not None
     row, kept = unlabeled_pass(net, labeler, unlabeled, step, config, scaler) if both else ({}, [])
 
-    images = [item["image"].to(device) for item in labeled]
-    targets = [{k: v.to(device) for k, v in item["target"].items()} for item in labeled]
+    images, targets = data.to_device(labeled, device)
     # Our option; S4M pastes unlabeled ones. Its distillation needs the images as SAM saw them.
     if config.pastes_labeled and (both or not structure):
         images, targets = copy_paste.arp(images, targets, **config.pasting(labeled[0]["seed"]))
@@ -196,7 +195,7 @@ def unlabeled_pass(
     """
     device = next(net.parameters()).device
     # 1. The teacher labels the weak view, in which fewer mistakes are made.
-    weak = [item["image"].to(device) for item in unlabeled]
+    weak = [item["image"].to(device, non_blocking=True) for item in unlabeled]
     stages = pseudo_labels(labeler, weak, unlabeled, config, step)
     if config.filter in filters.ADAPTIVE:
         # PL-DC Eq. (adapt): the thresholds follow what the teacher predicts.

@@ -297,8 +297,7 @@ class Prototypes(nn.Module, CategoryClassifier):
         # In the ground-truth box, under the ground-truth mask: no mistake of the
         # teacher gets into the memory.
         device = self.bank.device
-        views = [item["image"].to(device) for item in items]
-        targets = [{k: v.to(device) for k, v in i["target"].items()} for i in items]
+        views, targets = data.to_device(items, device)
         pooled = teacher_module.features_in(
             teacher, views, [t["boxes"] for t in targets]
         )

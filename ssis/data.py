@@ -301,6 +301,21 @@ def make_streams(
     )
 
 
+def to_device(items: list[dict], device) -> tuple[list[Tensor], list[dict]]:
+    """Images and targets of a batch, copied to where the network is.
+
+    Args:
+        items: of `Stream`, with targets.
+        device: there; the host does not wait for a GPU's copy to arrive.
+    """
+    images = [item["image"].to(device, non_blocking=True) for item in items]
+    targets = [
+        {k: v.to(device, non_blocking=True) for k, v in item["target"].items()}
+        for item in items
+    ]
+    return images, targets
+
+
 class Shard(torch.utils.data.Sampler):
     """The numbers of the items of one process: its part of each global batch.
 

@@ -232,20 +232,30 @@ def sampled(
     Returns:
         (R * K, D).
     """
-    # In pixels of the view, then on the scale of `grid_sample`: -1 and 1 are the ends
-    # of the padded batch, whose sides are 4 times those of the map.
+    # In pixels of the view, then in cells of the map, whose centers are 0, 1, 2, ...
     y, x = geometry.from_original(rows, columns)
-    x = 2 * x / (4 * features.shape[2]) - 1
-    y = 2 * y / (4 * features.shape[1]) - 1
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)  # (R, K, 2)
+    down = between(y.to(features) / 4 - 0.5, features.shape[1])  # (R, H / 4)
+    across = between(x.to(features) / 4 - 0.5, features.shape[2])  # (K, W / 4)
     # Bilinear: the center of a SAM cell seldom falls on the center of a student's cell.
-    values = F.grid_sample(
-        features[None],
-        grid[None].to(features),
-        padding_mode="border",
-        align_corners=False,
-    )
-    return values[0].flatten(1).T
+    # (`F.grid_sample` does the same, but its gradient varies from call to call on a
+    # GPU.)
+    return (down @ features @ across.T).flatten(1).T
+
+
+def between(places: Tensor, cells: int) -> Tensor:
+    """Linear interpolation, as a matrix.
+
+    Args:
+        places: (R,) on a line, in cells, whose centers are 0 to cells - 1; beyond the
+            outermost centers the outermost value counts.
+        cells: their number.
+
+    Returns:
+        (R, cells): how much each cell counts for each place; rows sum to 1.
+    """
+    centers = torch.arange(cells, device=places.device)
+    distance = (places.clamp(0, cells - 1)[:, None] - centers).abs()
+    return (1 - distance).clamp(min=0)
 
 
 def shown(geometry: Geometry, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

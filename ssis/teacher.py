@@ -133,6 +133,9 @@ class PseudoLabels:
 
     def __getitem__(self, keep: Tensor) -> "PseudoLabels":
         """The instances that a bool mask or an index tensor selects."""
+        if keep.dtype == torch.bool:
+            # Once, not for each field: a GPU has to be waited for to know how many.
+            keep = keep.nonzero()[:, 0]
         fields = dataclasses.fields(self)
         return PseudoLabels(*(getattr(self, field.name)[keep] for field in fields))
 

@@ -41,11 +41,14 @@ class Guard:
     ):
         self.net, self.files, self.folder = net, files, folder
         self.scaled, self.rank, self.in_a_row = scaled, rank, 0
+        # Not those of frozen norms, which are constants.
+        norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.buffers = [buffer for norm in norms for buffer in norm.buffers()]
         self.statistics: list[Tensor] = []
 
     def begin(self) -> None:
         """Remember BatchNorm's statistics: a pass over NaN spoils them for good."""
-        self.statistics = [buffer.clone() for buffer in self.net.buffers()]
+        self.statistics = [buffer.clone() for buffer in self.buffers]
 
     def allows(
         self, norm: Tensor, row: dict[str, Tensor], items: list, step: int
@@ -61,10 +64,12 @@ class Guard:
         Raises:
             UserError: it is the third in a row that may not.
         """
-        bad = [name for name, value in row.items() if not value.isfinite().all()]
-        finite = norm.isfinite().item() or (
-            self.scaled and not distributed.all_sum(norm.new_tensor(len(bad))).item()
-        )
+        # All in one tensor: a GPU is waited for once.
+        values = torch.stack([norm, *(value.sum() for value in row.values())])
+        finite, *good = values.isfinite().tolist()
+        bad = [name for name, each in zip(row, good, strict=True) if not each]
+        if not finite and self.scaled:
+            finite = not distributed.all_sum(norm.new_tensor(len(bad))).item()
         row["skipped"] = norm.new_tensor([0.0 if finite else 1.0, 1.0])
         if finite:
             self.in_a_row = 0
@@ -91,7 +96,7 @@ class Guard:
             )
         if self.rank == 0:
             print(f"warning: {words}; the step is skipped", file=sys.stderr)
-        for buffer, before in zip(self.net.buffers(), self.statistics, strict=True):
+        for buffer, before in zip(self.buffers, self.statistics, strict=True):
             buffer.copy_(before)
         for name in row.keys() - {"skipped"}:
             row[name] = torch.zeros_like(row[name])

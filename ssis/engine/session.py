@@ -16,6 +16,7 @@ Read next: `ssis/engine/resume.py`, what a checkpoint holds.
 """
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -67,6 +68,9 @@ class Session:
         self.device, self.folder = device, config.run_folder
         self.pretrain_end, self.burnin_end, self.total = config.stage_ends
         distributed.from_main(check_batches, config, world_size)
+        if config.deterministic:
+            # Without it a GPU's matrix products vary; read at the first one.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic)
         # Rank 0 draws the shapes, checks the files and decides the split; the others
         # read what it wrote, so no two processes can disagree on what is labeled.
@@ -146,7 +150,8 @@ class Session:
     def batches(self, stream, batch: int, start: int, stop: int, ahead: int = 0):
         """This process's batches of a stream, from step `start` to before `stop`."""
         shard = data.Shard(batch, start, stop, self.rank, self.world_size, ahead)
-        return loader.batches(stream, shard, self.config.workers)
+        pinned = self.device.type == "cuda"
+        return loader.batches(stream, shard, self.config.workers, pinned)
 
     def labeled_batches(self) -> Iterator[list[dict]]:
         """Batches of labeled images: of pretraining, then of what follows.

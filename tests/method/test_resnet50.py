@@ -8,6 +8,9 @@ import torch
 from helpers import batch
 from torchvision.models import resnet50
 from torchvision.models.detection import maskrcnn_resnet50_fpn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import FrozenBatchNorm2d
 
 from ssis import UserError, model
 
@@ -38,7 +41,42 @@ def test_resnet50_starts_from_a_classifiers_weights(tmp_path):
     assert torch.equal(net.backbone.body.layer3[2].conv2.weight, classifier.layer3[2].conv2.weight)
     assert torch.equal(net.backbone.body.bn1.weight, classifier.bn1.weight)
     assert not net.backbone.body.conv1.weight.requires_grad
-    assert type(net.backbone.body.bn1).__name__ == "FrozenBatchNorm2d"
+    # Constants: nothing that a batch could move.
+    assert isinstance(net.backbone.body.bn1, FrozenBatchNorm2d)
+
+
+def test_frozen_norms_have_torchvisions_values_in_the_type_of_their_input():
+    torch.manual_seed(0)
+    theirs, ours = FrozenBatchNorm2d(8), model.FrozenNorm(8)
+    state = {name: torch.rand(8) + 0.5 for name in theirs.state_dict()}
+    for norm in (theirs, ours):
+        norm.load_state_dict(state)
+    x = torch.randn(2, 8, 5, 6)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+    # torchvision's is float32 here.
+    half = ours(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), theirs(x), atol=0.05, rtol=0.05)
+
+
+def test_anchors_are_exact_in_mixed_precision():
+    """torchvision's follow the maps: at 800 x 1333 and in bf16, pixels beside the truth."""
+    net = model.build("resnet50", 5, 800, 1333)
+    sides = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
+    images = ImageList(torch.zeros(1, 3, 800, 1344), [(800, 1333)])
+    exact, mixed, after = (
+        net.rpn.anchor_generator(images, [torch.zeros(1, 1, *s, dtype=kind) for s in sides])[0]
+        for kind in (torch.float32, torch.bfloat16, torch.float32)
+    )
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, exact)
+    # Nor does training leave anything behind for an evaluation without it.
+    assert torch.equal(after, exact)
+    # torchvision's own, in float32.
+    sizes, ratios = net.rpn.anchor_generator.sizes, net.rpn.anchor_generator.aspect_ratios
+    theirs = AnchorGenerator(sizes, ratios)
+    assert torch.equal(exact, theirs(images, [torch.zeros(1, 1, *s) for s in sides])[0])
+    wrong = theirs(images, [torch.zeros(1, 1, *s, dtype=torch.bfloat16) for s in sides])[0]
+    assert (wrong.float() - exact).abs().max() > 4
 
 
 def test_resnet50_starts_from_a_mask_rcnns_weights_with_other_classes(tmp_path):

@@ -303,6 +303,7 @@ def calibrate(labeler, seen: Instances, images: int, instances: Tensor) -> dict:
         mask_iou=mean(found.mask_iou),
         refined_iou=mean(found.refined_iou),
         gate=round(measured.gate, 4),
+        taken=mean(passed.agreement >= measured.gate),
         disagreements=len(differ),
         classifier_right=by_classifier.sum().item(),
         teacher_right=(differ.labels == differ.true_labels).sum().item(),

@@ -108,8 +108,9 @@ def detect_instances(
         frame = tuple(image.shape[-2:])
         # From the view back to the original frame.
         down, across = (a / b for a, b in zip(frame, view.shape[-2:], strict=True))
-        boxes = output.boxes * output.boxes.new_tensor([across, down, across, down])
-        rles = encode(output.masks, boxes, frame, 0.5 * down)
+        # On the CPU: a GPU would be asked for each of a hundred small masks.
+        boxes = output.boxes.cpu() * torch.tensor([across, down, across, down])
+        rles = encode(output.masks.cpu(), boxes, frame, 0.5 * down)
         boxes[:, 2:] -= boxes[:, :2]
         columns = (output.labels.tolist(), output.scores.tolist(), boxes.tolist(), rles)
         names = ("category_id", "score", "bbox", "segmentation")

@@ -4,7 +4,8 @@ r"""What a step costs on a GPU: images/s, memory, and how busy the GPU is, for e
 
 ResNet-50 at a short side of 800 pixels and 4 + 4 images, from random weights, which take as long as
 others; SAM is `vit_b`, from random weights too. An untrained teacher is sure of nothing, so its
-threshold is set to where it keeps as many instances as COCO has in an image. Beside each other:
+threshold is set to where it keeps as many instances as COCO has in an image, and it stays as it is.
+Beside each other:
 
     floor          torchvision's own model looks at the unlabeled images, as the teacher must, then
                    one plain training step on all of them
@@ -70,10 +71,13 @@ class Side:
         )
         self.supervised = method == "supervised"
         correction.fill(self.labeler.classifier, self.labeler.teacher, streams.labeled, 0, 1)
-        views = [item["image"].to(GPU) for item in self.unlabeled[0]]
-        found = teacher.detect(self.labeler.teacher, views, 0.0)
+        views = [item["image"].to(GPU) for batch in self.unlabeled for item in batch]
+        found = [teacher.detect(self.labeler.teacher, [view], 0.0)[0] for view in views]
         scores = torch.cat([each.scores for each in found]).sort(descending=True).values
-        self.config.tau_class = scores[BATCH * KEPT].item()
+        self.config.tau_class = scores[len(views) * KEPT].item()
+        # The average costs its time, but the teacher that is asked stays as it is: this student
+        # would lead it to keep nothing, or a hundred instances an image.
+        self.average = teacher.make_teacher(self.net)
         self.step = self.config.stage_ends[1]
 
     def make_step(self, k: int) -> None:
@@ -83,7 +87,7 @@ class Side:
             self.net, self.labeler, self.labeled[k % 3], unlabeled, self.step, self.config,
             None, self.optimizer, self.schedule, self.scaler, self.guard,
         )  # fmt: skip
-        teacher.ema_update(self.labeler.teacher, self.net, self.config.ema_decay)
+        teacher.ema_update(self.average, self.net, self.config.ema_decay)
         self.step += 1
 
 

@@ -178,6 +178,8 @@ def line(cells: list) -> str:
 def table(name: str) -> list[str]:
     """One line for each row of a study: AP, and the audit of its pseudo-labels."""
     titles = ["", "mask AP", "seed by seed", "box AP", "student", "first", "minutes"]
+    judged = study.STUDIES[name].judged
+    titles += ["best", "over supervised (95 %)", "SAM"] if judged else []
     titles += [key.replace("_", " ") for key in AUDIT]
     lines = [line(titles), "|---" * len(titles) + "|"]
     for row, runs in grouped(name).items():
@@ -194,11 +196,34 @@ def table(name: str) -> list[str]:
                     spread([v["student"] for v in values]),
                     spread([v["pretrained"] for v in values]),
                     f"{min(r['summary']['seconds'] for r in runs) / 60:.0f}",
+                    *(judgment(runs) if judged else ()),
                     *(mean([audit.get(key) for audit in audits]) for key in AUDIT),
                 ]
             )
         )
     return lines
+
+
+def judgment(runs: list[dict]) -> list[str]:
+    """The cells of a row that are shown for real images.
+
+    AP of `best.pt`; the gain over the supervised run of the same labeled images that lay beside,
+    with the paired interval of each seed; SAM, and the share of its masks that was taken at the
+    last calibration.
+    """
+    gains, sams = [], set()
+    for run in runs:
+        summary = run["summary"]
+        for one in summary.get("verdict", {}).get("compared", []):
+            if one["name"].startswith("supervised"):
+                low, high = one["interval"]
+                gains.append(f"{run['seed']}: {one['gain']:+.1f} ({low:+.1f} to {high:+.1f})")
+        measured = (summary.get("calibration") or [{}])[-1]
+        asked = run["settings"]["refine"] != "none"
+        share = f" {100 * (measured.get('taken') or 0):.0f} %"
+        sams.add(run["settings"]["sam"] + share if asked else "none")
+    best = spread([r["summary"]["mask_ap"]["best"] for r in runs])
+    return [best, "  ".join(gains) or "–", ", ".join(sorted(sams))]
 
 
 def mean(values: list) -> str:

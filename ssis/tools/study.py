@@ -59,6 +59,7 @@ class Study:
         common: flags of all rows.
         data: whether the dataset's folder must be given (`--data`).
         once: rows that are run with the first seed alone.
+        judged: whether the table has the gain over supervised training, run by run.
     """
 
     title: str
@@ -68,6 +69,7 @@ class Study:
     common: str = ""
     data: bool = False
     once: tuple[str, ...] = ()
+    judged: bool = False
 
     @property
     def runs(self) -> list[tuple[int, str]]:
@@ -283,6 +285,7 @@ STUDIES = {
         common=f"{PHOTOS} --labeled 38",
         data=True,
         once=PHOTO_ONCE,
+        judged=True,
     ),
     "wbc": Study(
         title="Blood cells of 4 classes, 20 of 180 images labeled",
@@ -293,6 +296,7 @@ STUDIES = {
         common=f"{PHOTOS} --labeled 20",
         data=True,
         once=PHOTO_ONCE,
+        judged=True,
     ),
 }
 

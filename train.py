@@ -33,7 +33,7 @@ from ssis.teacher import ema_update, predict
 
 def train(config: Config) -> None:
     """One run, from the settings to `summary.json`; a run that was stopped goes on."""
-    rank, world_size, device = distributed.start(config.device)
+    rank, world_size, device = distributed.start(config.device, config.amp)
     pretrain_end, burnin_end, total = config.stage_ends
     with open_session(config, rank, world_size, device) as session:
         made = build(config, session.train_set, rank, world_size, device, session.val_set)

@@ -34,17 +34,25 @@ from torch.nn.parallel import DistributedDataParallel
 from ssis import UserError
 
 
-def start(device: str) -> tuple[int, int, torch.device]:
+NO_MEMORY = (
+    "the GPU's memory is full; give smaller batches (--labeled-batch, "
+    "--unlabeled-batch), smaller views (--short-side, --long-side, --crop-height, "
+    "--crop-width) or --amp; the last checkpoint is kept"
+)
+
+
+def start(device: str, amp: str = "off") -> tuple[int, int, torch.device]:
     """Join the process group, if torchrun made one.
 
     Args:
         device: "auto", "cpu" or "cuda".
+        amp: "off", "bf16" or "fp16".
 
     Returns:
         rank, number of processes, and this process's device.
 
     Raises:
-        UserError: "cuda" where there is none.
+        UserError: "cuda" where there is none, or bf16 on a GPU that has none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU; use --device cpu, or auto")
@@ -60,6 +68,10 @@ def start(device: str) -> tuple[int, int, torch.device]:
                 f"{torch.cuda.device_count()}; start that many, or pass --device cpu"
             )
         torch.cuda.set_device(local)
+        # PyTorch would imitate it, and be slower than without.
+        if amp == "bf16" and torch.cuda.get_device_capability() < (8, 0):
+            name = torch.cuda.get_device_name()
+            raise UserError(f"--amp bf16: {name} has no bf16; give --amp fp16")
     # One process needs no group; every function below then does nothing.
     if size > 1:
         store = fresh_store(size)
@@ -249,6 +261,8 @@ def program(run, argv: list[str] | None) -> None:
         run(argv)
     except UserError as error:
         give_up(error)
+    except torch.OutOfMemoryError:
+        give_up(UserError(NO_MEMORY))
     except KeyboardInterrupt:
         said = "stopped; what was saved stays, the same command goes on"
         print(said, file=sys.stderr)

@@ -19,7 +19,8 @@ $$\mu_k = \sum_{n : y_n = k} v_n, \qquad
   \left(\frac{\cos(v, \mu_k)}{\tau}\right), \qquad \tau = 0.04$$ ssis Eq. (means)
 
 Two labeled instances of a class are enough for a mean, and means do not care how often
-a class occurs. A linear classifier on the same features is no better (docs/log.md).
+a class occurs. (A linear classifier on the same features is right in 3 of 100 more, and
+would have to be trained; docs/log.md.)
 
 The memory is filled when the first teacher is ready, and grows with the labeled views
 that the run sees. It never grows old: the encoder does not change.
@@ -39,8 +40,9 @@ from ssis.teacher import PseudoLabels
 # Pixels on a side of a crop, and what is added on each side of the box, as a fraction.
 CROP = 128
 AROUND = 0.1
-# tau. So that a crop of which the classifier is 90 % sure is right in nine of ten cases
-# (photographs of animals; docs/log.md).
+# tau. Photographs of animals: on average the classifier is sure of 0.87 and right in
+# 0.83; 63 % of the crops are named with more than 0.9, and 97 % of those rightly
+# (docs/results/log-crop-features.txt).
 TEMPERATURE = 0.04
 
 

@@ -615,8 +615,9 @@ def start_afresh(net: MaskRCNN, seed: int, kind: str, *settings) -> None:
     """
     # In a fork of the random state: all draws of the run that follow are the same as
     # without the fresh start. seed + 1, or the weights would be those of the first net.
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + 1)
+    # They are drawn on the CPU; no GPU's generator is touched.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed + 1)
         num_classes = net.roi_heads.box_predictor.cls_score.out_features
         fresh = build(kind, num_classes, *settings)
     net.load_state_dict(fresh.state_dict())

@@ -7,6 +7,7 @@ data traps do is provoked for real: the files are written broken.
 import json
 
 import pytest
+import torch
 from conftest import write_coco
 from helpers import arguments, error_of, set_record
 from PIL import Image
@@ -294,3 +295,25 @@ def test_what_is_unusual_but_right_passes(tmp_path, capsys):
         Image.open(path).convert(mode).save(path)
     train.main([*arguments(tmp_path), "--method", "supervised"])
     assert "mask" in capsys.readouterr().out
+
+
+def test_a_gpu_whose_memory_is_full_is_one_line(tmp_path, capsys, monkeypatch):
+    """PyTorch's own error, where a step meets it; there is no GPU to fill here."""
+    write_coco(tmp_path)
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\n...")
+
+    monkeypatch.setattr(train, "train_step", full)
+    line = error_of(capsys, train.main, arguments(tmp_path))
+    assert "--labeled-batch" in line and "--amp" in line
+
+
+def test_bf16_on_a_gpu_without_it(tmp_path, capsys, monkeypatch):
+    write_coco(tmp_path)
+    seen = dict(is_available=True, device_count=1, set_device=None)
+    seen |= dict(get_device_capability=(7, 5), get_device_name="Tesla T4")
+    for name, value in seen.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
+    line = error_of(capsys, train.main, [*arguments(tmp_path), "--device", "cuda", "--amp", "bf16"])
+    assert "Tesla T4 has no bf16; give --amp fp16" in line

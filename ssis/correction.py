@@ -311,10 +311,16 @@ class Prototypes(nn.Module, CategoryClassifier):
         # are exchanged on the CPU: gathered GPU tensors would stay on the sender's GPU.
         mine = (torch.cat(described).cpu(), labels.cpu())
         for rows, classes in distributed.gather(mine):
-            for row, label in zip(rows, classes.tolist(), strict=True):
-                slot = self.seen[label - 1] % self.bank.shape[1]
-                self.bank[label - 1, slot] = row.to(device)
-                self.seen[label - 1] += 1
+            # Slot by slot on the CPU, then all rows at once; of two rows for one slot
+            # the later one stays.
+            seen, rows_of = self.seen.tolist(), {}
+            for n, k in enumerate((classes - 1).tolist()):
+                rows_of[k, seen[k] % self.bank.shape[1]] = n
+                seen[k] += 1
+            if rows_of:
+                which, slots = map(list, zip(*rows_of, strict=True))
+                self.bank[which, slots] = rows[list(rows_of.values())].to(device)
+                self.seen.copy_(torch.tensor(seen))
 
     @torch.no_grad()
     def forward(self, image: Tensor, pseudo: PseudoLabels) -> Tensor:

@@ -306,7 +306,7 @@ def to_device(items: list[dict], device) -> tuple[list[Tensor], list[dict]]:
 
     Args:
         items: of `Stream`, with targets.
-        device: there; the host does not wait for a GPU's copy to arrive.
+        device: there; the host does not wait until a GPU has done all that came before.
     """
     images = [item["image"].to(device, non_blocking=True) for item in items]
     targets = [

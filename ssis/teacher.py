@@ -131,9 +131,9 @@ class PseudoLabels:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, keep: Tensor) -> "PseudoLabels":
-        """The instances that a bool mask or an index tensor selects."""
-        if keep.dtype == torch.bool:
+    def __getitem__(self, keep: Tensor | slice) -> "PseudoLabels":
+        """The instances that a bool mask, an index tensor or a slice selects."""
+        if isinstance(keep, Tensor) and keep.dtype == torch.bool:
             # Once, not for each field: a GPU has to be waited for to know how many.
             keep = keep.nonzero()[:, 0]
         fields = dataclasses.fields(self)

@@ -69,14 +69,13 @@ def end_workers() -> None:
         signal.signal(child_ended, before or signal.SIG_DFL)
 
 
-def batches(stream: Stream, shard: Shard, workers: int, pinned: bool = False):
+def batches(stream: Stream, shard: Shard, workers: int):
     """Batches (lists of items) of one process.
 
     Args:
         stream: what to draw from.
         shard: the numbers of its items, batch by batch.
         workers: loader processes; 0: none.
-        pinned: in memory from which a GPU copies by itself, while the host goes on.
     """
     loader = torch.utils.data.DataLoader(
         stream,
@@ -88,7 +87,6 @@ def batches(stream: Stream, shard: Shard, workers: int, pinned: bool = False):
         # ones, or the number of restarts would change the results.
         generator=torch.Generator(),
         worker_init_fn=ignore_signals,
-        pin_memory=pinned,
     )
     try:
         yield from loader

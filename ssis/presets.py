@@ -224,9 +224,6 @@ FULL = dict(PL_DC_FILTER, empty_images="skip")
 
 # Smaller steps, and half of the weight, for what the teacher may have wrong.
 PHOTOS_CAREFUL = dict(tau_class=0.9, lr_after=0.3, unsup_weight=0.5)
-# On photographs the labeled images are pasted into each other by every method, so that
-# none has an augmentation that the line to beat does not have.
-PHOTOS_ALL = dict(arp="labeled")
 PHOTOS_CALIBRATED = dict(filter="calibrated", correction="imagenet")
 
 # What `--preset photos` switches off where SAM's weights are not given.
@@ -234,11 +231,10 @@ WITHOUT_SAM = dict(structure_weight=0.0, refine="none", refine_calibrate=False)
 
 # What belongs to a preset and a method together.
 OF_BOTH = {
-    ("photos", "supervised"): PHOTOS_ALL,
-    ("photos", "guided-distillation"): dict(PHOTOS_ALL, **PHOTOS_CAREFUL),
-    ("photos", "pl-dc"): dict(PHOTOS_ALL, **PHOTOS_CALIBRATED),
-    ("photos", "s4m"): dict(arp="both", **PHOTOS_CAREFUL),
-    ("photos", "full"): dict(arp="both", **PHOTOS_CALIBRATED),
+    ("photos", "guided-distillation"): PHOTOS_CAREFUL,
+    ("photos", "pl-dc"): PHOTOS_CALIBRATED,
+    ("photos", "s4m"): PHOTOS_CAREFUL,
+    ("photos", "full"): PHOTOS_CALIBRATED,
     ("coco", "pl-dc"): PL_DC_COCO,
     ("cityscapes", "pl-dc"): PL_DC_90K,
     ("voc", "pl-dc"): PL_DC_90K,

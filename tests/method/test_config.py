@@ -205,8 +205,8 @@ def test_the_stored_results_are_still_those_of_the_studies():
         if not spec.data:
             records = study.load(name)
             made = study.jobs(name)
-            assert len(study.current(name)) == len(records) > 0
-            # A study may be unfinished; what there is must be of one of its runs.
+            assert len(study.current(name)) == len(records)
+            # A study may be unfinished, or not begun; what there is must be of one of its runs.
             for record in records:
                 (job,) = (j for j in made if study.matches(j, record))
                 assert (job.row, job.seed) == (record["row"], record["seed"])
@@ -279,7 +279,7 @@ def test_every_row_on_photographs_has_the_same_augmentation():
     made = [config.parse(["--preset", "photos", "--method", m]) for m in config.METHODS]
     for one in made:
         assert [getattr(one, n) for n in names] == [getattr(made[0], n) for n in names]
-        assert one.pastes_labeled
+        assert not one.pastes_labeled
 
 
 def test_a_first_teacher_depends_on_what_is_pasted_into_labeled_images():

@@ -224,7 +224,8 @@ FULL = dict(PL_DC_FILTER, empty_images="skip")
 
 # Smaller steps, and half of the weight, for what the teacher may have wrong.
 PHOTOS_CAREFUL = dict(tau_class=0.9, lr_after=0.3, unsup_weight=0.5)
-PHOTOS_CALIBRATED = dict(filter="calibrated", correction="imagenet")
+# What is pasted covers what was there, where one animal fills a photograph.
+PHOTOS_CALIBRATED = dict(filter="calibrated", correction="imagenet", arp="none")
 
 # What `--preset photos` switches off where SAM's weights are not given.
 WITHOUT_SAM = dict(structure_weight=0.0, refine="none", refine_calibrate=False)

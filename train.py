@@ -207,8 +207,7 @@ def unlabeled_pass(
     chosen = [i for i, p in enumerate(pseudo) if len(p) or config.empty_images == "background"]
     # PL-DC Eq. (PMUA): the doubtful edge of a mask is taught less than its inside.
     agreement = config.refine_calibrate and labeler.calibration.gate < calibration.OFF
-    how = (config.uncertainty, agreement, config.soft_classes)
-    targets = [pseudo[i].target(*how) for i in chosen]
+    targets = [pseudo[i].target(config.uncertainty, agreement) for i in chosen]
     images, items = [weak[i] for i in chosen], [unlabeled[i] for i in chosen]
     # 3. S4M: instances are pasted from image to image, before the strong view distorts all alike.
     if config.arp in ("unlabeled", "both"):

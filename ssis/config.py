@@ -434,13 +434,6 @@ class Config:
         valid="from 0 to 1",
         scope=LATER,
     )
-    soft_classes: bool = setting(
-        False,
-        "teach the class distribution of a corrected pseudo-label, not its best class "
-        "alone (this project's)",
-        scope=LATER,
-        part=True,
-    )
     ignore_uncertain: bool = setting(
         False,
         "what the teacher predicts from class score 0.3 on but the filter drops is "

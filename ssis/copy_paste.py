@@ -213,10 +213,6 @@ def paste(
         masks=visible.to(torch.uint8),
         labels=torch.cat([source["labels"], target["labels"]]),
     )
-    if "distribution" in target:
-        both["distribution"] = torch.cat(
-            [source["distribution"], target["distribution"]]
-        )
     if "mask_weights" in target:
         weights = torch.cat([source["mask_weights"], target["mask_weights"]])
         # Two kinds of pixels are certain whatever the teacher thought: for a pasted

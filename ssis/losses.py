@@ -42,15 +42,6 @@ But Mask R-CNN *samples* its background, three for each foreground proposal or m
 where Mask2Former takes all of its hundred queries: the same number is another weight
 here (docs/differences.md).
 
-*Soft classes*, with `--soft-classes` (this project's). A corrected pseudo-label has a
-distribution q over the classes (`correction.fuse`). If it says 0.55 and 0.45, the label
-teaches the first class as if it were certain. As a distribution it teaches what is
-known:
-
-$$\mathrm{CE} = - \sum_k q_k \log p_k$$                                 ssis Eq. (soft)
-
-for the foreground proposals of unlabeled images. Boxes and masks keep the label.
-
 *Averaging.* Each loss is a mean over n things: sampled anchors, sampled proposals, or
 foreground proposals; of the two weighted ones n is the sum of the weights. n differs
 between processes: one with many instances has more foreground proposals. DDP takes the

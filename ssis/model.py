@@ -232,10 +232,9 @@ class WeightedRoIHeads(RoIHeads):
     """torchvision's second stage, with weights in two of its losses.
 
     A target may have `mask_weights` (N, H, W) float in [0, 1] beside its `masks`: a
-    weight for each pixel of the mask loss; `distribution` (N, C), probabilities of the
-    classes in place of one label; and `uncertain` (U, 4), boxes where there may be an
-    instance: no background is trained there, in neither stage. In evaluation mode it is
-    torchvision's, unchanged.
+    weight for each pixel of the mask loss; and `uncertain` (U, 4), boxes where there
+    may be an instance: no background is trained there, in neither stage. In evaluation
+    mode it is torchvision's, unchanged.
 
     Attributes:
         no_object: w_0 of GD Eq. (no object), set by `MaskRCNN.forward`.
@@ -287,15 +286,7 @@ class WeightedRoIHeads(RoIHeads):
         _, loss_box_reg = fastrcnn_loss(logits, deltas, labels, regression)
         # torchvision's loss of the classes, but with a weight of background.
         classes = torch.cat(labels)
-        wanted = classes
-        if "distribution" in targets[0]:
-            # ssis Eq. (soft): q of the instance that a foreground proposal belongs to,
-            # with a column for background, and a row for images without an instance.
-            q = [F.pad(t["distribution"], (1, 0, 0, 1)) for t in targets]
-            q = torch.cat([rows[m] for rows, m in zip(q, matched, strict=True)])
-            background = F.one_hot(torch.zeros_like(classes), q.shape[1])
-            wanted = torch.where(classes[:, None] > 0, q, background)
-        each = F.cross_entropy(logits, wanted, reduction="none")
+        each = F.cross_entropy(logits, classes, reduction="none")
         loss_classifier, self.weight = losses.weighted_mean(
             each, classes, self.no_object
         )

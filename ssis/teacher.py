@@ -139,23 +139,16 @@ class PseudoLabels:
         fields = dataclasses.fields(self)
         return PseudoLabels(*(getattr(self, field.name)[keep] for field in fields))
 
-    def target(
-        self, uncertainty: bool = False, calibrated: bool = False, soft: bool = False
-    ) -> dict:
+    def target(self, uncertainty: bool = False, calibrated: bool = False) -> dict:
         """As a training target: torchvision's dict.
 
         Args:
             uncertainty: with `mask_weights` (N, H, W): 1 - u, PL-DC Eq. (uncertainty).
             calibrated: these (or ones) times the mask quality, ssis Eq. (calibration).
-            soft: with `distribution` (N, C), q of ssis Eq. (soft).
         """
         target = dict(
             boxes=self.boxes, labels=self.labels, masks=self.masks.to(torch.uint8)
         )
-        if soft:
-            # Given that there is an instance: without what is left for background.
-            total = self.distribution.sum(dim=1, keepdim=True).clamp(min=1e-6)
-            target["distribution"] = self.distribution / total
         if uncertainty or calibrated:
             weights = torch.ones_like(self.mask_probs)
             if uncertainty:

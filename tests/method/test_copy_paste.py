@@ -72,7 +72,6 @@ def rectangles(height: int, width: int, *places) -> dict:
         labels=torch.arange(len(places)) + 1,
         boxes=data.boxes_of(masks),
         mask_weights=torch.rand(masks.shape) * 0.9,
-        distribution=torch.rand(len(places), 5),
     )
 
 
@@ -88,8 +87,6 @@ def test_paste_by_hand():
     image, made = copy_paste.paste(below, target, above, source)
     pasted = source["masks"][0].bool()
     assert made["labels"].tolist() == [3, 1]
-    expected = torch.stack([source["distribution"][0], target["distribution"][0]])
-    assert torch.equal(made["distribution"], expected)
     assert torch.equal(made["masks"][0].bool(), pasted)
     assert torch.equal(made["masks"][1].bool(), target["masks"][0].bool() & ~pasted)
     assert made["boxes"].tolist() == [[2, 3, 20, 18], [0, 0, 4, 20]]

@@ -212,24 +212,3 @@ def test_no_stage_draws_background_on_an_uncertain_box():
         assert all(label[0] == expected or label[0] == 1 for label in labels)
     losses, *_ = net(images, marked)
     assert all(value.isfinite() for value in losses.values())
-
-
-def test_a_soft_class_teaches_what_a_mixture_of_labels_would():
-    """Cross-entropy is linear in its target: 0.3 of one label's loss and 0.7 of the other's."""
-    net = model.build_small(4, 64, 96).train()
-    images, targets = batch()
-    # A view without an instance: nothing but background is drawn from it.
-    targets[1] = {key: value[:0] for key, value in targets[1].items()}
-
-    def loss(k: int, **more) -> torch.Tensor:
-        torch.manual_seed(3)
-        made = [dict(t, labels=torch.full_like(t["labels"], k)) for t in targets]
-        made = [t | {n: v.expand(len(t["labels"]), 3) for n, v in more.items()} for t in made]
-        losses, *_ = net(images, made, 0.1)
-        return losses["loss_classifier"]
-
-    soft = loss(1, distribution=torch.tensor([[0.3, 0.0, 0.7]]))
-    torch.testing.assert_close(soft, 0.3 * loss(1) + 0.7 * loss(3))
-    assert loss(1).item() != pytest.approx(loss(3).item(), abs=1e-3)
-    # A certain one is its label.
-    torch.testing.assert_close(loss(1, distribution=torch.tensor([[0.0, 1.0, 0.0]])), loss(2))

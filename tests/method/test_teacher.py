@@ -157,7 +157,7 @@ def test_one_image_alone_and_in_a_batch_give_the_same():
 def test_no_prediction_is_an_empty_pseudo_label_not_an_error():
     found = teacher.predict(small().eval(), [torch.rand(3, 64, 64)], 0.999)[0]
     assert len(found) == 0 and found.mask_probs.shape == (0, 64, 64)
-    assert found.target(soft=True)["boxes"].shape == (0, 4)
+    assert found.target()["boxes"].shape == (0, 4)
 
 
 def test_mask_quality_by_hand():

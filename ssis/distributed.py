@@ -34,10 +34,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ssis import UserError
 
 
+# Of all programs: training has these flags, the others have --device.
 NO_MEMORY = (
-    "the GPU's memory is full; give smaller batches (--labeled-batch, "
+    "the GPU's memory is full; train with smaller batches (--labeled-batch, "
     "--unlabeled-batch), smaller views (--short-side, --long-side, --crop-height, "
-    "--crop-width) or --amp; the last checkpoint is kept"
+    "--crop-width) or --amp (the last checkpoint is kept), evaluate and predict with "
+    "--device cpu"
 )
 
 

@@ -20,7 +20,7 @@ from category_classifiers import NEAREST, first_teacher
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssis import data
+from ssis import data, imagenet
 
 VIEWS = 128
 
@@ -82,7 +82,9 @@ def main() -> None:
     print(f"linear classifier   {right(F.pad(asked, (0, 1), value=1.0) @ weights.T):.3f}")
     moving, rounds = means, []
     for _ in range(10):
-        opinion = (asked @ moving.T / 0.04).masked_fill(~seen, -torch.inf).softmax(1)
+        opinion = (
+            (asked @ moving.T / imagenet.TEMPERATURE).masked_fill(~seen, -torch.inf).softmax(1)
+        )
         moving = F.normalize(sums + opinion.T @ asked, dim=1)
         rounds.append(right(asked @ moving.T))
     print(f"soft k-means        {rounds[0]:.3f}, {rounds[-1]:.3f}")

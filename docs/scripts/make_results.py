@@ -216,8 +216,8 @@ def judgment(runs: list[dict]) -> list[str]:
         summary = run["summary"]
         for one in summary.get("verdict", {}).get("compared", []):
             if one["name"].startswith("supervised"):
-                low, high = one["interval"]
-                gains.append(f"{run['seed']}: {one['gain']:+.1f} ({low:+.1f} to {high:+.1f})")
+                ends = " to ".join(f"{end:+.1f}" for end in one["interval"])
+                gains.append(f"{run['seed']}: {one['gain']:+.1f} ({ends})")
         measured = (summary.get("calibration") or [{}])[-1]
         asked = run["settings"]["refine"] != "none"
         share = f" {100 * (measured.get('taken') or 0):.0f} %"

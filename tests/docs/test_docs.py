@@ -1,6 +1,7 @@
 """The documents say what the code says: file map, commands, options, results, links."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -70,6 +71,26 @@ def test_ci_runs_the_readmes_test_command():
 def test_the_results_page_is_generated_from_the_raw_results():
     done = subprocess.run([sys.executable, "docs/scripts/make_results.py", "--check"], cwd=ROOT)
     assert done.returncode == 0, "run python docs/scripts/make_results.py"
+
+
+def test_a_row_of_real_images_says_what_it_gained_and_which_sam(monkeypatch):
+    """By runs that were made on a GPU, before labeled images were left unpasted."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "scripts"))
+    import make_results
+
+    path = ROOT / "docs" / "results" / "log-photos-pasting.json"
+    runs = [r for r in json.loads(path.read_text()) if r["data"] == "wbc" and r["row"] == "full"]
+    assert make_results.judgment(runs) == [
+        "69.8 ± 2.3",
+        "0: +4.8 (-3.6 to +15.1)  1: +5.6 (-0.7 to +11.5)",
+        "none",
+    ]
+    # The supervised run that it would be compared with had not ended; SAM's masks were asked for.
+    run = runs[0]
+    run["summary"]["verdict"]["compared"].pop()
+    run["summary"]["calibration"][-1]["taken"] = 0.254
+    run["settings"] |= dict(refine="agreement", sam="tiny")
+    assert make_results.judgment([run])[1:] == ["–", "tiny 25 %"]
 
 
 def test_the_page_on_reproducing_is_generated_from_the_presets():

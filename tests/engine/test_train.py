@@ -240,6 +240,8 @@ def test_both_papers_resume_bit_identical(whole, few, tmp_path, monkeypatch):
         for _ in range(len(when) + 1):
             train.main(given)
             assert torch.are_deterministic_algorithms_enabled()
+            # What a GPU's matrix products need for it.
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     torch.use_deterministic_algorithms(False)
     assert_same_end(tmp_path / "once", tmp_path / "often")
     one, two = (checkpoint.load(tmp_path / n / "checkpoint.pt") for n in ("once", "often"))

@@ -148,7 +148,7 @@ def test_what_is_measured_is_put_to_use():
     measured = calibration.calibrate(labeler, seen(**columns), 10, torch.tensor([30, 8]))
     stored = labeler.thresholds.values[0].tolist()
     assert stored == pytest.approx(measured["found_thresholds"])
-    assert labeler.calibration.gate == 0.0 and measured["gate"] == 0.0
+    assert labeler.calibration.gate == 0.0 and measured["gate"] == 0.0 and measured["taken"] == 1
     assert measured["kept"] == 20 and measured["precision"] == 0.95
     assert measured["recall"] == 0.5 and measured["class_accuracy"] == pytest.approx(
         18 / 19, abs=1e-4

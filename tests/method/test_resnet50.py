@@ -75,8 +75,10 @@ def test_anchors_are_exact_in_mixed_precision():
     sizes, ratios = net.rpn.anchor_generator.sizes, net.rpn.anchor_generator.aspect_ratios
     theirs = AnchorGenerator(sizes, ratios)
     assert torch.equal(exact, theirs(images, [torch.zeros(1, 1, *s) for s in sides])[0])
+    # What the docstring of `model.Anchors32` says of theirs in bf16.
     wrong = theirs(images, [torch.zeros(1, 1, *s, dtype=torch.bfloat16) for s in sides])[0]
-    assert (wrong.float() - exact).abs().max() > 4
+    off = (wrong.float() - exact).abs().amax(dim=1)
+    assert off.max().round() == 7 and (off > 0).float().mean() == pytest.approx(2 / 3, abs=0.02)
 
 
 def test_resnet50_starts_from_a_mask_rcnns_weights_with_other_classes(tmp_path):

@@ -23,6 +23,12 @@ from matplotlib import pyplot as plt
 MODELS = ("pretrained", "student", "teacher", "best")
 
 
+# Why a panel may stay empty in a finished run.
+EMPTY = dict(
+    audit="none: no teacher, or no ground truth\nof unlabeled images to compare with"
+)
+
+
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a `metrics.jsonl`; one that a kill cut in half is passed over."""
     lines = []
@@ -51,6 +57,10 @@ def draw(folder, panels: tuple[str, ...] = ("loss", "ap", "audit")):
         place.grid(alpha=0.3)
         if place.has_data():
             place.legend()
+        else:
+            # An empty frame would look like a fault.
+            middle = dict(ha="center", va="center", transform=place.transAxes)
+            place.text(0.5, 0.5, EMPTY.get(name, "nothing yet"), **middle)
     return figure
 
 

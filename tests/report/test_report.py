@@ -18,7 +18,7 @@ from ssis import UserError, config
 from ssis.datasets import coco_json
 from ssis.datasets.rle import encode
 from ssis.engine import run_folder
-from ssis.report import page
+from ssis.report import curves, page
 
 pytestmark = pytest.mark.fast
 
@@ -232,3 +232,13 @@ def test_tensorboard_that_is_not_installed_is_one_line(monkeypatch):
 def test_tensorboard_is_no_other_run():
     one, other = config.Config(), dataclasses.asdict(config.Config(tensorboard=True))
     assert config.differences(one, other) == []
+
+
+def test_a_panel_without_a_curve_says_why(tmp_path):
+    """Bare photos have no ground truth, so their pseudo-labels are not audited."""
+    line = {"step": 10, "labeled/loss_mask": 0.5, "val_mask_ap_student": 3.0, "audit": None}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
+    figure = curves.draw(tmp_path)
+    loss, ap, audit = ([text.get_text() for text in axes.texts] for axes in figure.axes)
+    assert loss == ap == [] and "no ground truth" in audit[0]
+    curves.plt.close(figure)

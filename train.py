@@ -200,7 +200,7 @@ def unlabeled_pass(
     if config.filter in filters.ADAPTIVE:
         # PL-DC Eq. (adapt): the thresholds follow what the teacher predicts.
         labeler.thresholds.update(stages["predicted"])
-    pseudo, doubtful = stages["final"], [p.boxes for p in stages["predicted"]]
+    pseudo = stages["final"]
     del stages  # soft masks of every stage: at 1024 pixels gigabytes
     # 2. An image without a pseudo-label is left out (PL-DC): the teacher may just not have been
     #    sure. Or it is trained as background (GD, S4M), as what is missing in the others is.
@@ -212,9 +212,6 @@ def unlabeled_pass(
     # 3. S4M: instances are pasted from image to image, before the strong view distorts all alike.
     if config.arp in ("unlabeled", "both"):
         images, targets = copy_paste.arp(images, targets, **config.pasting(unlabeled[0]["seed"]))
-    if config.ignore_uncertain:
-        # Ours: what the filter dropped may be an instance all the same, or none.
-        targets = [dict(t, uncertain=doubtful[i]) for t, i in zip(targets, chosen, strict=True)]
     # 4. The student must see the same in the strong view: no pixel moves, the targets stay valid.
     strong = augment.strong_views(images, items, config.strong_erasing)
     loss_u, counts = None, torch.zeros(losses.COUNTS, device=device)

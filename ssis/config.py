@@ -47,7 +47,7 @@ VALID = {
     "> 0 and finite": lambda value: 0 < value < float("inf"),
 }
 # Fields that are gone, with the value that the present code stands for.
-GONE = {"structure_channels": 1.0}
+GONE = {"structure_channels": 1.0, "ignore_uncertain": False}
 # `absent` where a field's default is what an older record without it stands for.
 SAME = object()
 
@@ -434,14 +434,6 @@ class Config:
         valid="from 0 to 1",
         scope=LATER,
     )
-    ignore_uncertain: bool = setting(
-        False,
-        "what the teacher predicts from class score 0.3 on but the filter drops is "
-        "neither instance nor background: the student is not trained there (this "
-        "project's)",
-        scope=LATER,
-        part=True,
-    )
     empty_images: str = setting(
         "skip",
         "unlabeled images without any pseudo-label: skip them, or train them "
@@ -621,8 +613,7 @@ class Config:
         """Class score under which a prediction is of no use to the training."""
         if self.filter == "calibrated":
             return filters.LOWEST
-        kept = self.tau_min if self.filter in filters.ADAPTIVE else self.tau_class
-        return min(kept, filters.LOWEST) if self.ignore_uncertain else kept
+        return self.tau_min if self.filter in filters.ADAPTIVE else self.tau_class
 
     @property
     def pastes_labeled(self) -> bool:

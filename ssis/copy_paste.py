@@ -117,7 +117,7 @@ def fill_up(image: Tensor, target: dict, size: tuple[int, int]) -> tuple[Tensor,
 def largest(target: dict, pixels: float) -> dict:
     """The instances of at least so many pixels: most of the tiny ones are wrong."""
     big = target["masks"].flatten(1).ne(0).sum(dim=1) >= pixels
-    return {key: value[big] for key, value in target.items()}
+    return data.instances(target, big)
 
 
 def place(image: Tensor, target: dict, frame: tuple[int, int]) -> tuple[Tensor, dict]:
@@ -226,6 +226,6 @@ def paste(
     # A sliver of an instance is no good example of its class.
     area = stack.flatten(1).sum(dim=1)
     seen = visible.flatten(1).sum(dim=1) >= VISIBLE * area
-    both = {key: value[seen] for key, value in both.items()}
+    both = data.instances(both, seen)
     # S4M Eq. (ARP). Instances without a visible pixel are dropped by `sanitize`.
     return torch.where(pasted, above, image), data.sanitize(both)

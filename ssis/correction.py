@@ -176,14 +176,16 @@ def among_seen(logits: Tensor, seen: Tensor, distribution: Tensor) -> Tensor:
         distribution: (N, C), the teacher's.
 
     Returns:
-        (N, C); rows sum to 1.
+        (N, C); rows sum to 1, or are all zero as long as no class was seen.
     """
     # A class that was never seen keeps the teacher's probability: there is nothing to
     # compare with. The other classes divide the rest among them.
     unseen = seen == 0
     kept = distribution * unseen
     others = logits.masked_fill(unseen, -torch.inf).softmax(dim=1)
-    return kept + (1 - kept.sum(dim=1, keepdim=True)) * others
+    mixed = kept + (1 - kept.sum(dim=1, keepdim=True)) * others
+    # No opinion with an empty memory.
+    return torch.where(unseen.all(), 0.0, mixed)
 
 
 def correct(
@@ -325,8 +327,7 @@ class Prototypes(nn.Module, CategoryClassifier):
     @torch.no_grad()
     def forward(self, image: Tensor, pseudo: PseudoLabels) -> Tensor:
         """Class distributions (N, C); see `CategoryClassifier.__call__`."""
-        # No opinion with an empty memory: all-zero rows.
-        if not len(pseudo) or not self.seen.any():
+        if not len(pseudo):
             return torch.zeros_like(pseudo.distribution)
         # The features belong to the box that the teacher predicted; the mask may be
         # SAM's.

@@ -95,6 +95,13 @@ def match(boxes: Tensor, ground_truth: Tensor) -> Tensor:
     return result
 
 
+def instances(target: dict, keep: Tensor) -> dict:
+    """The instances of a target that a bool mask (N,) selects; a new target."""
+    # Once, not for each key: a GPU has to be waited for to know how many.
+    index = keep.nonzero()[:, 0]
+    return {key: value[index] for key, value in target.items()}
+
+
 def sanitize(target: dict) -> dict:
     """Drop instances without pixels and derive the boxes again; a new target.
 
@@ -107,8 +114,8 @@ def sanitize(target: dict) -> dict:
     # The largest value of a mask: 0 if nothing of it is left.
     masks = target["masks"]
     keep = masks.amax(dim=2).amax(dim=1) != 0
-    # Old boxes are dropped for all: a mask that has lost pixels has another box.
-    kept = {key: value[keep] for key, value in target.items() if key != "boxes"}
+    kept = instances(target, keep)
+    # Boxes anew for all: a mask that has lost pixels has another box.
     return {**kept, "boxes": boxes_of(kept["masks"])}
 
 

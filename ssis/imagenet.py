@@ -122,7 +122,7 @@ class ClassMeans(CategoryClassifier):
     @torch.no_grad()
     def __call__(self, image: Tensor, pseudo: PseudoLabels) -> Tensor:
         """Class distributions (N, C); see `CategoryClassifier.__call__`."""
-        if not len(pseudo) or not self.seen.any():
+        if not len(pseudo):
             return torch.zeros_like(pseudo.distribution)
         # ssis Eq. (means)
         cosine = self.embed(image, pseudo.boxes) @ F.normalize(self.sums, dim=1).T

@@ -84,7 +84,6 @@ from torchvision.ops import (
     FeaturePyramidNetwork,
     FrozenBatchNorm2d,
     MultiScaleRoIAlign,
-    box_iou,
 )
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
@@ -171,29 +170,6 @@ def fix_scales(pool: MultiScaleRoIAlign) -> None:
     )
 
 
-def leave_out(
-    labels: list[Tensor], boxes: list[Tensor], uncertain: list[Tensor], iou: float
-) -> list[Tensor]:
-    """Background that may be an instance is not trained; see `ignore_uncertain`.
-
-    Args:
-        labels: of the anchors (or proposals) of each image; 0 is background.
-        boxes: theirs, (R, 4).
-        uncertain: boxes (U, 4) where an instance may be, of each image.
-        iou: from which overlap on a box is no background of an instance.
-
-    Returns:
-        The labels, -1 (which the sampler passes over) instead of 0 where in doubt.
-    """
-    result = []
-    for label, box, doubt in zip(labels, boxes, uncertain, strict=True):
-        if len(doubt):
-            near = box_iou(doubt, box).amax(dim=0) >= iou
-            label = label.masked_fill(near & (label == 0), -1)
-        result.append(label)
-    return result
-
-
 class WeightedRPN(RegionProposalNetwork):
     """torchvision's first stage, with a weight of background in its objectness loss.
 
@@ -204,13 +180,6 @@ class WeightedRPN(RegionProposalNetwork):
 
     no_object = 1.0
 
-    def assign_targets_to_anchors(self, anchors, targets):
-        """torchvision's, except that a target's `uncertain` boxes are left out."""
-        labels, boxes = super().assign_targets_to_anchors(anchors, targets)
-        uncertain = [target.get("uncertain", ()) for target in targets]
-        iou = self.proposal_matcher.low_threshold
-        return leave_out(labels, anchors, uncertain, iou), boxes
-
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
         """Two scalars, as torchvision's; its arguments."""
         # torchvision draws the anchors here. Its box loss is used, its objectness loss,
@@ -218,7 +187,7 @@ class WeightedRPN(RegionProposalNetwork):
         _, loss_box = super().compute_loss(
             objectness, pred_bbox_deltas, labels, regression_targets
         )
-        drawn = self.fg_bg_sampler.drawn
+        drawn = self.fg_bg_sampler.drawn.nonzero()[:, 0]
         labels = torch.cat(labels)[drawn]
         # Is there an object? Cross-entropy with two outcomes for each drawn anchor.
         each = F.binary_cross_entropy_with_logits(
@@ -232,9 +201,8 @@ class WeightedRoIHeads(RoIHeads):
     """torchvision's second stage, with weights in two of its losses.
 
     A target may have `mask_weights` (N, H, W) float in [0, 1] beside its `masks`: a
-    weight for each pixel of the mask loss; and `uncertain` (U, 4), boxes where there
-    may be an instance: no background is trained there, in neither stage. In evaluation
-    mode it is torchvision's, unchanged.
+    weight for each pixel of the mask loss. In evaluation mode it is torchvision's,
+    unchanged.
 
     Attributes:
         no_object: w_0 of GD Eq. (no object), set by `MaskRCNN.forward`.
@@ -242,19 +210,6 @@ class WeightedRoIHeads(RoIHeads):
     """
 
     no_object = 1.0
-
-    def select_training_samples(self, proposals, targets):
-        """torchvision's, which does not pass the targets on to where they are asked."""
-        self.uncertain = [target.get("uncertain", ()) for target in targets]
-        return super().select_training_samples(proposals, targets)
-
-    def assign_targets_to_proposals(self, proposals, gt_boxes, gt_labels):
-        """torchvision's, except that a target's `uncertain` boxes are left out."""
-        matched, labels = super().assign_targets_to_proposals(
-            proposals, gt_boxes, gt_labels
-        )
-        iou = self.proposal_matcher.low_threshold
-        return matched, leave_out(labels, proposals, self.uncertain, iou)
 
     def forward(self, features, proposals, image_shapes, targets=None):
         """Losses of the second stage, in torchvision's form.
@@ -361,6 +316,10 @@ class MaskRCNN(mask_rcnn.MaskRCNN):
         self.rpn.anchor_generator.__class__ = Anchors32
         for pool in (self.roi_heads.box_roi_pool, self.roi_heads.mask_roi_pool):
             fix_scales(pool)
+        # On the model's device; as lists they would be copied there for every image.
+        for name in ("image_mean", "image_std"):
+            values = torch.tensor(self.transform.__dict__.pop(name))
+            self.transform.register_buffer(name, values, persistent=False)
 
     def forward(
         self,

@@ -95,15 +95,17 @@ def sample_points(weights: Tensor, count: int, generator: torch.Generator) -> Te
     Returns:
         (N, K, 2) float32, x and y in the view; the first pixel's center is 0.5.
     """
-    # One distribution over all pixels for each instance; `multinomial` scales each to a
-    # sum of 1, and draws without replacement.
+    # One distribution over all pixels for each instance.
     width, weights = weights.shape[2], weights.flatten(1)  # (N, H * W)
     if not len(weights):
         return torch.zeros(0, count, 2, device=weights.device)
-    # A mask may have fewer than K pixels, and `multinomial` cannot draw three of two.
-    # So every pixel gets a tiny probability. If a pixel outside of the mask is drawn,
-    # the first draw takes its place, or the likeliest pixel if that is outside as well.
-    index = torch.multinomial(weights + 1e-12, count, generator=generator)  # (N, K)
+    # A race: each pixel arrives after a time drawn from Exp(weight), and the first K
+    # are K draws without replacement. (`multinomial` does the same, but checks the
+    # weights first, and so waits for a GPU.) A mask may have fewer than K pixels, so
+    # every pixel gets a tiny weight. If a pixel outside of the mask arrives, the first
+    # one takes its place, or the likeliest pixel if that is outside as well.
+    times = torch.empty_like(weights).exponential_(generator=generator)
+    index = ((weights + 1e-12) / times).topk(count).indices  # (N, K)
     empty = weights.gather(1, index) == 0
     best = weights.argmax(dim=1, keepdim=True)
     index = torch.where(empty, torch.where(empty[:, :1], best, index[:, :1]), index)

@@ -130,12 +130,19 @@ class SegmentAnything:
         """
         # The two sides are scaled separately: each is rounded to whole pixels.
         height, width = self.resized(size)
-        scale = torch.tensor([width / size[1], height / size[0]], device=points.device)
-        # The prompt encoder counts from pixel centers and adds the half pixel itself.
-        coordinates = (points * scale - 0.5).to(self.device)
-        # Label 1 is a point on the object, 0 would be one beside it. S4M has only ones.
-        positive = torch.ones(points.shape[:2], dtype=torch.int64, device=self.device)
-        return self.net.prompt_encoder((coordinates, positive), None, None)
+        x, y = points.to(self.device).unbind(dim=-1)
+        points = torch.stack([x * (width / size[1]), y * (height / size[0])], dim=-1)
+        # The library's prompt encoder, written out for points alone: for each kind of
+        # prompt that there is none of it would wait for the GPU. A token says where a
+        # point is, and that it is on the object (embedding 0: beside it; S4M has only
+        # points on it).
+        encoder, count = self.net.prompt_encoder, len(points)
+        where = encoder.pe_layer.forward_with_coords(points, encoder.input_image_size)
+        on_object = where + encoder.point_embeddings[1].weight
+        no_box = encoder.not_a_point_embed.weight.expand(count, 1, -1)
+        no_mask = encoder.no_mask_embed.weight[:, :, None, None]
+        no_mask = no_mask.expand(count, -1, *encoder.image_embedding_size)
+        return torch.cat([on_object, no_box], dim=1), no_mask
 
     @torch.no_grad()
     def candidates(
@@ -162,7 +169,7 @@ class SegmentAnything:
         # `multimask_output`: three masks, since a point on a wheel may mean the wheel,
         # the car or the row of cars.
         low, iou = self.net.mask_decoder(
-            embedding.to(self.device).float()[None],
+            embedding.to(self.device, non_blocking=True).float()[None],
             self.net.prompt_encoder.get_dense_pe(),
             sparse,
             dense,
@@ -203,7 +210,7 @@ class SegmentAnything:
         tokens = torch.cat([own.expand(len(points), -1, -1), sparse], dim=1)
         # The image's side: the embedding plus the dense part of the prompt, a learned
         # vector that says "no mask was given"; and where each cell is.
-        image = embedding.to(self.device).float()[None] + dense
+        image = embedding.to(self.device, non_blocking=True).float()[None] + dense
         position = self.net.prompt_encoder.get_dense_pe()
         position = position.expand(len(points), -1, -1, -1)
         # Two-way: the tokens attend to the image, and the image to the tokens. So the

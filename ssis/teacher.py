@@ -48,8 +48,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from ssis import losses
 from ssis.model import MaskRCNN
@@ -79,19 +80,20 @@ def ema_update(teacher: nn.Module, student: nn.Module, alpha: float) -> None:
         student: not changed.
         alpha: from 0 (the teacher becomes the student) to 1 (it never changes).
     """
-    # The state dict holds parameters and buffers. BatchNorm's running statistics are
+    # Parameters and buffers: BatchNorm's running statistics are
     # averaged like the weights, since they describe the activations of these weights.
-    pairs = zip(
-        teacher.state_dict().values(), student.state_dict().values(), strict=True
+    theta_t, theta_s = (
+        [x for x in (*net.parameters(), *net.buffers()) if x.is_floating_point()]
+        for net in (teacher, student)
     )
-    for theta_t, theta_s in pairs:
-        if theta_t.is_floating_point():
-            # lerp: theta_t + (1 - alpha) (theta_s - theta_t), which is the same.
-            theta_t.lerp_(theta_s, 1 - alpha)
-        else:
-            # BatchNorm's count of the batches that it saw: an average of two counts
-            # would be no count of anything.
-            theta_t.copy_(theta_s)
+    # PyTorch's own average, theta_t + (1 - alpha) (theta_s - theta_t), of all tensors
+    # in one call: there are hundreds, and a GPU would be sent each of them alone.
+    get_ema_multi_avg_fn(alpha)(theta_t, theta_s, None)
+    for ours, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
+        # BatchNorm's count of the batches that it saw: an average of two counts would
+        # be no count of anything.
+        if not ours.is_floating_point():
+            ours.copy_(theirs)
 
 
 @dataclass
@@ -225,34 +227,34 @@ def paste_parts(
         The rows and the columns of the frame that a box touches, and its mask there.
     """
     height, width = size
-    # The whole pixels that a box touches, cut at the frame; none for a box outside.
     boxes = boxes.float()
-    limit = boxes.new_tensor([width, height])
-    first = boxes[:, :2].floor().clamp(min=0).minimum(limit)
-    last = boxes[:, 2:].ceil().clamp(min=0).minimum(limit).maximum(first)
-    spans = torch.cat([first, last], dim=1).int().tolist()
-    for mask, box, (left, top, right, bottom) in zip(small, boxes, spans, strict=True):
-        x1, y1, x2, y2 = box
-        # Pixel centers, and where they lie in the box: -1 is its left end, 1 its right
-        # one, as `grid_sample` counts.
-        x = torch.arange(left, right, device=box.device) + 0.5  # (w,)
-        y = torch.arange(top, bottom, device=box.device) + 0.5  # (h,)
-        across = 2 * (x - shift - x1) / (x2 - x1) - 1
-        down = 2 * (y - shift - y1) / (y2 - y1) - 1
-        grid = torch.stack(torch.broadcast_tensors(across, down[:, None]), dim=2)
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(dim=1)  # (N, 1) each
+    # Pixel centers of the frame, and where they lie in each box: -1 is its left end, 1
+    # its right one, as `grid_sample` counts.
+    x = torch.arange(width, device=boxes.device) + 0.5
+    y = torch.arange(height, device=boxes.device) + 0.5
+    across = 2 * (x - shift - x1) / (x2 - x1) - 1  # (N, W)
+    down = 2 * (y - shift - y1) / (y2 - y1) - 1  # (N, H)
+    # A pixel whose center is outside of the box is 0, whatever is sampled.
+    within = (x >= x1) & (x <= x2), (y >= y1) & (y <= y2)
+    # The whole pixels that a box touches, cut at the frame; none for a box outside.
+    spans = torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], dim=1)
+    spans = clip_boxes_to_image(spans, size).int().tolist()
+    for n, (left, top, right, bottom) in enumerate(spans):
+        columns, rows = slice(left, right), slice(top, bottom)
+        grid = torch.broadcast_tensors(across[n, columns], down[n, rows, None])
+        grid = torch.stack(grid, dim=2)  # (h, w, 2)
         # Bilinear between the centers of the 28 x 28 cells; beyond the outermost
         # centers the outermost value, for a mask does not fade towards the edge of its
         # box.
-        soft = torch.zeros(grid.shape[:2], dtype=mask.dtype, device=box.device)
+        soft = small.new_zeros(grid.shape[:2])
         if soft.numel():
             soft = F.grid_sample(
-                mask[None], grid[None], padding_mode="border", align_corners=False
+                small[n : n + 1], grid[None], padding_mode="border", align_corners=False
             )[0, 0]
-        # A pixel whose center is outside of the box is 0, whatever was sampled.
-        inside = ((y >= y1) & (y <= y2))[:, None] & (x >= x1) & (x <= x2)  # (h, w)
         # For a large box the grid is gigabytes: freed before the next one is made.
         del grid
-        yield slice(top, bottom), slice(left, right), soft * inside
+        yield rows, columns, soft * (within[0][n, columns] & within[1][n, rows, None])
 
 
 class Detections(NamedTuple):
@@ -400,13 +402,11 @@ def select_detections(
     boxes = clip_boxes_to_image(boxes, size)
     # Each pair of proposal and class above the threshold is a candidate. The threshold
     # may come before NMS, because a box is only ever suppressed by a better one.
-    row, column = torch.where(probs[:, 1:] > min_score)
-    candidates, scores = boxes[row, column + 1], probs[row, column + 1]
     # A box without area would make the student's loss raise. A hundredth of a pixel is
     # torchvision's own limit.
-    big = remove_small_boxes(candidates, min_size=1e-2)
-    row, column = row[big], column[big]
-    candidates, scores = candidates[big], scores[big]
+    big = (boxes[:, :, 2:] - boxes[:, :, :2]).amin(dim=2) >= 1e-2  # (P, C + 1)
+    row, column = torch.where((probs[:, 1:] > min_score) & big[:, 1:])
+    candidates, scores = boxes[row, column + 1], probs[row, column + 1]
     # Non-maximum suppression within each class: of two boxes that overlap, the better
     # one stays. Boxes of different classes do not compete, so one object may be
     # detected twice.

@@ -3,9 +3,9 @@ r"""What a step costs on a GPU: images/s, memory, and how busy the GPU is, for e
     python docs/bench/bench_gpu.py --data FOLDER --labeled 38 [--amp bf16 fp16] [--size 800]
 
 ResNet-50 at a short side of 800 pixels and 4 + 4 images, from random weights, which take as long as
-others; SAM is `vit_b`, from random weights too. An untrained teacher is sure of nothing, so its
-threshold is set to where it keeps as many instances as COCO has in an image, and it stays as it is.
-Beside each other:
+others; SAM is `vit_b`, from random weights too. An untrained teacher is sure of nothing, so it
+keeps its best detections, as many as COCO has instances in an image, and it stays as it is. Beside
+each other:
 
     floor          torchvision's own model looks at the unlabeled images, as the teacher must, then
                    one plain training step on all of them
@@ -47,12 +47,20 @@ GPU = torch.device("cuda")
 
 
 class Side:
-    """A method's parts and batches, as in the middle of a run."""
+    """A method's parts and batches, as in the middle of a run.
+
+    Args:
+        method, amp: as the flags of train.py.
+        args: with `data`, `labeled`, `size`, and `sam`.
+        folder: with `make_weights`.
+    """
 
     def __init__(self, method: str, amp: str, args, folder: Path):
         flags = f"--preset custom --model resnet50 --method {method} --amp {amp} --arp none"
         if method in ("s4m", "full"):
-            flags += f" --arp unlabeled --sam vit_b --sam-checkpoint {folder}/vit_b.pth"
+            flags += f" --arp unlabeled --sam {args.sam}"
+            if args.sam != "tiny":
+                flags += f" --sam-checkpoint {folder}/{args.sam}.pth"
         flags += f" --backbone-weights {folder}/r50.pth --data {args.data} --filter score"
         flags += f" --labeled {args.labeled} --short-side-min {args.size} --short-side {args.size}"
         flags += f" --long-side {args.size * 5 // 3} --device {GPU.type}"
@@ -71,24 +79,24 @@ class Side:
         )
         self.supervised = method == "supervised"
         correction.fill(self.labeler.classifier, self.labeler.teacher, streams.labeled, 0, 1)
-        views = [item["image"].to(GPU) for batch in self.unlabeled for item in batch]
-        found = [teacher.detect(self.labeler.teacher, [view], 0.0)[0] for view in views]
-        scores = torch.cat([each.scores for each in found]).sort(descending=True).values
-        self.config.tau_class = scores[len(views) * KEPT].item()
+        # Sure of nothing, it keeps its best few in each image.
+        self.config.tau_class = 0.0
+        self.labeler.teacher.roi_heads.detections_per_img = KEPT
         # The average costs its time, but the teacher that is asked stays as it is: this student
         # would lead it to keep nothing, or a hundred instances an image.
         self.average = teacher.make_teacher(self.net)
         self.step = self.config.stage_ends[1]
 
-    def make_step(self, k: int) -> None:
-        """One step of `train.train`, with the teacher's average."""
+    def make_step(self, k: int) -> dict:
+        """One step of `train.train`, with the teacher's average; its row of the loss table."""
         unlabeled = None if self.supervised else self.unlabeled[k % 3]
-        train.train_step(
+        row, _ = train.train_step(
             self.net, self.labeler, self.labeled[k % 3], unlabeled, self.step, self.config,
             None, self.optimizer, self.schedule, self.scaler, self.guard,
         )  # fmt: skip
         teacher.ema_update(self.average, self.net, self.config.ema_decay)
         self.step += 1
+        return row
 
 
 class Floor(Side):
@@ -125,6 +133,18 @@ class Floor(Side):
         torch.nn.utils.clip_grad_norm_(self.plain.parameters(), self.config.clip_norm)
         self.scaler.step(self.adam)
         self.scaler.update()
+
+
+def make_weights(folder: Path, sam: str) -> None:
+    """Random weights of ResNet-50 and SAM."""
+    body = resnet50()
+    for part in body.modules():
+        # With constant norms, random residual blocks would double the activations each time.
+        if hasattr(part, "bn3"):
+            torch.nn.init.constant_(part.bn3.weight, 0.1)
+    torch.save(body.state_dict(), folder / "r50.pth")
+    if sam != "tiny":
+        torch.save(sam_model_registry[sam]().state_dict(), folder / f"{sam}.pth")
 
 
 def measure(side: Side, steps: int) -> dict:
@@ -164,18 +184,13 @@ def main() -> None:
     parser.add_argument("--amp", nargs="+", default=["bf16", "fp16"])
     parser.add_argument("--size", type=int, default=800)
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--sam", default="vit_b")
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, {args.size} pixels")
     methods = ("supervised", "guided-distillation", "pl-dc", "s4m", "full")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        body = resnet50()
-        for part in body.modules():
-            # With constant norms, random residual blocks would double the activations each time.
-            if hasattr(part, "bn3"):
-                torch.nn.init.constant_(part.bn3.weight, 0.1)
-        torch.save(body.state_dict(), folder / "r50.pth")
-        torch.save(sam_model_registry["vit_b"]().state_dict(), folder / "vit_b.pth")
+        make_weights(folder, args.sam)
         print("| | | ms a step | images/s | to the floor | GiB | GPU busy | operations | waits |")
         print("|---" * 9 + "|")
         for amp in args.amp:

@@ -181,7 +181,7 @@ def test_a_calibrated_run_resumes_bit_identical(
     monkeypatch.setattr(calibration, "TRIED", torch.arange(0.02, 0.995, 0.01))
     monkeypatch.setattr(calibration, "GATES", torch.zeros(1))
     given = [*TINY, *dataset_of(shapes_folder), "--method", "full", "--filter", "calibrated"]
-    given += ["--ignore-uncertain", "--arp", "both", "--lr-after", "0.5"]
+    given += ["--arp", "both", "--lr-after", "0.5"]
     if classifier == "imagenet":
         timm = pytest.importorskip("timm", reason="timm is not installed")
         weights = tmp_path / "weights.pth"

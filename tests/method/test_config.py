@@ -300,9 +300,6 @@ def test_what_is_of_no_use_is_not_predicted():
         ("--filter score --tau-class 0.7", 0.7),
         ("--filter adaptive --tau-min 0.5", 0.5),
         ("--filter calibrated", 0.3),
-        # What the filter drops may be uncertain; a threshold below is not raised.
-        ("--filter score --tau-class 0.7 --ignore-uncertain", 0.3),
-        ("--filter score --tau-class 0.1 --ignore-uncertain", 0.1),
     ):
         assert config.parse(flags.split()).lowest_score == lowest, flags
 

@@ -112,9 +112,10 @@ def test_descriptions_are_of_length_one_and_ignore_what_is_outside_the_mask():
 def test_the_memory_keeps_the_newest_and_counts_only_what_is_there(seen):
     net, _, labeled, _ = seen
     second = correction.Prototypes(6, 64, 2)
-    nothing = second(torch.rand(3, 96, 96), made_labels([1], [0.9], [0.9], features=(64, 7, 7)))
+    asked = made_labels([1], [0.9], [0.9], torch.full((1, 6), 0.1), (64, 7, 7))
+    nothing = second(torch.rand(3, 96, 96), asked)
     # Nothing seen, no opinion.
-    assert nothing.tolist() == [[0.0] * 3]
+    assert nothing.tolist() == [[0.0] * 6]
     items = [labeled[k] for k in range(8)]
     second.learn(net, items)
     labels = torch.cat([item["target"]["labels"] for item in items])

@@ -180,35 +180,3 @@ def test_mask_weights_go_where_the_mask_goes():
         model.losses.mask_loss = before
     assert 0 < seen["aligned"].mean() < 1
     assert torch.equal(seen["aligned"], seen["weights"])
-
-
-def test_background_that_may_be_an_instance_is_left_out():
-    """Anchors on an uncertain box, beside it, and on an instance; with and without any."""
-    labels = [torch.tensor([0.0, 0.0, 1.0, -1.0]), torch.tensor([0.0])]
-    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [0, 0, 10, 9], [0, 0, 9, 10]])
-    uncertain = [torch.tensor([[0.0, 0, 10, 8]]), ()]
-    first, second = model.leave_out(labels, [boxes, boxes[:1]], uncertain, 0.5)
-    assert first.tolist() == [-1, 0, 1, -1] and second.tolist() == [0]
-    # An IoU of 0.8 is not enough for 0.81.
-    assert model.leave_out(labels, [boxes, boxes[:1]], uncertain, 0.81)[0].tolist() == [0, 0, 1, -1]
-    assert labels[0].tolist() == [0, 0, 1, -1]
-
-
-def test_no_stage_draws_background_on_an_uncertain_box():
-    """The whole image is uncertain: what is drawn is foreground, or far from the box's shape."""
-    net = model.build_small(4, 64, 96).train()
-    images, targets = batch()
-    height, width = images[0].shape[1:]
-    whole = torch.tensor([[0.0, 0.0, width, height]])
-    marked = [dict(target, uncertain=whole) for target in targets]
-    proposals = [torch.tensor([[0.0, 0, width, height - 1], [0, 0, 4, 4]]) for _ in targets]
-    boxes, classes = ([t[k] for t in targets] for k in ("boxes", "labels"))
-    for given, expected in ((targets, 0), (marked, -1)):
-        net.roi_heads.uncertain = [t.get("uncertain", ()) for t in given]
-        _, labels = net.roi_heads.assign_targets_to_proposals(proposals, boxes, classes)
-        assert [label[0].item() for label in labels] == [expected] * len(targets)
-        assert all(label[1] == 0 for label in labels)
-        labels, _ = net.rpn.assign_targets_to_anchors(proposals, given)
-        assert all(label[0] == expected or label[0] == 1 for label in labels)
-    losses, *_ = net(images, marked)
-    assert all(value.isfinite() for value in losses.values())

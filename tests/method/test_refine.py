@@ -113,6 +113,17 @@ def test_points_differ_while_there_are_enough_and_never_leave_the_mask():
     assert refine.sample_points(probs[:0], 3, torch.Generator()).shape == (0, 3, 2)
 
 
+def test_points_are_those_of_multinomial():
+    """The same race, the same numbers; only without its checks."""
+    weights = torch.rand(5, 7, 9)
+    width = weights.shape[2]
+    first, second = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    points = refine.sample_points(weights, 3, first)
+    index = torch.multinomial(weights.flatten(1) + 1e-12, 3, generator=second)
+    expected = torch.stack([index % width, index // width], dim=2).float() + 0.5
+    assert torch.equal(points, expected)
+
+
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("size", [(64, 96), (32, 48), (100, 150)])
 def test_points_and_masks_travel_between_view_and_original(size, flip):

@@ -84,6 +84,18 @@ def test_features_are_what_the_decoder_makes_masks_of(tiny, tmp_path):
 
 
 @fast
+def test_a_prompt_is_what_the_librarys_encoder_makes_of_it(tiny):
+    points = torch.rand(4, 3, 2) * torch.tensor([90.0, 60.0])
+    sparse, dense = tiny.prompt(points, (60, 90))
+    height, width = tiny.resized((60, 90))
+    inside = points * torch.tensor([width / 90, height / 60])
+    # The library counts from pixel centers, and adds the half pixel itself.
+    given = (inside - 0.5, torch.ones(4, 3, dtype=torch.int64))
+    expected = tiny.net.prompt_encoder(given, None, None)
+    torch.testing.assert_close(sparse, expected[0])
+    assert torch.equal(dense, expected[1])
+
+
 def test_each_image_is_encoded_once_and_the_cache_changes_nothing(tiny, tmp_path):
     pictures, folder = Pictures(tmp_path), tmp_path / "cache"
     first = sam.Embeddings(tiny, pictures, str(folder))

@@ -1,7 +1,8 @@
 """Runs the project's programs on the simulated GPU; each call is a process of its own.
 
-    python tests/gpu/drive.py train FLAGS ...        a run, then `evaluate.py` and `predict` on it
-    python tests/gpu/drive.py count [METHOD]         one step with ResNet-50: what the GPU is sent
+    python tests/gpu/drive.py train FLAGS ...     a run
+    python tests/gpu/drive.py all FLAGS ...       a run, resumed, then `evaluate.py` and `predict`
+    python tests/gpu/drive.py count [METHOD]      one step with ResNet-50: what the GPU is sent
 
 The last line of the output is JSON: the number of operations, and how often the host waited.
 """
@@ -23,48 +24,62 @@ import train
 from ssis import distributed
 from ssis.tools import predict
 
-ROOT = Path(train.__file__).parent
 
-
-def run(flags: list[str]) -> SimulatedGPU:
-    """A whole run in a process group of one, stopped and resumed by a second call."""
-    folder = Path(flags[flags.index("--output") + 1])
-    data = Path(flags[flags.index("--data") + 1])
-    # DDP's reducer cannot be simulated; with a group, everything else is as with NCCL.
+def run(flags: list[str]) -> None:
+    """A run in a process group of one, as with NCCL; but DDP's reducer cannot be simulated."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     distributed.wrap = lambda model, device: model
-    with SimulatedGPU(ROOT) as gpu:
-        for _ in range(2):
-            # Finished, the second call resumes from the last checkpoint and evaluates again.
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-            train.main([*flags, "--device", "cuda"])
-        gpu.nccl = False
-        checkpoint = str(folder / "checkpoint.pt")
-        evaluate.main([checkpoint, "--data", str(data), "--device", "cuda"])
-        out = ["--out", str(folder / "seen"), "--device", "cuda"]
-        predict.main([checkpoint, str(data / "test"), *out])
-    return gpu
+    train.main([*flags, "--device", "cuda"])
 
 
-def count(method: str) -> SimulatedGPU:
+def tools(flags: list[str]) -> None:
+    """What a user does with a run: go on from its last checkpoint, evaluate it, look at it."""
+    run(flags)
+    folder, images = (flags[flags.index(name) + 1] for name in ("--output", "--test-images"))
+    evaluate.main([f"{folder}/checkpoint.pt", "--device", "cuda"])
+    out = ["--out", f"{folder}/seen", "--device", "cuda"]
+    predict.main([f"{folder}/checkpoint.pt", images, *out])
+
+
+def few(build):
+    """A teacher that keeps five instances: an untrained one would keep a hundred."""
+
+    def made(*arguments):
+        parts = build(*arguments)
+        parts[1].teacher.roi_heads.detections_per_img = 5
+        return parts
+
+    return made
+
+
+def count(gpu: SimulatedGPU, method: str = "full") -> None:
     """One step of `docs/bench/bench_gpu.py`: ResNet-50, 4 + 4 images of the built-in shapes."""
     import bench_gpu
+    from ssis import correction
     from ssis.datasets import shapes
 
-    with tempfile.TemporaryDirectory() as name, SimulatedGPU(ROOT) as gpu:
+    # How full the memory is changes no count.
+    correction.START_VIEWS = 16
+    with tempfile.TemporaryDirectory() as name:
         shapes.make(Path(name) / "shapes", parts=dict(train=40, val=6, test=6))
         bench_gpu.make_weights(Path(name), "tiny")
-        args = argparse.Namespace(data=f"{name}/shapes", labeled="16", size=128, sam="tiny")
+        args = argparse.Namespace(data=f"{name}/shapes", labeled="16", size=64, sam="tiny")
         side = bench_gpu.Side(method, "bf16", args, Path(name))
-        for k in range(3):  # the images' embeddings are in memory afterwards
-            side.make_step(k)
+        side.make_step(1)  # SAM's embeddings are in memory afterwards
         gpu.operations.clear()
         gpu.waits.clear()
         side.make_step(1)
-    return gpu
 
 
 if __name__ == "__main__":
     program, rest = sys.argv[1], sys.argv[2:]
-    seen = run(rest) if program == "train" else count(*rest or ["full"])
-    print(seen.table(80))
-    print(json.dumps(dict(operations=seen.operations.total(), waits=seen.waits.total())))
+    with SimulatedGPU(Path(train.__file__).parent) as gpu:
+        if program == "count":
+            count(gpu, *rest)
+        else:
+            train.build = few(train.build)
+            run(rest)
+            if program == "all":
+                tools(rest)
+    print(gpu.table(80))
+    print(json.dumps(dict(operations=gpu.operations.total(), waits=gpu.waits.total())))

@@ -220,6 +220,7 @@ class SimulatedGPU(TorchDispatchMode):
             get_rng_state=lambda *a: self.generator.get_state(),
             set_rng_state=lambda new_state, *a: self.generator.set_state(new_state),
             get_device_name=lambda *a: "simulated",
+            get_device_capability=lambda *a: (9, 0),
             _is_in_bad_fork=lambda: False,
         )
         self.before = [(cuda, name, getattr(cuda, name)) for name in one_gpu]

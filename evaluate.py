@@ -4,7 +4,7 @@ r"""COCO mask and box AP of a checkpoint, per class.
     python evaluate.py CHECKPOINT --json J --images D [--who student] [--save-predictions F]
 
 With `torchrun` several processes share the images. The numbers are pycocotools' own, all twelve,
-for masks and for boxes.
+for masks and for boxes; faster-coco-eval computes them sooner, where it is installed.
 
 Read next: `ssis/report/ap.py`, which computes them.
 """
@@ -44,7 +44,7 @@ def run(argv: list[str] | None) -> None:
         print(f"{'':8}" + "".join(f"{name:>7}" for name in ap.NUMBERS))
         if args.boundary:
             ground_truth = dataset.coco(range(len(dataset)))
-            report["boundary"] = ap.boundary_average_precision(ground_truth, results)
+            report["boundary"], _ = ap.average_precision(ground_truth, results, "boundary")
         for kind in ("mask", "box", *(["boundary"] if args.boundary else [])):
             print(f"{kind:8}" + "".join(f"{text(report[kind][n]):>7}" for n in ap.NUMBERS))
         print(f"{'AP per class':<22} {'mask':>6} {'box':>6}")

@@ -18,13 +18,14 @@ COMMANDS = {
     "prepare": ("tools.prepare", "make COCO, Cityscapes, VOC or your data ready"),
     "shapes": ("datasets.shapes", "draw another built-in dataset"),
     "sam": ("tools.train_tiny_sam", "train another tiny SAM"),
+    "sam encode": ("tools.encode", "fill the cache of SAM's embeddings ahead"),
     "study": ("tools.study", "make the runs of a table in docs/results.md"),
 }
 
 
 def overview() -> str:
     """The commands, a line each."""
-    lines = [f"  {name:<8} {words}" for name, (_, words) in COMMANDS.items()]
+    lines = [f"  {name:<10} {words}" for name, (_, words) in COMMANDS.items()]
     head = "usage: python -m ssis COMMAND ...     (COMMAND --help says more)\n\n"
     tail = (
         "\n\nTraining: python train.py --help. Evaluation: python evaluate.py --help."
@@ -36,10 +37,15 @@ def main(argv: list[str]) -> None:
     """Run the command that `argv` begins with."""
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
-    elif argv[0] in COMMANDS:
-        # Imported only now: the list needs no torch, nor do the processes that
-        # `prepare` starts, which import this file again.
-        importlib.import_module(f"ssis.{COMMANDS[argv[0]][0]}").main(argv[1:])
+        return
+    # The longer name first.
+    for words in (2, 1):
+        if (name := " ".join(argv[:words])) in COMMANDS:
+            # Imported only now: the list needs no torch, nor do the processes that
+            # `prepare` starts, which import this file again.
+            module = importlib.import_module(f"ssis.{COMMANDS[name][0]}")
+            module.main(argv[words:])
+            break
     else:
         from ssis import distributed
 

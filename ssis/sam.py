@@ -36,6 +36,7 @@ Chain: 8 of 19. Read next: `ssis/refine.py`, the first of its two uses.
 """
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,7 @@ class SegmentAnything:
         side: of its frame, pixels.
         cells: of its feature map, on a side.
         fingerprint: of its weights.
+        entry_bytes: size of an embedding, in 16 bits, and of its checksum.
 
     Raises:
         UserError: no checkpoint, or one that is of another model.
@@ -85,13 +87,15 @@ class SegmentAnything:
         # vit_b's weights in vit_l would be a wall of missing keys; one line says it.
         message = f"--sam-checkpoint {path}: not of --sam {kind}"
         check_fits(self.net.state_dict(), state["model"], message)
-        self.net.load_state_dict(state["model"])
-        # Frozen: S4M asks SAM, and never trains it.
-        self.net.to(device).eval().requires_grad_(False)
+        # The file's tensors become the weights: no second copy of 2.6 GB.
+        self.net.load_state_dict(state["model"], assign=True)
+        # Frozen: S4M asks SAM, and never trains it. (The tiny one's file has 16 bits.)
+        self.net.to(device).float().eval().requires_grad_(False)
         self.device = torch.device(device)
         self.side = self.net.image_encoder.img_size
         self.cells = self.net.prompt_encoder.image_embedding_size[0]
         self.fingerprint = state["fingerprint"]
+        self.entry_bytes = 2 * self.net.prompt_encoder.embed_dim * self.cells**2 + 16
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
@@ -110,8 +114,15 @@ class SegmentAnything:
         pixels = torch.as_tensor(np.ascontiguousarray(pixels)).permute(2, 0, 1)
         # Normalized, and padded with 0 to the square.
         frame = self.net.preprocess(pixels.to(self.device).float())
+        # On a GPU in TF32, several times faster: it has 11 bits, as has float16, which
+        # is kept. (In bf16, with 8, 3 % of the pixels of the tiny SAM's masks differ.)
+        precision = torch.get_float32_matmul_precision()
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        embedding = self.net.image_encoder(frame[None])[0]
+        torch.set_float32_matmul_precision(precision)
         # 16 bits and the CPU: half the size, and no GPU memory for thousands of images.
-        return self.net.image_encoder(frame[None])[0].half().cpu()
+        return embedding.half().cpu()
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width in SAM's frame of an original of this size."""
@@ -236,6 +247,7 @@ class Embeddings:
 
     Attributes:
         encoded: how many images were encoded so far.
+        limit: of memory or folder, the larger one, in bytes.
 
     Raises:
         UserError: the folder cannot be used.
@@ -256,6 +268,7 @@ class Embeddings:
         # Processes do not tell each other what they keep, so each has a part.
         self.room_in_memory = memory_gb * 1e9 / world_size
         self.room_on_disk = cache_gb * 1e9 / world_size
+        self.limit = 1e9 * max(memory_gb, cache_gb if cache else 0)
         self.encoded = 0
         if self.folder:
             # What earlier runs have left in the folder counts towards its limit.
@@ -267,6 +280,20 @@ class Embeddings:
                     f"--sam-cache {self.folder}: cannot be used ({error.strerror})"
                 ) from error
             self.room_on_disk -= used / world_size
+
+    def shortage(self) -> str:
+        """A line where the embeddings cannot all be kept; empty where they can."""
+        images, entry = len(self.dataset), self.sam.entry_bytes
+        kept = int(self.limit // entry)
+        if kept >= images:
+            return ""
+        return (
+            f"SAM's embeddings of {kept:,} of {images:,} images can be kept "
+            f"({entry / 1e6:.2g} MB each), the others are made again whenever they are "
+            "needed; give --sam-cache FOLDER --sam-cache-gb "
+            f"{math.ceil(images * entry / 1e9)}, and fill it ahead: python -m ssis sam "
+            "encode, with the flags of this run"
+        )
 
     def __getitem__(self, index: int) -> Tensor:
         """The embedding of image `index`: (D, cells, cells) float16, on the CPU."""

@@ -6,6 +6,7 @@ Nothing is decided here: every choice is a setting, and what becomes of the part
 Read next: `ssis/engine/session.py`, which keeps them alive.
 """
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,8 @@ def build(
             world_size,
         )
         embeddings = sam.Embeddings(segmenter, train_set, *limits)
+        if rank == 0 and (line := embeddings.shortage()):
+            print(f"warning: {line}", file=sys.stderr)
         if config.filter == "calibrated":
             val_embeddings = sam.Embeddings(segmenter, val_set, *limits)
     if config.structure_weight:

@@ -7,7 +7,6 @@ Read next: `ssis/sam.py`, which uses them.
 """
 
 import hashlib
-import io
 from functools import partial
 from pathlib import Path
 
@@ -79,9 +78,13 @@ def read(kind: str, path: Path) -> dict:
     Raises:
         UserError: the file cannot be read, or is of another kind.
     """
+    fingerprint = hashlib.blake2b()
     try:
-        content = path.read_bytes()
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            # Piece by piece: the largest file has 2.6 GB.
+            for piece in iter(partial(file.read, 2**20), b""):
+                fingerprint.update(piece)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     # Every exception: a damaged file can make the reader fail in any way.
     except Exception as error:
         raise UserError(
@@ -98,7 +101,7 @@ def read(kind: str, path: Path) -> dict:
         isinstance(value, Tensor) for value in state["model"].values()
     ):
         raise UserError(f"--sam-checkpoint {path}: not a dict of tensors")
-    return dict(state, fingerprint=hashlib.blake2b(content).hexdigest())
+    return dict(state, fingerprint=fingerprint.hexdigest())
 
 
 def build_tiny(side: int, patch: int) -> Sam:

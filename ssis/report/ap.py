@@ -1,7 +1,7 @@
 r"""COCO mask and box AP of a model, per class.
 
-The numbers are pycocotools' own, all twelve of them, for masks and for boxes. Three
-details keep them right:
+The numbers are pycocotools' own (or faster-coco-eval's, which are the same), all twelve
+of them, for masks and for boxes. Three details keep them right:
 
 * mask results carry no box, since pycocotools would take their area from it and file
   them under the wrong size;
@@ -137,6 +137,18 @@ def encode(
     return rles
 
 
+def evaluator() -> tuple:
+    """The classes `COCO` and `COCOeval`: faster-coco-eval's where it is installed.
+
+    Its numbers are pycocotools', many times sooner (docs/performance.md).
+    """
+    try:
+        import faster_coco_eval as fast
+    except ImportError:
+        return COCO, COCOeval
+    return fast.COCO, fast.COCOeval_faster
+
+
 def average_precision(
     ground_truth: COCO, results: list[dict], kind: str
 ) -> tuple[dict, list]:
@@ -145,68 +157,44 @@ def average_precision(
     Args:
         ground_truth: of `Dataset.coco`, with category ids 1..C.
         results: of `predictions`.
-        kind: "segm" or "bbox".
+        kind: "segm", "bbox", or "boundary", which needs faster-coco-eval: boundary AP
+            (Cheng et al., CVPR 2021), how well the outlines fit. In the place of the
+            mask IoU it has min(mask IoU, boundary IoU), where the boundary of a mask
+            is what lies within 2 % of the image diagonal of its outline. A large
+            object's mask IoU hardly notices a ragged outline; this does.
 
     Returns:
         {"AP": .., .., "ARl": ..} and a list of C numbers; None where the ground truth
         has no instance.
     """
-    keys = (
-        "image_id",
-        "category_id",
-        "score",
-        dict(segm="segmentation", bbox="bbox")[kind],
-    )
-    # pycocotools prints as it goes.
+    coco, coco_eval = evaluator()
+    place = "bbox" if kind == "bbox" else "segmentation"
+    keys = ("image_id", "category_id", "score", place)
+    # Both packages print as they go.
     with contextlib.redirect_stdout(io.StringIO()):
+        truth, detections = coco(), coco()
+        truth.dataset = copy.deepcopy(ground_truth.dataset)
+        truth.createIndex()
         if results:
-            detections = ground_truth.loadRes(
-                [{key: result[key] for key in keys} for result in results]
-            )
+            detections = truth.loadRes([{key: r[key] for key in keys} for r in results])
         else:
             # loadRes([]) is an IndexError; no detection is a legal answer.
-            detections = COCO()
-            detections.dataset = dict(ground_truth.dataset, annotations=[])
+            detections.dataset = dict(truth.dataset, annotations=[])
             detections.createIndex()
-        coco_eval = COCOeval(ground_truth, detections, kind)
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-        coco_eval.summarize()
+        # Without detections mask AP and boundary AP are the same.
+        found = coco_eval(truth, detections, kind if results else "segm")
+        found.evaluate()
+        found.accumulate()
+        found.summarize()
     # Precision is (IoU, recall, class, area, detections); all areas, 100 detections.
-    precision = coco_eval.eval["precision"][:, :, :, 0, -1]
+    precision = found.eval["precision"][:, :, :, 0, -1]
     classes = [
         percent(p[p > -1].mean() if (p > -1).any() else -1)
         for p in precision.transpose(2, 0, 1)
     ]
-    numbers = dict(zip(NUMBERS, map(percent, coco_eval.stats), strict=True))
-    return numbers, classes
-
-
-def boundary_average_precision(ground_truth: COCO, results: list[dict]) -> dict:
-    """Boundary AP (Cheng et al., CVPR 2021): how well the outlines fit.
-
-    The same numbers with min(mask IoU, boundary IoU) in the place of the mask IoU,
-    where the boundary of a mask is what lies within 2 % of the image diagonal of its
-    outline. A large object's mask IoU hardly notices a ragged outline; this does.
-
-    Args and result as for `average_precision`, of masks, without the classes. Computed
-    by faster-coco-eval.
-    """
-    # Imported here: an optional package.
-    import faster_coco_eval as fast
-
-    keys = ("image_id", "category_id", "score", "segmentation")
-    if not results:
-        # Without detections mask AP and boundary AP are the same.
-        return average_precision(ground_truth, [], "segm")[0]
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = fast.COCO(copy.deepcopy(ground_truth.dataset))
-        detections = coco.loadRes([{key: r[key] for key in keys} for r in results])
-        coco_eval = fast.COCOeval_faster(coco, detections, "boundary")
-        coco_eval.evaluate()
-        coco_eval.accumulate()
-        coco_eval.summarize()
-    return dict(zip(NUMBERS, map(percent, coco_eval.stats), strict=False))
+    # Theirs has further ones after COCO's.
+    numbers = map(percent, found.stats[: len(NUMBERS)])
+    return dict(zip(NUMBERS, numbers, strict=True)), classes
 
 
 def percent(value: float) -> float | None:
@@ -256,15 +244,20 @@ def evaluate(
     results = [result for each in distributed.gather(part) for result in each]
     # In image order, whatever the number of processes: AP breaks ties by position.
     results.sort(key=lambda result: result["image_id"])
-    ground_truth = dataset.coco(range(len(dataset)))
-    mask, mask_classes = average_precision(ground_truth, results, "segm")
-    box, box_classes = average_precision(ground_truth, results, "bbox")
-    report = dict(mask=mask, box=box)
-    for kind, classes in (("mask", mask_classes), ("box", box_classes)):
-        report[f"{kind}_per_class"] = dict(zip(dataset.names, classes, strict=True))
+    # Once, not in every process.
+    report = distributed.from_main(numbers_of, dataset, results)
     net.train(mode)
     give_back_memory()
     return report, results
+
+
+def numbers_of(dataset, results: list[dict]) -> dict:
+    """The report of `evaluate`: masks and boxes, of all classes and of each."""
+    report, truth = {}, dataset.coco(range(len(dataset)))
+    for name, kind in (("mask", "segm"), ("box", "bbox")):
+        report[name], classes = average_precision(truth, results, kind)
+        report[f"{name}_per_class"] = dict(zip(dataset.names, classes, strict=True))
+    return report
 
 
 def save_predictions(path: Path, dataset, results: list[dict]) -> Path:

@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, real
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -96,6 +96,33 @@ def test_saved_predictions_give_the_same_ap_to_pycocotools(coco_folder, tmp_path
             coco_eval.summarize()
         ours, _ = ap.average_precision(ground_truth, results, kind)
         assert ours["AP"] == pytest.approx(100 * coco_eval.stats[0], abs=2e-3) and ours["AP"] > 5
+
+
+def test_faster_coco_eval_has_pycocotools_numbers(monkeypatch):
+    """Photographs of 80 classes with crowds; masks shifted, classes mixed up, all found twice."""
+    fast = pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
+    folder = real("coco_mini")
+    dataset = coco_json.load_coco(str(folder / "instances_val.json"), str(folder / "val"))
+    rng, results = np.random.RandomState(0), []
+    for result in perfect(dataset) * 2:
+        mask = np.roll(mask_utils.decode(result["segmentation"]), rng.randint(0, 12, 2), (0, 1))
+        made = dict(result, segmentation=rle.encode(mask), score=rng.random_sample())
+        made["bbox"] = [float(x) for x in np.add(result["bbox"], rng.uniform(0, 9, 4))]
+        if rng.random_sample() < 0.2:
+            made["category_id"] = int(rng.randint(1, len(dataset.names) + 1))
+        results.append(made)
+    truth = dataset.coco(range(len(dataset)))
+    # Not rounded.
+    monkeypatch.setattr(ap, "percent", float)
+    for kind in ("segm", "bbox"):
+        assert ap.evaluator() == (fast.COCO, fast.COCOeval_faster)
+        theirs, their_classes = ap.average_precision(truth, results, kind)
+        with monkeypatch.context() as patch:
+            patch.setattr(ap, "evaluator", lambda: (COCO, COCOeval))
+            plain, classes = ap.average_precision(truth, results, kind)
+        assert 0.1 < plain["AP"] < 0.9
+        assert list(theirs.values()) == pytest.approx(list(plain.values()), abs=1e-9)
+        assert their_classes == pytest.approx(classes, abs=1e-9)
 
 
 def test_ap_by_size_goes_by_the_mask_not_by_its_box(coco_folder):
@@ -211,10 +238,9 @@ def test_boundary_ap_is_the_papers(tmp_path, shift):
     (tmp_path / "coco.json").write_text(json.dumps(raw))
     ground_truth = coco_json.load_coco(str(tmp_path / "coco.json"), str(tmp_path)).coco([0])
     results = [dict(image_id=0, category_id=1, score=0.9, segmentation=rle.encode(detected))]
-    assert ap.boundary_average_precision(ground_truth, results)["AP"] == pytest.approx(
-        expected, abs=0.01
-    )
-    assert ap.boundary_average_precision(ground_truth, [])["AP"] == 0.0
+    numbers, _ = ap.average_precision(ground_truth, results, "boundary")
+    assert numbers["AP"] == pytest.approx(expected, abs=0.01)
+    assert ap.average_precision(ground_truth, [], "boundary")[0]["AP"] == 0.0
 
 
 def test_boundary_ap_without_its_package_is_one_line(coco_folder, monkeypatch):

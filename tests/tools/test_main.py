@@ -33,7 +33,7 @@ def test_without_a_command_there_is_a_line_for_each(monkeypatch, capsys, argv):
     assert status_of(monkeypatch, *argv) == 0
     said = capsys.readouterr().out
     for name, (_, words) in cli.COMMANDS.items():
-        assert f"  {name:<8} {words}\n" in said
+        assert f"  {name:<10} {words}\n" in said
     assert "python train.py --help" in said
 
 

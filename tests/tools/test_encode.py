@@ -1,0 +1,67 @@
+"""`python -m ssis sam encode`: all embeddings once, on all processes, before the runs."""
+
+import collections
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from helpers import dataset_of
+
+from ssis import UserError, sam
+from ssis.datasets import coco_json
+from ssis.tools import encode
+
+FLAGS = ["--method", "s4m", "--sam", "tiny", "--device", "cpu"]
+
+
+def test_two_processes_encode_each_image_once_and_go_on(shapes_folder, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["-m", "ssis", "sam", "encode", *FLAGS, *dataset_of(shapes_folder)]
+    command += ["--sam-cache", str(tmp_path)]
+
+    def call() -> str:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    said = call()
+    assert "40 images, 0.05 MB each, 0.0 GB" in said and "40 encoded" in said
+    entries = sorted(tmp_path.glob("*.sam"))
+    assert len(entries) == 40
+    # Stopped before its end: what is there stays.
+    for entry in entries[:3]:
+        entry.unlink()
+    assert "3 encoded, the others were there" in call()
+    train_set = coco_json.load_coco(
+        f"{shapes_folder}/instances_train.json", f"{shapes_folder}/train"
+    )
+    cache = sam.Embeddings(sam.SegmentAnything("tiny", "", "cpu"), train_set, str(tmp_path))
+    assert cache[0].shape == cache[39].shape and cache.encoded == 0
+    assert entries[0].stat().st_size == cache.sam.entry_bytes
+
+
+def test_what_cannot_be_kept_is_refused_before_the_work(shapes_folder, tmp_path, monkeypatch):
+    flags = [*FLAGS, *dataset_of(shapes_folder)]
+    with pytest.raises(UserError, match="sam encode: give the flags of the run"):
+        encode.run(flags)
+    flags += ["--sam-cache", str(tmp_path)]
+    with pytest.raises(UserError, match="a --method that asks SAM"):
+        encode.run([*flags, "--method", "pl-dc"])
+    with pytest.raises(UserError, match=r"--sam-cache-gb 0\.001: 1 are needed"):
+        encode.run([*flags, "--sam-cache-gb", "0.001"])
+    disk = collections.namedtuple("disk", "free")
+    monkeypatch.setattr(encode.shutil, "disk_usage", lambda folder: disk(10_000))
+    with pytest.raises(UserError, match="1 GB are needed, 0 are free on this disk"):
+        encode.run(flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_says_when_not_all_embeddings_can_be_kept(tmp_path):
+    tiny = sam.SegmentAnything("tiny", "", "cpu")
+    many = range(117_266)
+    line = sam.Embeddings(tiny, many, memory_gb=1000 * tiny.entry_bytes / 1e9).shortage()
+    assert line.startswith("SAM's embeddings of 1,000 of 117,266 images can be kept (0.05 MB each)")
+    enough = 117_266 * tiny.entry_bytes / 1e9
+    assert f"--sam-cache-gb {int(enough) + 1}" in line and "ssis sam encode" in line
+    assert not sam.Embeddings(tiny, many, str(tmp_path), cache_gb=enough + 1).shortage()

@@ -548,7 +548,8 @@ class Config:
     )
     device: str = setting(
         "auto",
-        "auto takes a GPU where there is one",
+        "auto takes a GPU where there is one; Apple's (mps) is not supported: this "
+        "code has never run on one",
         choices=("auto", "cpu", "cuda"),
         group="Machine",
         scope=PLACE,

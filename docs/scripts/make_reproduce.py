@@ -47,6 +47,13 @@ GPUS = 4
 # Pixels of a view, which is a crop, against the 800 x 1066 of torchvision's figures.
 PIXELS = dict(coco=1024 * 1024 / (800 * 1066), cityscapes=512 * 1024 / (800 * 1066))
 IMAGES = dict(coco=118_287, cityscapes=2_975)
+EVALUATED = dict(coco=5_000, cityscapes=500)
+# Measured on one H100 at 800 pixels in bf16, four images (docs/results/gpu.txt): seconds of a
+# process for each image that student or teacher gets, and those in which the GPU computes, for an
+# image trained on and one that the teacher looks at.
+HOST, GPU_TRAIN, GPU_LOOK = 0.033, 0.013, 0.003
+# SAM's decoder: operations an unlabeled image (docs/results/operations.txt), seconds each.
+DECODER = 450 * 30e-6
 
 INTRO = """# Reproducing the papers' tables
 
@@ -96,8 +103,35 @@ Cityscapes' {cityscapes_pixels:.2f}. With S4M, SAM's encoder adds 0.15 s an imag
 for each image that the cache holds (`--sam-cache FOLDER --sam-cache-gb 250` holds COCO, 6 GB
 Cityscapes); its decoder is not counted, and neither is CLIP. Memory: torchvision's, scaled by
 images and pixels on one of four GPUs, 0.5 GB for the teacher and AdamW, 7 GB for SAM's encoder.
-Not counted: evaluation every 5,000 steps, and that `--amp bf16` and newer GPUs are several times
-as fast.
+Not counted: evaluation, and that `--amp bf16` and newer GPUs are several times as fast; for that
+see "One H100, and eight".
+"""
+
+H100 = """## One H100, and eight
+
+**An estimate, from one measurement**: on one H100 at 800 pixels in bf16 ([raw](results/gpu.txt)) a
+supervised step on four images takes 130 ms, of which the GPU computes for 52: 13 ms an image. A
+plain step on eight images, four of which a teacher has looked at, takes 199 ms, the GPU 117: 3 ms
+for a look. The rest is the host, which sends some thousand small operations for each image: 33 ms
+an image, whoever gets it. So the host sets the pace, and the table has its time: 33 ms for each
+image that student or teacher gets, 14 ms more an unlabeled image for SAM's decoder. Some
+of what the host does is done once for a batch, whatever its size (in the plain step 17 ms an image
+are enough), and operations and waits have become fewer since ([raw](results/operations.txt)): both
+make this an upper bound. Eight GPUs share the batch, so a step has an eighth of the
+images (S4M's batches are not divisible by eight: six GPUs, or batches of 16), and the time falls
+as much.
+
+Beside it, once for all runs: SAM's ViT-H encodes COCO in {encode:.0f} hours on one GPU
+(`python -m ssis sam encode`, 0.15 s an image as on an A100). Evaluation: {evaluated} of both models
+every 10,000 steps, by 33 ms an image; the AP itself is computed by one process while the others
+wait, so install faster-coco-eval, which takes a third of pycocotools' time
+([performance.md](performance.md)). Reading: a worker makes 7 views a second at 640 pixels, a
+process takes 30 at most, so give each `--workers 6`. Memory: 4.0 GiB for a supervised step on
+four images, 7.6 GiB for eight.
+
+| | images a step | ms a step on one | of these the GPU computes | hours on one | on eight |
+|---|---|---|---|---|---|
+{rows}
 """
 
 OUTRO = """## Tried at full size on a CPU
@@ -175,6 +209,27 @@ def section(dataset: str, method: str) -> str:
     return "\n".join([*lines, "", "```", *commands, "```"])
 
 
+def on_h100(dataset: str, method: str) -> str:
+    """A row of the table for H100s."""
+    run = config.parse(["--preset", dataset, "--method", method, "--sam", "tiny"])
+    views = 2 if run.labeled_view == "both" else 1
+    scale, looked = PIXELS[dataset], run.unlabeled_batch
+    first = (run.pretrain_batch or run.labeled_batch) * views
+    trained = run.labeled_batch * views + looked
+    host = HOST * (trained + looked) + (DECODER * looked if run.uses_sam else 0)
+    gpu = scale * (GPU_TRAIN * trained + GPU_LOOK * looked)
+    semi = run.burnin_steps + run.mutual_steps
+    hours = (semi * max(host, gpu) + run.pretrain_steps * HOST * first) / 3600
+    models = 2 * semi + run.pretrain_steps
+    hours += models / run.eval_every * EVALUATED[dataset] * HOST / 3600
+    name = f"{TITLES[method]}, {dataset.upper() if dataset == 'coco' else 'Cityscapes'}"
+    parts = f"{run.labeled_batch} + {looked}"
+    return (
+        f"| {name} | {parts} | {1e3 * host:.0f} | {100 * gpu / host:.0f} % | {hours:.0f} "
+        f"| {hours / 8:.0f} |"
+    )
+
+
 def page() -> str:
     """The whole of docs/reproduce.md."""
     intro = INTRO.format(
@@ -190,8 +245,14 @@ def page() -> str:
         "of `s4m` in S4M's commands (and `--correction clip`, if wanted): S4M's three stages and "
         "batches, PL-DC's filter, and this project's parts."
     )
+    h100 = H100.format(
+        encode=IMAGES["coco"] * ENCODE / 3600,
+        evaluated="5,000 images of COCO",
+        rows="\n".join(on_h100(*cell) for cell in PAPER),
+    )
     outro = OUTRO.format(measured=MEASURED)
-    return reflow("\n\n".join([intro.strip(), *(section(*cell) for cell in PAPER), both, outro]))
+    cells = (section(*cell) for cell in PAPER)
+    return reflow("\n\n".join([intro.strip(), *cells, both, h100, outro]))
 
 
 if __name__ == "__main__":

@@ -242,8 +242,12 @@ class Session:
         self.stopped = stopping and done < self.total
         if self.stopped and self.rank == 0:
             said = (
-                f"stopped after step {done} of {self.total}; the same command goes on"
+                f"stopped after step {done} of {self.total}; nothing is lost, the same "
+                "command goes on"
             )
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                # It takes the signal for a crash.
+                said += " (the traceback that follows is torchrun's own)"
             self.bar.write(said)
         self.evaluation_due = evaluating and not self.stopped
 

@@ -140,7 +140,7 @@ def encode(
 def evaluator() -> tuple:
     """The classes `COCO` and `COCOeval`: faster-coco-eval's where it is installed.
 
-    Its numbers are pycocotools', many times sooner (docs/performance.md).
+    Its numbers are pycocotools', in a third of the time (docs/performance.md).
     """
     try:
         import faster_coco_eval as fast

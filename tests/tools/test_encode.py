@@ -26,7 +26,7 @@ def test_two_processes_encode_each_image_once_and_go_on(shapes_folder, tmp_path)
         return done.stdout
 
     said = call()
-    assert "40 images, 0.05 MB each, 0.0 GB" in said and "40 encoded" in said
+    assert "40 images, 0.049 MB each, 0.0 GB" in said and "40 encoded" in said
     entries = sorted(tmp_path.glob("*.sam"))
     assert len(entries) == 40
     # Stopped before its end: what is there stays.
@@ -61,7 +61,9 @@ def test_a_run_says_when_not_all_embeddings_can_be_kept(tmp_path):
     tiny = sam.SegmentAnything("tiny", "", "cpu")
     many = range(117_266)
     line = sam.Embeddings(tiny, many, memory_gb=1000 * tiny.entry_bytes / 1e9).shortage()
-    assert line.startswith("SAM's embeddings of 1,000 of 117,266 images can be kept (0.05 MB each)")
+    assert line.startswith(
+        "SAM's embeddings of 1,000 of 117,266 images can be kept (0.049 MB each)"
+    )
     enough = 117_266 * tiny.entry_bytes / 1e9
     assert f"--sam-cache-gb {int(enough) + 1}" in line and "ssis sam encode" in line
     assert not sam.Embeddings(tiny, many, str(tmp_path), cache_gb=enough + 1).shortage()

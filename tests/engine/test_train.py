@@ -107,6 +107,23 @@ def test_the_best_model_is_kept_and_the_verdict_says_what_was_gained(whole):
     assert not summary["test_is_validation"]
 
 
+def test_ctrl_c_under_torchrun_names_the_traceback_that_is_not_ours(whole, tmp_path):
+    arguments = [*whole[1], "--output", str(tmp_path), "--checkpoint-every", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "train.py", *map(str, arguments)],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while steps_done(tmp_path) <= 0:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate()
+    last = out.strip().splitlines()[-1]
+    assert "nothing is lost, the same command goes on" in last
+    assert last.endswith("(the traceback that follows is torchrun's own)")
+    assert 0 < steps_done(tmp_path) < 12
+
+
 def test_a_run_stopped_and_killed_goes_on_and_ends_bit_identical(whole, tmp_path):
     """Ctrl-C, then SIGTERM, then SIGKILL (at any moment, also while saving), then the end."""
     folder, arguments, _ = whole

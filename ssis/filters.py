@@ -97,8 +97,7 @@ from ssis.teacher import PseudoLabels
 
 # The rules whose thresholds follow the teacher.
 ADAPTIVE = ("adaptive", "three-way")
-# Class quality from which predictions are looked at where thresholds are measured, and
-# where what is dropped counts as uncertain.
+# Class quality from which predictions are looked at where thresholds are measured.
 LOWEST = 0.3
 # Boxes that overlap by more are candidates for the same object: torchvision's limit.
 NMS_IOU = 0.5

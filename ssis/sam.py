@@ -14,8 +14,8 @@ Only the first one is slow, and it sees no prompt. Hence the rule of this file:
 there is one embedding per image, which `Embeddings` keeps, in memory and on disk. The
 cache on disk (`--sam-cache`) serves all processes and all runs; in memory each process
 keeps those of the images that came to it. An embedding is rounded to 16 bits, even if
-it is kept nowhere and computed again each time, so the cache does not change what is
-trained.
+it is kept nowhere and computed again each time, so on the same kind of device the cache
+does not change what is trained.
 
 *Frames.* Prompts are given in the original frame, in continuous coordinates: the center
 of the first pixel is 0.5. SAM's own frame is a square of `side` pixels (1024; the tiny
@@ -87,7 +87,7 @@ class SegmentAnything:
         # vit_b's weights in vit_l would be a wall of missing keys; one line says it.
         message = f"--sam-checkpoint {path}: not of --sam {kind}"
         check_fits(self.net.state_dict(), state["model"], message)
-        # The file's tensors become the weights: no second copy of 2.6 GB.
+        # The file's tensors become the weights, instead of a second copy of them.
         self.net.load_state_dict(state["model"], assign=True)
         # Frozen: S4M asks SAM, and never trains it. (The tiny one's file has 16 bits.)
         self.net.to(device).float().eval().requires_grad_(False)

@@ -80,20 +80,25 @@ def ema_update(teacher: nn.Module, student: nn.Module, alpha: float) -> None:
         student: not changed.
         alpha: from 0 (the teacher becomes the student) to 1 (it never changes).
     """
-    # Parameters and buffers: BatchNorm's running statistics are
+    # The state dict holds parameters and buffers. BatchNorm's running statistics are
     # averaged like the weights, since they describe the activations of these weights.
-    theta_t, theta_s = (
-        [x for x in (*net.parameters(), *net.buffers()) if x.is_floating_point()]
-        for net in (teacher, student)
+    pairs = zip(
+        teacher.state_dict(keep_vars=True).values(),
+        student.state_dict(keep_vars=True).values(),
+        strict=True,
     )
+    theta_t, theta_s = [], []
+    for ours, theirs in pairs:
+        if ours.is_floating_point():
+            theta_t.append(ours)
+            theta_s.append(theirs)
+        else:
+            # BatchNorm's count of the batches that it saw: an average of two counts
+            # would be no count of anything.
+            ours.copy_(theirs)
     # PyTorch's own average, theta_t + (1 - alpha) (theta_s - theta_t), of all tensors
     # in one call: there are hundreds, and a GPU would be sent each of them alone.
     get_ema_multi_avg_fn(alpha)(theta_t, theta_s, None)
-    for ours, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
-        # BatchNorm's count of the batches that it saw: an average of two counts would
-        # be no count of anything.
-        if not ours.is_floating_point():
-            ours.copy_(theirs)
 
 
 @dataclass

@@ -262,7 +262,7 @@ def evaluation(checkpoint: str, rounds: int) -> None:
 
 
 def ap_alone(source: str, folder: str) -> None:
-    """COCO's numbers for detections that are near the truth, the images repeated up to 5,000."""
+    """COCO's numbers for three detections an instance; the images repeated up to 5,000."""
     dataset = coco_json.load_coco(source, folder)
     once, rng = dataset.coco(range(len(dataset))).dataset, np.random.RandomState(0)
     images, annotations, results = [], [], []

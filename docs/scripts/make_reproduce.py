@@ -119,7 +119,8 @@ of what the host does is done once for a batch, whatever its size (in the plain 
 are enough), and operations and waits have become fewer since ([raw](results/operations.txt)): both
 make this an upper bound. Eight GPUs share the batch, so a step has an eighth of the
 images (S4M's batches are not divisible by eight: six GPUs, or batches of 16), and the time falls
-as much.
+as much. Not in it: what SAM's decoder takes of the GPU's time, and, on eight, that one process
+computes the AP while seven wait.
 
 Beside it, once for all runs: SAM's ViT-H encodes COCO in {encode:.0f} hours on one GPU
 (`python -m ssis sam encode`, 0.15 s an image as on an A100). Evaluation: {evaluated} of both models

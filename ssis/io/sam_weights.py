@@ -98,7 +98,8 @@ def read(kind: str, path: Path) -> dict:
     if not isinstance(state, dict) or not wanted <= state.keys():
         raise UserError(f"--sam-checkpoint {path}: not of --sam {kind}")
     if not isinstance(state["model"], dict) or not all(
-        isinstance(value, Tensor) for value in state["model"].values()
+        isinstance(value, Tensor) and value.is_floating_point()
+        for value in state["model"].values()
     ):
         raise UserError(f"--sam-checkpoint {path}: not a dict of tensors")
     return dict(state, fingerprint=fingerprint.hexdigest())

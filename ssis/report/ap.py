@@ -13,7 +13,6 @@ Read next: `ssis/report/audit.py`, the same question about pseudo-labels.
 """
 
 import contextlib
-import copy
 import ctypes
 import io
 import json
@@ -173,7 +172,9 @@ def average_precision(
     # Both packages print as they go.
     with contextlib.redirect_stdout(io.StringIO()):
         truth, detections = coco(), coco()
-        truth.dataset = copy.deepcopy(ground_truth.dataset)
+        # Both packages write into the annotations that they are given.
+        annotations = [dict(a) for a in ground_truth.dataset["annotations"]]
+        truth.dataset = dict(ground_truth.dataset, annotations=annotations)
         truth.createIndex()
         if results:
             detections = truth.loadRes([{key: r[key] for key in keys} for r in results])
@@ -181,7 +182,7 @@ def average_precision(
             # loadRes([]) is an IndexError; no detection is a legal answer.
             detections.dataset = dict(truth.dataset, annotations=[])
             detections.createIndex()
-        # Without detections mask AP and boundary AP are the same.
+        # Without detections every kind of AP is the same: 0, or none.
         found = coco_eval(truth, detections, kind if results else "segm")
         found.evaluate()
         found.accumulate()

@@ -13,8 +13,6 @@ Read next: `ssis/sam.py`, whose cache it fills.
 """
 
 import math
-import shutil
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -43,46 +41,31 @@ def run(argv: list[str] | None) -> None:
     segmenter = sam.SegmentAnything(settings.sam, settings.sam_checkpoint, device)
     # The calibration asks SAM about the validation images too.
     sets = [train_set, val_set] if settings.filter == "calibrated" else [train_set]
-    limits = (settings.sam_cache, settings.sam_cache_gb, 0.0, world_size)
-    caches = [sam.Embeddings(segmenter, each, *limits) for each in sets]
-    needed = sum(map(len, sets)) * segmenter.entry_bytes
-    distributed.from_main(check_room, needed, settings.sam_cache, settings.sam_cache_gb)
+    entry, count = segmenter.entry_bytes, sum(map(len, sets))
+    limit = settings.sam_cache_gb
+    if count * entry > 1e9 * limit:
+        enough = math.ceil(count * entry / 1e9)
+        raise UserError(f"--sam-cache-gb {limit:g}: too small; give {enough}")
     if rank == 0:
-        each = f"{segmenter.entry_bytes / 1e6:.2g} MB each"
-        print(
-            f"{sum(map(len, sets)):,} images, {each}, {needed / 1e9:.1f} GB in "
-            f"{settings.sam_cache}"
-        )
-    for cache, images in zip(caches, sets, strict=True):
+        each, needed = f"{entry / 1e6:.2g} MB each", f"{count * entry / 1e9:.1f} GB"
+        print(f"{count:,} images, {each}, {needed} in {settings.sam_cache}")
+    made = 0
+    for images in sets:
+        # Nothing in memory; the whole limit for each process, which has its part of the
+        # images.
+        cache = sam.Embeddings(segmenter, images, settings.sam_cache, limit, 0.0)
         for index in tqdm(range(rank, len(images), world_size), disable=rank > 0):
             cache.load(index)
-    made = sum(sum(part) for part in distributed.gather([c.encoded for c in caches]))
-    if rank == 0:
-        print(f"{made:,} encoded, the others were there")
+            if cache.encoded and not cache.entry(index).exists():
+                raise UserError(
+                    f"--sam-cache {settings.sam_cache}: full, what there is stays; "
+                    "give another --sam-cache-gb, or a disk with more room"
+                )
+        made += cache.encoded
+    # Each for itself: the others may need hours more.
+    who = f"process {rank}: " if world_size > 1 else ""
+    print(f"{who}{made:,} encoded, the others were there")
     distributed.stop()
-
-
-def check_room(needed: int, folder: str, limit_gb: float) -> None:
-    """Refuse what would not fit, before hours of work.
-
-    Args:
-        needed: bytes of all embeddings.
-        folder: of the cache.
-        limit_gb: of the cache, 10^9 bytes.
-
-    Raises:
-        UserError: the limit, or the disk, is too small.
-    """
-    enough = math.ceil(needed / 1e9)
-    if needed > 1e9 * limit_gb:
-        raise UserError(f"--sam-cache-gb {limit_gb:g}: {enough} are needed")
-    there = sum(f.stat().st_size for f in Path(folder).glob("*.sam"))
-    free = shutil.disk_usage(folder).free
-    if needed - there > free:
-        raise UserError(
-            f"--sam-cache {folder}: {enough} GB are needed, {free / 1e9:.0f} are free "
-            "on this disk; choose another"
-        )
 
 
 def main(argv: list[str] | None = None) -> None:

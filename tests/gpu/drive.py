@@ -1,7 +1,7 @@
 """Runs the project's programs on the simulated GPU; each call is a process of its own.
 
     python tests/gpu/drive.py train FLAGS ...     a run
-    python tests/gpu/drive.py all FLAGS ...       a run, resumed, then `evaluate.py` and `predict`
+    python tests/gpu/drive.py all FLAGS ...       a run, stopped and resumed, then evaluate, predict
     python tests/gpu/drive.py count [METHOD]      one step with ResNet-50: what the GPU is sent
 
 The last line of the output is JSON: the number of operations, and how often the host waited.
@@ -9,6 +9,7 @@ The last line of the output is JSON: the number of operations, and how often the
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -33,7 +34,17 @@ def run(flags: list[str]) -> None:
 
 
 def tools(flags: list[str]) -> None:
-    """What a user does with a run: go on from its last checkpoint, evaluate it, look at it."""
+    """What a user does with a run: stop it, go on, evaluate it, look at it."""
+    step = train.train_step
+
+    def stopped(*arguments):
+        if arguments[4] == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    train.train_step = stopped
+    run(flags)
+    train.train_step = step
     run(flags)
     folder, images = (flags[flags.index(name) + 1] for name in ("--output", "--test-images"))
     evaluate.main([f"{folder}/checkpoint.pt", "--device", "cuda"])
@@ -78,8 +89,6 @@ if __name__ == "__main__":
             count(gpu, *rest)
         else:
             train.build = few(train.build)
-            run(rest)
-            if program == "all":
-                tools(rest)
+            tools(rest) if program == "all" else run(rest)
     print(gpu.table(80))
     print(json.dumps(dict(operations=gpu.operations.total(), waits=gpu.waits.total())))

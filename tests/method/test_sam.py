@@ -96,6 +96,7 @@ def test_a_prompt_is_what_the_librarys_encoder_makes_of_it(tiny):
     assert torch.equal(dense, expected[1])
 
 
+@fast
 def test_each_image_is_encoded_once_and_the_cache_changes_nothing(tiny, tmp_path):
     pictures, folder = Pictures(tmp_path), tmp_path / "cache"
     first = sam.Embeddings(tiny, pictures, str(folder))

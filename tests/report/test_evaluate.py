@@ -99,14 +99,14 @@ def test_saved_predictions_give_the_same_ap_to_pycocotools(coco_folder, tmp_path
 
 
 def test_faster_coco_eval_has_pycocotools_numbers(monkeypatch):
-    """Photographs of 80 classes with crowds; masks shifted, classes mixed up, all found twice."""
+    """Photographs of 80 classes with crowds; masks shifted, classes mixed up, scores that tie."""
     fast = pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
     folder = real("coco_mini")
     dataset = coco_json.load_coco(str(folder / "instances_val.json"), str(folder / "val"))
     rng, results = np.random.RandomState(0), []
     for result in perfect(dataset) * 2:
         mask = np.roll(mask_utils.decode(result["segmentation"]), rng.randint(0, 12, 2), (0, 1))
-        made = dict(result, segmentation=rle.encode(mask), score=rng.random_sample())
+        made = dict(result, segmentation=rle.encode(mask), score=round(rng.random_sample(), 1))
         made["bbox"] = [float(x) for x in np.add(result["bbox"], rng.uniform(0, 9, 4))]
         if rng.random_sample() < 0.2:
             made["category_id"] = int(rng.randint(1, len(dataset.names) + 1))

@@ -47,7 +47,7 @@ def test_the_list_needs_no_torch():
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_each_command_says_what_it_is_called(monkeypatch, capsys, name):
-    assert status_of(monkeypatch, name, "--help") == 0
+    assert status_of(monkeypatch, *name.split(), "--help") == 0
     assert capsys.readouterr().out.startswith(f"usage: python -m ssis {name} ")
 
 

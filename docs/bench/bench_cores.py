@@ -1,0 +1,93 @@
+r"""Time of a step on cores that are idle, and on cores that another program uses as well.
+
+    python docs/bench/bench_cores.py [--rounds 1] [--neighbors 0 1]
+
+Runs `train.py` with the default settings for a few steps and reads off its metrics when they were
+made; no other program should run. Three ways, each beside so many neighbors, processes that count
+without end:
+
+    spin      one process, its threads spin while they wait (OMP_WAIT_POLICY=ACTIVE)
+    sleep     one process, its threads sleep meanwhile, as by default
+    two       two processes of one thread each (torchrun --nproc_per_node 2)
+
+For each the seconds of a supervised step and of a step of `full`, and both relative to `spin`
+without a neighbor.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# Steps are written in tens: the first ten of a stage warm up.
+PRETRAIN, MUTUAL = 50, 50
+WAYS = dict(
+    spin=([], dict(OMP_WAIT_POLICY="ACTIVE")),
+    sleep=([], {}),
+    two=(["-m", "torch.distributed.run", "--nproc_per_node", "2"], dict(OMP_NUM_THREADS="1")),
+)
+
+
+def seconds(way: str, folder: Path) -> list[float]:
+    """Seconds a step of both stages."""
+    launcher, variables = WAYS[way]
+    flags = f"--pretrain-steps {PRETRAIN} --burnin-steps 0 --mutual-steps {MUTUAL}".split()
+    flags += ["--eval-every", "1000", "--audit-images", "8", "--output", str(folder)]
+    run = subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "train.py"), *flags],
+        env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    seen, path = {}, folder / "metrics.jsonl"
+    while PRETRAIN + MUTUAL not in seen:
+        if run.poll():
+            raise SystemExit(run.stderr.read().decode()[-2000:])
+        with contextlib.suppress(OSError, ValueError):
+            for line in path.read_text().splitlines():
+                seen.setdefault(json.loads(line)["step"], time.perf_counter())
+        time.sleep(0.02)
+    run.terminate()
+    run.wait()
+    return [
+        (seen[end] - seen[begin]) / (end - begin)
+        for begin, end in ((10, PRETRAIN), (PRETRAIN + 10, PRETRAIN + MUTUAL))
+    ]
+
+
+def main() -> None:
+    """One table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--neighbors", type=int, nargs="+", default=[0, 1])
+    args = parser.parse_args()
+    first = None
+    print(f"{os.cpu_count()} cores")
+    print("| | neighbors | supervised | full | relative |\n|---|---|---|---|---|")
+    for count in args.neighbors:
+        for way in WAYS:
+            busy = [
+                subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)
+            ]
+            try:
+                found = []
+                for _ in range(args.rounds):
+                    with tempfile.TemporaryDirectory() as name:
+                        found.append(seconds(way, Path(name)))
+            finally:
+                for process in busy:
+                    process.kill()
+            best = [min(times) for times in zip(*found, strict=True)]
+            first = first or best
+            relative = ", ".join(f"{a / b:.2f}" for a, b in zip(best, first, strict=True))
+            print(
+                f"| {way} | {count} | {best[0]:.2f} s | {best[1]:.2f} s | {relative} |", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -426,7 +426,13 @@ class Session:
                 net = self.load(beside)
         if net:
             numbers, found = self.ap(net, self.test_set)
-            others.append((f"supervised training in {beside.parent}", numbers, found))
+            others.append(
+                (
+                    f"supervised training in {os.path.relpath(beside.parent)}",
+                    numbers,
+                    found,
+                )
+            )
         return others
 
     def load(self, path):

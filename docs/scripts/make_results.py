@@ -190,8 +190,6 @@ def line(cells: list) -> str:
 def table(name: str) -> list[str]:
     """One line for each row of a study: AP, and the audit of its pseudo-labels."""
     titles = ["", "mask AP", "seed by seed", "box AP", "student", "first", "minutes"]
-    judged = study.STUDIES[name].judged
-    titles += ["best", "over supervised (95 %)", "SAM"] if judged else []
     titles += [key.replace("_", " ") for key in AUDIT]
     lines = [line(titles), "|---" * len(titles) + "|"]
     for row, runs in grouped(name).items():
@@ -208,12 +206,18 @@ def table(name: str) -> list[str]:
                     spread([v["student"] for v in values]),
                     spread([v["pretrained"] for v in values]),
                     f"{min(r['summary']['seconds'] for r in runs) / 60:.0f}",
-                    *(judgment(runs) if judged else ()),
                     *(mean([audit.get(key) for audit in audits]) for key in AUDIT),
                 ]
             )
         )
     return lines
+
+
+def judged(name: str) -> list[str]:
+    """One line for each row of a study of real images: what it gained, and SAM."""
+    titles = ["", "best", "over supervised, seed by seed (95 %)", "SAM: masks taken"]
+    lines = [line(titles), "|---" * len(titles) + "|"]
+    return lines + [line([row, *judgment(runs)]) for row, runs in grouped(name).items()]
 
 
 def judgment(runs: list[dict]) -> list[str]:
@@ -275,6 +279,9 @@ def section(name: str) -> str:
     if (HERE / "results" / f"{name}.png").exists():
         lines += [f"![{spec.title}](results/{name}.png)", ""]
     lines += table(name)
+    if spec.judged:
+        lines += ["", "`best`: AP of `best.pt`; the gain over the supervised run of the same seed."]
+        lines += ["", *judged(name)]
     lines += ["", f"The flags of each row, after `{spec.common}` of all:", "", "```"]
     width = max(map(len, spec.rows))
     lines += [f"{row:<{width}}  {flags}" for row, flags in spec.rows.items()]

@@ -18,7 +18,6 @@ B = images in this process's batch, N = instances, C = classes.
 Chain: 1 of 19. Read next: `ssis/data.py`, where the batches come from.
 """
 
-import ssis  # noqa: F401 - before torch: it says how PyTorch's threads wait for each other
 import torch
 from torch import Tensor, nn
 

@@ -7,7 +7,7 @@ made; no other program should run. Three ways, each beside so many neighbors, pr
 without end:
 
     spin      one process, its threads spin while they wait (OMP_WAIT_POLICY=ACTIVE)
-    sleep     one process, its threads sleep meanwhile, as by default
+    sleep     one process, its threads sleep meanwhile (OMP_WAIT_POLICY=PASSIVE)
     two       two processes of one thread each (torchrun --nproc_per_node 2)
 
 For each the seconds of a supervised step and of a step of `full`, and both relative to `spin`
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN, MUTUAL = 50, 50
 WAYS = dict(
     spin=([], dict(OMP_WAIT_POLICY="ACTIVE")),
-    sleep=([], {}),
+    sleep=([], dict(OMP_WAIT_POLICY="PASSIVE")),
     two=(["-m", "torch.distributed.run", "--nproc_per_node", "2"], dict(OMP_NUM_THREADS="1")),
 )
 

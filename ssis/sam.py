@@ -114,8 +114,8 @@ class SegmentAnything:
         pixels = torch.as_tensor(np.ascontiguousarray(pixels)).permute(2, 0, 1)
         # Normalized, and padded with 0 to the square.
         frame = self.net.preprocess(pixels.to(self.device).float())
-        # On a GPU in TF32, several times faster: it has 11 bits, as has float16, which
-        # is kept. (In bf16, with 8, 3 % of the pixels of the tiny SAM's masks differ.)
+        # On a GPU in TF32, as its tensor cores compute: it has 11 bits, as has float16,
+        # which is kept. (In bf16, with 8, 3 % of the tiny SAM's mask pixels differ.)
         precision = torch.get_float32_matmul_precision()
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")

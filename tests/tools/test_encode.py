@@ -43,7 +43,7 @@ def test_two_processes_encode_each_image_once_and_go_on(shapes_folder, tmp_path)
     assert entries[0].stat().st_size == cache.sam.entry_bytes
 
 
-def test_what_cannot_be_kept_is_refused_before_the_work(shapes_folder, tmp_path):
+def test_what_cannot_be_kept_is_refused(shapes_folder, tmp_path):
     flags = [*FLAGS, *dataset_of(shapes_folder)]
     with pytest.raises(UserError, match="sam encode: give the flags of the run"):
         encode.run(flags)

@@ -143,10 +143,10 @@ class SegmentAnything:
         height, width = self.resized(size)
         x, y = points.to(self.device).unbind(dim=-1)
         points = torch.stack([x * (width / size[1]), y * (height / size[0])], dim=-1)
-        # The library's prompt encoder, written out for points alone: for each kind of
-        # prompt that there is none of it would wait for the GPU. A token says where a
-        # point is, and that it is on the object (embedding 0: beside it; S4M has only
-        # points on it).
+        # The library's prompt encoder, written out for points alone: it looks for every
+        # kind of prompt, also for those that are not there, and waits for a GPU each
+        # time. A token says where a point is, and that it is on the object (embedding 0
+        # would say beside it; S4M has only points on it).
         encoder, count = self.net.prompt_encoder, len(points)
         where = encoder.pe_layer.forward_with_coords(points, encoder.input_image_size)
         on_object = where + encoder.point_embeddings[1].weight

@@ -14,32 +14,30 @@ import gc
 import json
 import os
 from array import array
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as mask_utils
 
 from ssis import UserError
-from ssis.io import images
+from ssis.datasets.copies import Known, leaks
 from ssis.datasets.dataset import Dataset
+from ssis.datasets.file_names import images_under, safe_name
+from ssis.io import images
 
-
-def safe_name(name, source: str) -> str:
-    """A file name from a JSON, or UserError when it leaves the image folder."""
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{source}: an image has file_name {name!r}; it must be a name")
-    parts = PurePosixPath(name.replace("\\", "/"))
-    if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
-        raise UserError(
-            f"{source}: file_name {name!r} leaves the image folder; make it relative"
-        )
-    return str(parts)
+# What is passed over or read in a way of its own, and told at the end.
+NOTES = {
+    "empty": "without a mask are left out",
+    "twice": "are there twice, with the same class and mask; one of each is kept",
+    "corners": "have two opposite corners for a polygon and are read as rectangles",
+}
 
 
 def load_json(path: str, what: str):
     """Parsed JSON, or UserError."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except FileNotFoundError as error:
         raise UserError(f"{path}: {what} not found") from error
@@ -47,6 +45,19 @@ def load_json(path: str, what: str):
         raise UserError(f"{path}: {what} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {what} is not JSON ({error})") from error
+
+
+def load_raw(path: str) -> dict:
+    """A COCO JSON with its three lists, whose records are not checked; or UserError."""
+    raw = load_json(path, "COCO JSON")
+    keys = ("images", "annotations", "categories")
+    if not isinstance(raw, dict) or not all(
+        isinstance(raw.get(key), list) for key in keys
+    ):
+        raise UserError(
+            f"{path}: not COCO format: it must have the lists {', '.join(keys)}"
+        )
+    return raw
 
 
 def load_coco(path: str, folder: str, names: list[str] | None = None) -> Dataset:
@@ -62,7 +73,7 @@ def load_coco(path: str, folder: str, names: list[str] | None = None) -> Dataset
         UserError: what is wrong in which record, one line.
     """
     with no_collection():
-        return read(load_json(path, "COCO JSON"), path, folder, names)
+        return read(load_raw(path), path, folder, names)
 
 
 @contextlib.contextmanager
@@ -81,15 +92,8 @@ def no_collection():
             gc.enable()
 
 
-def read(raw, path: str, folder: str, names: list[str] | None) -> Dataset:
+def read(raw: dict, path: str, folder: str, names: list[str] | None) -> Dataset:
     """The content of a JSON as a `Dataset`; arguments and errors as `load_coco`."""
-    keys = ("images", "annotations", "categories")
-    if not isinstance(raw, dict) or not all(
-        isinstance(raw.get(key), list) for key in keys
-    ):
-        raise UserError(
-            f"{path}: not COCO format: it must have the lists {', '.join(keys)}"
-        )
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: image folder not found")
     try:
@@ -218,25 +222,46 @@ def read_annotations(
     # Arrays that grow: millions of Python numbers would be gigabytes on their own.
     labels, crowd, polygonal = array("q"), array("b"), array("b")
     first, part_first, byte_first = (array("q", [0]) for _ in range(3))
-    pieces, skipped = [], 0
+    pieces, told = [], Counter()
     for image_records, size in zip(rows, dataset.sizes.tolist(), strict=True):
+        seen = set()
         for record in image_records:
-            parts, is_polygon = read_mask(record, size, dataset.source)
-            skipped += not parts
+            parts, is_polygon = read_mask(record, size, dataset.source, told)
+            label = label_of[as_number(record["category_id"])]
+            told["empty"] += not parts
             if not parts:
                 continue
-            labels.append(label_of[as_number(record["category_id"])])
-            crowd.append(bool(record.get("iscrowd", 0)))
+            # Merged exports have some annotations twice.
+            crowded = bool(record.get("iscrowd", 0))
+            if (content := (label, crowded, *parts)) in seen:
+                told["twice"] += 1
+                continue
+            seen.add(content)
+            labels.append(label)
+            crowd.append(crowded)
             polygonal.append(is_polygon)
             for part in parts:
                 pieces.append(part)
                 byte_first.append(byte_first[-1] + len(part))
             part_first.append(part_first[-1] + len(parts))
         first.append(len(labels))
-    if skipped:
-        dataset.warnings.append(
-            f"{dataset.source}: {skipped} annotations without a mask are left out"
+    if records and told["empty"] == len(records):
+        raise UserError(
+            f"{dataset.source}: none of its {len(records)} annotations has a mask; "
+            "export polygons or RLE (instance segmentation, not object detection), or "
+            "let SAM draw masks in the boxes: python -m ssis prepare own "
+            "--masks-from-boxes"
         )
+    if 0 < told["fractions"] == told["polygonal"]:
+        raise UserError(
+            f"{dataset.source}: all polygons lie between 0 and 1, as fractions of the "
+            "image; COCO's are in pixels: multiply x by the width and y by the height"
+        )
+    dataset.warnings += [
+        f"{dataset.source}: {told[key]} annotations {text}"
+        for key, text in NOTES.items()
+        if told[key]
+    ]
     dataset.labels = np.array(labels, np.int64)
     dataset.crowd, dataset.polygonal = np.array(crowd, bool), np.array(polygonal, bool)
     dataset.first, dataset.part_first = np.array(first), np.array(part_first)
@@ -244,94 +269,74 @@ def read_annotations(
     dataset.bytes = np.frombuffer(b"".join(pieces), np.uint8)
 
 
-def read_mask(record: dict, size: list[int], path: str) -> tuple[list[bytes], bool]:
-    """The bytes of an annotation's polygons (float64), or of its compressed RLE."""
-    segmentation = record.get("segmentation")
+def read_mask(
+    record: dict, size: list[int], path: str, told: Counter
+) -> tuple[list[bytes], bool]:
+    """The bytes of an annotation's polygons (float64), or of its compressed RLE.
+
+    Args:
+        record: the annotation.
+        size: height and width of its image.
+        path: the JSON, for messages.
+        told: how often what `NOTES` tells was met; counted on here.
+    """
+
+    def wrong(what: str) -> UserError:
+        return UserError(f"{path}: annotation {record.get('id')} has {what}")
+
+    segmentation = record.get("segmentation") or []
     if isinstance(segmentation, dict):
         if list(segmentation["size"]) != size:
-            raise UserError(
-                f"{path}: annotation {record.get('id')} has an RLE of size "
-                f"{segmentation['size']}, its image is {size}"
-            )
+            raise wrong(f"an RLE of size {segmentation['size']}, its image is {size}")
         counts = segmentation["counts"]
         if isinstance(counts, list):
             # pycocotools would read beyond the end of runs that are too short.
             if min(counts, default=-1) < 0 or sum(counts) != size[0] * size[1]:
-                raise UserError(
-                    f"{path}: annotation {record.get('id')} has an RLE whose runs "
-                    "do not add up to its image"
-                )
+                raise wrong("an RLE whose runs do not add up to its image")
             # COCO's crowds: run lengths as numbers. One form of RLE is enough.
             counts = mask_utils.frPyObjects(segmentation, *size)["counts"]
         if isinstance(counts, str):
             if not counts.isascii():
-                raise UserError(
-                    f"{path}: annotation {record.get('id')} has an RLE that is garbled"
-                )
+                raise wrong("an RLE that is garbled")
             counts = counts.encode()
         elif not isinstance(counts, bytes):
             raise TypeError("RLE")
         # Nothing but background is no mask.
         empty = not mask_utils.area(dict(size=size, counts=counts))
         return [] if empty else [counts], False
-    # A polygon needs three corners; pycocotools takes four numbers for a box.
-    polygons = [part for part in segmentation or [] if len(part) >= 6]
-    parts = []
-    for polygon in polygons:
-        if len(polygon) % 2:
-            raise UserError(
-                f"{path}: annotation {record.get('id')} has a polygon with an odd "
-                "number of coordinates"
-            )
+    if not isinstance(segmentation, list):
+        raise wrong("a segmentation that is neither polygons nor an RLE")
+    if all(isinstance(value, (int, float)) for value in segmentation):
+        # One polygon, without the list around it.
+        segmentation = [segmentation]
+    parts, fraction = [], True
+    for polygon in segmentation:
         try:
-            parts.append(array("d", polygon).tobytes())
+            numbers = array("d", polygon)
         except TypeError as error:
-            raise UserError(
-                f"{path}: annotation {record.get('id')} has a polygon that is "
-                f"not a list of numbers"
-            ) from error
+            raise wrong("a polygon that is not a list of numbers") from error
+        if len(numbers) % 2:
+            raise wrong("a polygon with an odd number of coordinates")
         # pycocotools walks every pixel of an outline: one that leads to infinity, or
         # over NaN, for ever. (A comparison with NaN is false.)
-        if not sum(map(abs, polygon)) <= 10 * len(polygon) * max(size):
-            raise UserError(
-                f"{path}: annotation {record.get('id')} has a polygon far outside of "
-                "its image, or with a coordinate that is no number"
+        if not sum(map(abs, numbers)) <= 10 * len(numbers) * max(size):
+            raise wrong(
+                "a polygon far outside of its image, or with a coordinate that is no "
+                "number"
             )
+        if len(numbers) == 4:
+            # labelme's rectangle, as its converters write it: two opposite corners. To
+            # pycocotools four numbers would be x, y, width and height.
+            left, top, right, bottom = numbers
+            numbers = array("d", [left, top, right, top, right, bottom, left, bottom])
+            told["corners"] += 1
+        # A polygon needs three corners.
+        if len(numbers) >= 6:
+            parts.append(numbers.tobytes())
+            fraction &= min(numbers) >= 0 and max(numbers) <= 1
+    told["polygonal"] += bool(parts)
+    told["fractions"] += bool(parts) and fraction
     return parts, True
-
-
-class Known:
-    """Some files, to be found again under other names and as copies.
-
-    Of two files of one size the first and the last 4 kB are compared: enough to tell
-    two photos apart, and little to read where there are hundreds of thousands.
-    """
-
-    def __init__(self, paths):
-        self.paths, self.sizes, self.edges = set(), {}, {}
-        for path in paths:
-            self.paths.add(os.path.realpath(path))
-            with contextlib.suppress(OSError):  # missing: told when files are checked
-                self.sizes.setdefault(os.path.getsize(path), []).append(path)
-
-    def __contains__(self, path: str) -> bool:
-        if os.path.realpath(path) in self.paths:
-            return True
-        try:
-            same = self.sizes.get(os.path.getsize(path), [])
-            return bool(same) and self.edge(path) in map(self.edge, same)
-        except OSError:
-            # A broken link: no copy, and told when the files are checked.
-            return False
-
-    def edge(self, path: str) -> bytes:
-        """The first and the last 4 kB of a file."""
-        if path not in self.edges:
-            with open(path, "rb") as file:
-                start = file.read(4096)
-                file.seek(max(0, os.path.getsize(path) - 4096))
-                self.edges[path] = start + file.read(4096)
-        return self.edges[path]
 
 
 def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
@@ -340,8 +345,8 @@ def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
     They have no annotations and never will: sizes are left unknown. Files that the
     dataset lists already are passed over, since the labeled and the unlabeled images
     often share a folder; so are those of the datasets in `apart`, on which the model is
-    to be judged and which it must not have seen, even without labels. Copies count too,
-    as an annotation tool's export brings them; pictures that it compressed anew do not.
+    to be judged and which it must not have seen, even without labels. Their copies
+    count too, also versions of them and pictures compressed anew (`copies.leaks`).
 
     Raises:
         UserError: no such folder, or no image in it.
@@ -349,13 +354,18 @@ def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: folder of unlabeled images not found")
     root = Path(folder)
-    names = sorted(
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*")
-        if path.suffix.lower() in images.IMAGE_TYPES and not path.is_dir()
-    )
-    known = Known(part.path(i) for part in (dataset, *apart) for i in range(len(part)))
+    names = images_under(root)
+    judged = [part.path(i) for part in apart for i in range(len(part))]
+    known = Known([*judged, *(dataset.path(i) for i in range(len(dataset)))])
     names = [name for name in names if str(root / name) not in known]
+    found, warnings = leaks([str(root / name) for name in names], judged)
+    if found:
+        dataset.warnings.append(
+            f"{folder}: {len(found)} images are versions or copies of validation or "
+            f"test images and are left out, {names[min(found)]} is the first"
+        )
+    dataset.warnings += warnings if judged else []
+    names = [name for k, name in enumerate(names) if k not in found]
     if not names:
         raise UserError(
             f"{folder}: no image in it that is not in {dataset.source} already "

@@ -17,6 +17,7 @@ Read next: `ssis/datasets/coco_json.py`, which fills one from a file.
 import contextlib
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor
 from ssis import UserError
 from ssis.data import sanitize
 from ssis.datasets import rle
+from ssis.datasets.file_names import nearest
 from ssis.io import images
 
 
@@ -225,9 +227,11 @@ class Dataset:
         """
         path = self.path(index)
         if not os.path.isfile(path):
+            close = nearest(self.files[index], Path(self.folders[index]))
             raise UserError(
-                f"{path}: image not found, but listed in {self.source}; "
-                "is the image folder the right one?"
+                f"{path}: image not found, but listed in {self.source}; is the image "
+                "folder the right one?"
+                + (f" The nearest name in it is {close!r}" if close else "")
             )
         if header:
             images.check_header(path, self.size(index))

@@ -16,7 +16,7 @@ percentages and three seeds, and published ones (`--lists`, see
 * **Cityscapes** and **VOC 2012** are converted (`ssis/datasets/convert.py`); a command
   that was killed goes on where it was.
 * **Your own**: one COCO JSON, as an annotation tool exports it, is checked and divided
-  into training and validation images.
+  into training and validation images (`ssis/tools/prepare_own.py`).
 
 Read next: `ssis/datasets/split.py`, the labeled part.
 """
@@ -26,16 +26,15 @@ import contextlib
 import json
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from ssis import UserError, distributed
 from ssis.datasets import coco_json, convert, published, split
 from ssis.datasets.dataset import Dataset
 from ssis.io.files import whole, write_text, writing
+from ssis.tools import prepare_own
 
 # Images of the training and the validation part, as the datasets' sites state them.
 OFFICIAL = {
@@ -142,77 +141,6 @@ def claim(dataset: str, out: Path, source: str) -> None:
             )
 
 
-def divide_own(source: str, folder: Path, out: Path, amount: str) -> None:
-    """Divide one JSON into `instances_train.json` and `instances_val.json`.
-
-    Images that an earlier call put into the validation part stay there: otherwise a
-    model trained before the call could be evaluated on images that it has seen. The
-    last image of a class stays in the training part.
-
-    Args:
-        source: the COCO JSON.
-        folder: its images.
-        out: folder to write.
-        amount: size of the validation part, as for `--labeled`: 20% or 6.
-
-    Raises:
-        UserError: the amount leaves no training image, or no image can be spared.
-    """
-    dataset = coco_json.load_coco(source, str(folder))
-    try:
-        count = split.how_many(amount, len(dataset))
-    except UserError as error:
-        raise UserError(str(error).replace("--labeled", "--val")) from error
-    if count == len(dataset):
-        raise UserError(f"--val {amount}: leaves no image to train on")
-    earlier = set()
-    if (out / "instances_val.json").exists():
-        before = coco_json.load_json(str(out / "instances_val.json"), "COCO JSON")
-        earlier = {image["file_name"] for image in before["images"]}
-    val = {i for i, name in enumerate(dataset.files) if name in earlier}
-    # How many images of the training part have each class.
-    labels = [dataset.present_labels(i) for i in range(len(dataset))]
-    left = Counter(k for i, held in enumerate(labels) if i not in val for k in held)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    for index in order.tolist():
-        if len(val) >= count:
-            break
-        if index not in val and all(left[label] > 1 for label in labels[index]):
-            val.add(index)
-            left.subtract(labels[index])
-    train = [i for i in range(len(dataset)) if i not in val]
-    for line in (*dataset.warnings, *split.coverage(dataset, train)):
-        print(f"warning: {line}", file=sys.stderr)
-    if not val:
-        raise UserError(
-            f"{source}: each image is the only one of some class, none can be spared "
-            "for validation; annotate more"
-        )
-    raw = coco_json.load_json(source, "COCO JSON")
-    # Without the category that a tool adds in front to stand for all the others.
-    categories = [c for c in raw["categories"] if c["name"] in dataset.names]
-    for part in ("train", "val"):
-        # The reader keeps the order of the JSON's images.
-        images = [
-            x for i, x in enumerate(raw["images"]) if (i in val) == (part == "val")
-        ]
-        ids = {coco_json.as_number(image["id"]) for image in images}
-        rows = [
-            a for a in raw["annotations"] if coco_json.as_number(a["image_id"]) in ids
-        ]
-        content = dict(
-            raw,
-            info=dict(description=f"ssis.prepare own {part}"),
-            images=images,
-            annotations=rows,
-            categories=categories,
-        )
-        with writing(out / f"instances_{part}.json", "--out"):
-            out.mkdir(parents=True, exist_ok=True)
-            write_text(out / f"instances_{part}.json", json.dumps(content))
-        link(out / part, folder)
-
-
 def run(argv: list[str] | None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -223,10 +151,7 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("dataset", choices=(*OFFICIAL, "own"))
     parser.add_argument("--root", type=Path, required=True, help="as its site gives it")
     parser.add_argument("--out", type=Path, help="default: data/<dataset>")
-    parser.add_argument("--json", help="of own: its COCO JSON")
-    parser.add_argument(
-        "--val", default="20%", help="of own: percentage or number of images"
-    )
+    prepare_own.add_flags(parser)
     parser.add_argument(
         "--lists", nargs="+", default=[], metavar="FILE", help="published splits"
     )
@@ -237,7 +162,8 @@ def run(argv: list[str] | None) -> None:
         raise UserError(f"--workers {args.workers}: must be at least 1")
     if not args.root.is_dir():
         raise UserError(f"--root {args.root}: folder not found")
-    if (args.dataset == "own") != bool(args.json):
+    given = [flag for flag in prepare_own.FLAGS if getattr(args, flag)]
+    if (args.dataset == "own") != bool(args.json) or (given and not args.json):
         raise UserError("--json J: goes with own, and own with it")
     if args.lists and args.dataset == "own":
         raise UserError("--lists: published splits are of published datasets, not own")
@@ -246,7 +172,11 @@ def run(argv: list[str] | None) -> None:
             raise UserError(f"--lists {path}: no such file")
     claim(args.dataset, out, args.json)
     if args.dataset == "own":
-        divide_own(args.json, args.root, out, args.val)
+        for part, content in prepare_own.divide(args, out).items():
+            with writing(out / f"instances_{part}.json", "--out"):
+                out.mkdir(parents=True, exist_ok=True)
+                write_text(out / f"instances_{part}.json", json.dumps(content))
+            link(out / part, args.root)
         train_set = check(args.dataset, out, "train")
         check(args.dataset, out, "val", train_set.names)
         print(f"ready: train.py --preset custom --data {out} --labeled 100% ...")

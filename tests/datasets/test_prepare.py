@@ -414,7 +414,7 @@ def test_validation_images_in_the_folder_of_photos_are_not_trained_on(tmp_path, 
     photos = coco_folder / "images"
     Image.new("L", (50, 40)).save(photos / "new.png")
     out = tmp_path / "o"
-    prepare.divide_own(str(coco_folder / "coco.json"), photos, out, "2")
+    prepare.run(own(coco_folder, out))
     settings = config.parse(["--preset", "custom", "--method", "pl-dc", "--data", str(out)])
     settings.unlabeled_images = str(photos)
     train_set, val, _ = parts.open_parts(settings)

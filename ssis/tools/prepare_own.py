@@ -1,0 +1,191 @@
+r"""Your own data: one COCO JSON, checked and divided into training and validation.
+
+    python -m ssis prepare own --json export.json --root photos --out data/own
+        --val 20%              of the images, or their number, to judge by
+        --match-names          find each image by the last part of its name
+        --group-by REGEX       what names of copies have in common
+        --masks-from-boxes P   boxes alone: let SAM, with the weights P, draw the masks
+
+*Groups.* Copies of one picture stay on one side: otherwise the model is judged on what
+it has been taught. What counts as a copy says `ssis/datasets/copies.py`; `--group-by`
+replaces it by an expression of one's own, `"(.*)"` makes each image its own group.
+
+*A second round.* Images that an earlier call put into the validation part stay there.
+
+Read next: `ssis/datasets/copies.py`.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from ssis import UserError
+from ssis.datasets import coco_json, copies, file_names, split
+from ssis.datasets.dataset import Dataset
+from ssis.tools import masks_from_boxes
+
+# Those that mean nothing without a JSON of one's own.
+FLAGS = ("match_names", "group_by", "masks_from_boxes")
+# A group found by itself may have as large a part of the images.
+LARGEST = 0.2
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `own`."""
+    own = parser.add_argument_group("own")
+    own.add_argument("--json", help="the COCO JSON of your annotation tool")
+    own.add_argument("--val", default="20%", help="percentage or number of images")
+    own.add_argument(
+        "--match-names", action="store_true", help="by the last part of a file_name"
+    )
+    own.add_argument("--group-by", default="", metavar="REGEX", help="copies, by name")
+    own.add_argument("--masks-from-boxes", metavar="PATH", help="weights of a SAM")
+    own.add_argument(
+        "--sam", default="vit_b", help="of which kind: vit_b, vit_l, vit_h"
+    )
+
+
+def divide(args: argparse.Namespace, out: Path) -> dict[str, dict]:
+    """The content of the two JSONs.
+
+    Args:
+        args: `json`, `root`, `val` (as `--labeled`: 20% or 6) and those of `FLAGS`.
+        out: the folder that they will be written to, where an earlier call may have
+            left others.
+
+    Returns:
+        "train" and "val", each with its COCO JSON.
+
+    Raises:
+        UserError: the amount leaves no training image, no image can be spared, or most
+            images are of one group.
+    """
+    source, raw = args.json, coco_json.load_raw(args.json)
+    if args.match_names:
+        changed = file_names.match(raw["images"], args.root, source)
+        print(
+            f"{changed} of {len(raw['images'])} images found by the last part of a name"
+        )
+    if args.masks_from_boxes:
+        masks_from_boxes.draw(raw, args, out)
+    dataset = coco_json.read(raw, source, str(args.root), None)
+    dataset.check_files()
+    try:
+        count = split.how_many(args.val, len(dataset))
+    except UserError as error:
+        raise UserError(str(error).replace("--labeled", "--val")) from error
+    if count == len(dataset):
+        raise UserError(f"--val {args.val}: leaves no image to train on")
+    earlier = set()
+    if (out / "instances_val.json").exists():
+        before = coco_json.load_json(str(out / "instances_val.json"), "COCO JSON")
+        earlier = {image["file_name"] for image in before["images"]}
+    val = choose(dataset, grouped(dataset, args.group_by), count, earlier)
+    train = [i for i in range(len(dataset)) if i not in val]
+    for line in (*dataset.warnings, *split.coverage(dataset, train)):
+        print(f"warning: {line}", file=sys.stderr)
+    if not val:
+        raise UserError(
+            f"{source}: no image can be spared for validation: each is the only one of "
+            f"some class, or has more than {count} copies; annotate more"
+        )
+    # Without the category that a tool adds in front to stand for all the others.
+    categories = [c for c in raw["categories"] if c["name"] in dataset.names]
+    parts = {}
+    for part in ("train", "val"):
+        # The reader keeps the order of the JSON's images.
+        images = [
+            x for i, x in enumerate(raw["images"]) if (i in val) == (part == "val")
+        ]
+        ids = {coco_json.as_number(image["id"]) for image in images}
+        rows = [
+            a for a in raw["annotations"] if coco_json.as_number(a["image_id"]) in ids
+        ]
+        info = dict(description=f"ssis.prepare own {part}")
+        lists = dict(images=images, annotations=rows, categories=categories)
+        parts[part] = dict(raw, info=info, **lists)
+    return parts
+
+
+def grouped(dataset: Dataset, pattern: str) -> list[int]:
+    """The group of each image, with a line for what was found.
+
+    Raises:
+        UserError: no such expression, or a group found by itself is too large to be on
+            one side.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"--group-by {pattern}: not an expression ({error})") from error
+    paths = [dataset.path(i) for i in range(len(dataset))]
+    try:
+        group = copies.groups(dataset.files, paths, pattern)
+    except ImportError:
+        print(
+            "warning: without the package imagehash copies are told by their names "
+            "alone; pip install imagehash",
+            file=sys.stderr,
+        )
+        group = copies.groups(dataset.files, [], pattern)
+    sizes = Counter(group)
+    first, largest = sizes.most_common(1)[0]
+    if largest > max(3, LARGEST * len(group)) and not pattern:
+        raise UserError(
+            f"{dataset.source}: {largest} of {len(group)} images are taken for "
+            "versions of one picture or frames of one film "
+            f"({dataset.files[first]} and others) "
+            "and would all be on one side; say what belongs together: --group-by "
+            r'"frame_(\d+)\d\d" (each hundred frames) or "(.*)" (each image alone)'
+        )
+    several = [size for size in sizes.values() if size > 1]
+    if several:
+        print(
+            f"{len(several)} groups of {sum(several)} images are versions of one "
+            "picture or frames of one film; each stays on one side"
+        )
+    return group
+
+
+def choose(
+    dataset: Dataset, group: list[int], count: int, earlier: set[str]
+) -> set[int]:
+    """The validation images: whole groups, drawn at random, the same in each call.
+
+    The last image of a class stays in the training part.
+
+    Args:
+        dataset: all images.
+        group: of each.
+        count: how many are wanted; there are fewer where no group fits any more.
+        earlier: names of those that an earlier call chose: otherwise a model trained
+            before could be evaluated on images that it has seen.
+    """
+    members: dict[int, list[int]] = {}
+    for index, number in enumerate(group):
+        members.setdefault(number, []).append(index)
+    val = {
+        i
+        for images in members.values()
+        if any(dataset.files[i] in earlier for i in images)
+        for i in images
+    }
+    # How many images of the training part have each class.
+    labels = [dataset.present_labels(i) for i in range(len(dataset))]
+    left = Counter(k for i, held in enumerate(labels) if i not in val for k in held)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    for index in order.tolist():
+        images = members[group[index]]
+        held = Counter(k for i in images for k in labels[i])
+        if (
+            index not in val
+            and len(val) + len(images) <= count
+            and all(left[label] > number for label, number in held.items())
+        ):
+            val.update(images)
+            left.subtract(held)
+    return val

@@ -1,0 +1,316 @@
+"""Your own data, as it really arrives: copies, odd names, odd masks, boxes alone.
+
+Each file is written here as its tool writes it. Claims: copies of one picture never lie on both
+sides of training and judging; what a tool means is read; and what cannot be meant is one line.
+"""
+
+import argparse
+import json
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, real
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from pycocotools import mask as mask_utils
+from segment_anything import SamPredictor
+from test_annotation_tools import POLYGONS, label_studio, labelme2coco, roboflow
+
+from ssis import UserError, sam
+from ssis.datasets import coco_json, copies, file_names
+from ssis.io.images import read_image
+from ssis.tools import masks_from_boxes, prepare
+
+pytestmark = pytest.mark.fast
+
+
+def picture(seed: int, side: int = 64) -> Image.Image:
+    """A scene of soft blobs: like photographs, it is mostly of low frequencies."""
+    noise = np.random.RandomState(seed).randint(0, 256, (side // 8, side // 8, 3), np.uint8)
+    return Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def export(folder, files: dict[str, Image.Image]) -> None:
+    """A COCO JSON of these images, each with one square of one class."""
+    (folder / "images").mkdir(parents=True)
+    images, annotations = [], []
+    for k, (name, image) in enumerate(files.items()):
+        path = folder / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        images.append(dict(id=k, file_name=name, width=image.width, height=image.height))
+        annotations.append(dict(id=k, image_id=k, category_id=1, iscrowd=0, bbox=[4, 4, 20, 20],
+                                segmentation=[[4, 4, 24, 4, 24, 24, 4, 24]]))  # fmt: skip
+    raw = dict(images=images, annotations=annotations, categories=[dict(id=1, name="cell")])
+    (folder / "coco.json").write_text(json.dumps(raw))
+
+
+def own(folder, *flags) -> dict[str, list[str]]:
+    """`prepare own`; the file names of both parts."""
+    out = folder / "out"
+    prepare.run([
+        "own", "--json", str(folder / "coco.json"), "--root", str(folder / "images"),
+        "--out", str(out), *flags,
+    ])  # fmt: skip
+    return {
+        part: [
+            image["file_name"]
+            for image in json.loads((out / f"instances_{part}.json").read_text())["images"]
+        ]
+        for part in ("train", "val")
+    }
+
+
+# --------------------------------------------------------------------------- copies
+
+
+def test_versions_by_roboflow_stay_on_one_side(tmp_path, capsys):
+    """Three versions of ten photos; that they are versions is in the names alone."""
+    names = [f"photo{n}_jpg.rf.{97 * n + k:032x}.jpg" for n in range(10) for k in range(3)]
+    export(tmp_path, {name: picture(k) for k, name in enumerate(names)})
+    parts = own(tmp_path, "--val", "10")
+    origins = {part: {name.split("_jpg")[0] for name in parts[part]} for part in parts}
+    assert not origins["train"] & origins["val"]
+    # Whole groups of three: nine of the ten that were wanted.
+    assert len(parts["val"]) == 9 and len(parts["train"]) == 21
+    assert "10 groups of 30 images are versions of one picture" in capsys.readouterr().out
+
+
+def test_frames_of_a_film_stay_on_one_side(tmp_path):
+    names = [f"{film}_frame_{k:04d}.png" for film in "abcdef" for k in range(4)]
+    names += [f"{film}_mp4-{k}_jpg.rf.{k:032x}.jpg" for film in "gh" for k in range(4)]
+    export(tmp_path, {name: picture(k) for k, name in enumerate(names)})
+    parts = own(tmp_path, "--val", "25%")
+    films = {part: {name[0] for name in parts[part]} for part in parts}
+    assert not films["train"] & films["val"] and len(films["val"]) == 2
+
+
+CHANGES = {
+    "smaller": lambda image: image.resize((40, 40)),
+    "mirrored": ImageOps.mirror,
+    "turned": lambda image: image.transpose(Image.Transpose.ROTATE_270),
+    "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.2),
+    "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1)),
+    "gray": lambda image: image.convert("L"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_copies_without_telling_names_are_seen(tmp_path, change):
+    files = {}
+    for k in range(12):
+        files[f"{k}.png"] = picture(k)
+        files[f"DSC_{100 + k}.jpg"] = CHANGES[change](picture(k))
+    export(tmp_path, files)
+    parts = own(tmp_path, "--val", "6")
+    assert len(parts["val"]) == 6
+    for k in range(12):
+        assert (f"{k}.png" in parts["val"]) == (f"DSC_{100 + k}.jpg" in parts["val"])
+
+
+def test_images_of_one_color_are_no_copies(tmp_path):
+    export(tmp_path, {f"{k}.png": Image.new("L", (64, 64), k) for k in range(8)})
+    assert len(own(tmp_path, "--val", "2")["val"]) == 2
+
+
+@pytest.mark.parametrize("folder", ["nuclei/train", "wbc/images", "animals/images"])
+def test_real_images_that_are_alike_are_not_taken_for_copies(folder):
+    """Nuclei look like nuclei. Blood cells: the copies that this dataset really has."""
+    paths = sorted(str(path) for path in real(folder).iterdir())[:240]
+    pairs = {tuple(sorted(pair)) for pair in copies.alike(paths, paths) if pair[0] != pair[1]}
+    found = {tuple(paths[k].rsplit("/", 1)[1] for k in pair) for pair in pairs}
+    known = {("112.png", "139.png"), ("157.png", "158.png"), ("166.png", "171.png"),
+             ("167.png", "169.png")}  # fmt: skip
+    assert found <= known, found
+
+
+def test_a_group_that_is_nearly_everything_is_refused(tmp_path):
+    export(tmp_path, {f"frame_{k:06d}.png": picture(k) for k in range(20)})
+    with pytest.raises(UserError, match=r"20 of 20 images are taken for .*--group-by") as error:
+        own(tmp_path)
+    assert "\n" not in str(error.value)
+    # Ten frames each: one of the two groups is to judge by.
+    parts = own(tmp_path, "--val", "10", "--group-by", r"frame_(\d+)\d")
+    tens = {part: {name[:-5] for name in parts[part]} for part in parts}
+    assert len(tens["train"]) == len(tens["val"]) == 1 and tens["train"] != tens["val"]
+
+
+def test_each_image_for_itself(tmp_path):
+    export(tmp_path, {f"frame_{k:06d}.png": picture(k) for k in range(20)})
+    assert len(own(tmp_path, "--val", "3", "--group-by", "(.*)")["val"]) == 3
+    with pytest.raises(UserError, match=r"--group-by \(: not an expression"):
+        own(tmp_path, "--group-by", "(")
+
+
+def test_without_imagehash_names_are_compared_and_it_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    names = [f"a{n}_png.rf.{k}.png" for n in range(5) for k in range(2)]
+    export(tmp_path, {name: picture(k) for k, name in enumerate(names)})
+    parts = own(tmp_path, "--val", "4")
+    assert not {n[:2] for n in parts["train"]} & {n[:2] for n in parts["val"]}
+    assert "pip install imagehash" in capsys.readouterr().err
+
+
+def test_unlabeled_images_are_compared_with_those_to_be_judged_by(tmp_path):
+    """A version by its name, one compressed anew by its looks, and one that is none."""
+    export(tmp_path, {"a_jpg.rf.1f.jpg": picture(1), "b.png": picture(2)})
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    # The original of a version, cropped, so that its name alone tells.
+    picture(1).crop((0, 0, 40, 40)).save(photos / "a.jpg")
+    picture(2).resize((50, 50)).save(photos / "other.jpg", quality=50)
+    picture(3).save(photos / "new.png")
+    dataset = coco_json.load_coco(str(tmp_path / "coco.json"), str(tmp_path / "images"))
+    export(tmp_path / "train", {"c.png": picture(4)})
+    train_set = coco_json.load_coco(
+        str(tmp_path / "train/coco.json"), str(tmp_path / "train/images")
+    )
+    added = coco_json.add_folder(train_set, str(photos), apart=(dataset,))
+    assert [train_set.files[i] for i in added] == ["new.png"]
+    assert any("2 images are versions or copies" in line for line in train_set.warnings)
+
+
+# ---------------------------------------------------------------------------- names
+
+
+def test_names_by_their_last_part(tmp_path, capsys):
+    """As Label Studio names an upload and a local file, and labelme on Windows."""
+    export(tmp_path, {f"{k}.png": picture(k) for k in range(6)} | {"sub/my photo.png": picture(9)})
+    path = tmp_path / "coco.json"
+    raw = json.loads(path.read_text())
+    for k, name in enumerate([
+        "images/0f3a91bc-0.png", "/data/local-files/?d=batch/1.png", "C:\\Users\\me\\2.png",
+        "../../3.png", "s3://bucket/4.png", "5.png", "/data/upload/7/my%20photo.png",
+    ]):  # fmt: skip
+        raw["images"][k]["file_name"] = name
+    path.write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"leaves the image folder.*--match-names"):
+        own(tmp_path)
+    parts = own(tmp_path, "--match-names", "--val", "2")
+    assert sorted(parts["train"] + parts["val"]) == [*(f"{k}.png" for k in range(6)),
+                                                     "sub/my photo.png"]  # fmt: skip
+    assert "6 of 7 images found by the last part" in capsys.readouterr().out
+
+
+def test_a_name_that_could_mean_two_files(tmp_path):
+    export(tmp_path, {"a/1.png": picture(1), "b/1.png": picture(2)})
+    raw = json.loads((tmp_path / "coco.json").read_text())
+    raw["images"][0]["file_name"] = "c/1.png"
+    with pytest.raises(UserError, match=r"'c/1.png': 2 images of this name"):
+        file_names.match(raw["images"], tmp_path / "images", "coco.json")
+
+
+def test_a_missing_image_and_the_nearest_name(tmp_path):
+    export(tmp_path, {"photo_0012.jpg": picture(1), "other.jpg": picture(2)})
+    path = tmp_path / "coco.json"
+    path.write_text(path.read_text().replace("photo_0012.jpg", "photo_012.jpg"))
+    dataset = coco_json.load_coco(str(path), str(tmp_path / "images"))
+    with pytest.raises(UserError, match=r"nearest name in it is 'photo_0012.jpg'"):
+        dataset.check_files()
+    with pytest.raises(UserError, match=r"no image of this name.*nearest is 'photo_0012.jpg'"):
+        own(tmp_path, "--match-names")
+
+
+# ---------------------------------------------------------------------------- masks
+
+
+def read(tmp_path, raw: dict, encoding: str = "utf-8"):
+    (tmp_path / "images").mkdir(exist_ok=True)
+    (tmp_path / "tool.json").write_text(json.dumps(raw), encoding=encoding)
+    return coco_json.load_coco(str(tmp_path / "tool.json"), str(tmp_path / "images"))
+
+
+def test_a_polygon_without_the_list_around_it(tmp_path):
+    raw = label_studio("a.png")
+    for record in raw["annotations"]:
+        record["segmentation"] = record["segmentation"][0]
+    masks = read(tmp_path, raw).target(0)["masks"].numpy()
+    for mask, polygon in zip(masks, POLYGONS, strict=True):
+        assert (mask == mask_utils.decode(mask_utils.frPyObjects([polygon], 40, 60))[..., 0]).all()
+
+
+def test_a_byte_order_mark(tmp_path):
+    """PowerShell and Windows' editors write one."""
+    assert read(tmp_path, roboflow("a.png"), "utf-8-sig").names == ["cell", "nucleus"]
+
+
+def test_fractions_of_the_image(tmp_path):
+    raw = roboflow("a.png")
+    for record in raw["annotations"]:
+        (polygon,) = record["segmentation"]
+        record["segmentation"] = [[v / (60, 40)[k % 2] for k, v in enumerate(polygon)]]
+    with pytest.raises(UserError, match=r"fractions of the image.*multiply x by the width"):
+        read(tmp_path, raw)
+
+
+def test_the_same_annotation_twice(tmp_path):
+    raw = roboflow("a.png")
+    raw["annotations"] += [dict(record, id=90 + k) for k, record in enumerate(raw["annotations"])]
+    # The same mask as another class is another claim.
+    raw["annotations"].append(dict(raw["annotations"][0], id=99, category_id=1))
+    dataset = read(tmp_path, raw)
+    assert dataset.labels.tolist() == [2, 1, 1]
+    assert any("2 annotations are there twice" in line for line in dataset.warnings)
+
+
+def test_rectangles_of_two_corners(tmp_path):
+    """labelme's rectangle has two points, and older converters write just these."""
+    raw = labelme2coco("a.png")
+    # Drawn from the lower right to the upper left.
+    raw["annotations"][0]["segmentation"] = [[30, 22, 10, 6]]
+    dataset = read(tmp_path, raw)
+    mask = dataset.target(0)["masks"][0].numpy()
+    assert mask[6:22, 10:30].all() and mask.sum() == 16 * 20
+    assert any("1 annotations have two opposite corners" in line for line in dataset.warnings)
+
+
+@pytest.mark.parametrize("segmentation", [7, "1 2 3 4 5 6", [["a"] * 6], [[1, 2, 3, None, 5, 6]]])
+def test_what_is_no_mask_names_the_record(tmp_path, segmentation):
+    raw = roboflow("a.png")
+    raw["annotations"][1]["segmentation"] = segmentation
+    with pytest.raises(UserError, match=r"tool.json: annotation 1 has a (polygon|segmentation)"):
+        read(tmp_path, raw)
+
+
+# --------------------------------------------------------------------------- boxes
+
+
+def boxes_alone(folder) -> dict:
+    """Two images as an object detection export has them."""
+    export(folder, {f"{k}.png": picture(k, 96) for k in range(2)})
+    raw = json.loads((folder / "coco.json").read_text())
+    for record in raw["annotations"]:
+        record["segmentation"] = []
+    (folder / "coco.json").write_text(json.dumps(raw))
+    return raw
+
+
+def test_boxes_alone_are_refused_with_what_to_do(tmp_path):
+    boxes_alone(tmp_path)
+    with pytest.raises(UserError, match=r"none of its 2 annotations has a mask.*--masks-from-box"):
+        own(tmp_path)
+
+
+def test_masks_from_boxes_are_what_sam_answers(tmp_path, capsys):
+    """With the tiny SAM, whose answers to boxes mean nothing; the official one has its way."""
+    raw = boxes_alone(tmp_path)
+    args = argparse.Namespace(
+        json="coco.json", root=tmp_path / "images", sam="tiny",
+        masks_from_boxes=str(ROOT / "ssis" / "tiny_sam.pt"),
+    )  # fmt: skip
+    masks_from_boxes.draw(raw, args, tmp_path)
+    predictor = SamPredictor(sam.SegmentAnything("tiny", "", "cpu").net)
+    for k, record in enumerate(raw["annotations"]):
+        pixels = read_image(str(tmp_path / "images" / f"{k}.png"))
+        predictor.set_image(pixels.permute(1, 2, 0).numpy())
+        mask = predictor.predict(box=np.array([4, 4, 24, 24]), multimask_output=False)[0][0]
+        assert (mask_utils.decode(record["segmentation"]) == mask).all()
+        assert record["mask_from_box"] is True
+        assert (tmp_path / "masks_from_boxes" / f"{k}.png").exists()
+    assert "2 masks drawn in boxes; look at them" in capsys.readouterr().out
+    # It can be read, and stays as it is when it is read again.
+    json.dumps(raw)
+    raw["annotations"][0]["bbox"] = [1, 2, 0, 4]
+    raw["annotations"][0]["segmentation"] = None
+    with pytest.raises(UserError, match="annotation 0 has neither a mask nor a box"):
+        masks_from_boxes.draw(raw, args, tmp_path)

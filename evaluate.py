@@ -26,6 +26,7 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", default="", help="COCO JSON; default: the run's test part")
     parser.add_argument("--images", default="", help="its image folder")
+    parser.add_argument("--max-detections", type=int, default=0, help="in an image; 0: the run's")
     parser.add_argument("--boundary", action="store_true", help="boundary AP too")
     parser.add_argument("--save-predictions", type=Path, metavar="F", help="COCO results JSON")
     args = parser.parse_args(argv)
@@ -38,15 +39,18 @@ def run(argv: list[str] | None) -> None:
     dataset = coco_json.load_coco(source, folder, names)
     dataset.check_files()
     rank, world_size, device = distributed.start(args.device)
+    if args.max_detections:
+        net.roi_heads.detections_per_img = args.max_detections
     report, results = ap.evaluate(net.to(device), dataset, device, rank, world_size, progress=True)
     if rank == 0:
         print(f"{who} of {args.checkpoint} on {source}, {len(dataset)} images")
-        print(f"{'':8}" + "".join(f"{name:>7}" for name in ap.NUMBERS))
+        columns = list(report["mask"])
+        print(f"{'':8}" + "".join(f"{name:>7}" for name in columns))
         if args.boundary:
-            ground_truth = dataset.coco(range(len(dataset)))
-            report["boundary"], _ = ap.average_precision(ground_truth, results, "boundary")
+            truth, limit = dataset.coco(range(len(dataset))), net.roi_heads.detections_per_img
+            report["boundary"], _ = ap.average_precision(truth, results, "boundary", limit)
         for kind in ("mask", "box", *(["boundary"] if args.boundary else [])):
-            print(f"{kind:8}" + "".join(f"{text(report[kind][n]):>7}" for n in ap.NUMBERS))
+            print(f"{kind:8}" + "".join(f"{text(report[kind][n]):>7}" for n in columns))
         print(f"{'AP per class':<22} {'mask':>6} {'box':>6}")
         for name, value in report["mask_per_class"].items():
             print(f"  {name:<20} {text(value):>6} {text(report['box_per_class'][name]):>6}")

@@ -36,7 +36,8 @@ def train(config: Config) -> None:
     rank, world_size, device = distributed.start(config.device, config.amp)
     pretrain_end, burnin_end, total = config.stage_ends
     with open_session(config, rank, world_size, device) as session:
-        made = build(config, session.train_set, rank, world_size, device, session.val_set)
+        parts = (session.train_set, rank, world_size, device, session.val_set)
+        made = build(config, *parts, session.detections)
         student, labeler, structure, optimizer, schedule, scaler = made
         teacher, thresholds, classifier, *_ = labeler
         # The student without DDP's wrapper: for the teacher, which follows it, and to look at.

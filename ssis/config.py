@@ -180,6 +180,12 @@ class Config:
         "stages of a pretrained backbone that learn, from the top; 0: none (PL-DC)",
         valid="from 0 to 5",
     )
+    max_detections: int = setting(
+        0,
+        "instances found in an image at most: pseudo-labels, predictions, AP; 0: 100, "
+        "as COCO, or more where a labeled image has more",
+        valid=">= 0",
+    )
     short_side_min: int = setting(
         96,
         "smallest short side that a training image is resized to",

@@ -161,6 +161,12 @@ class Dataset:
         counts = singles[self.first[1:]] - singles[self.first[:-1]]
         return float(counts[indices].mean()) if len(indices) else 0.0
 
+    def most_instances(self, indices: list[int]) -> int:
+        """The largest number of instances of an image in `indices`, without crowds."""
+        singles = np.concatenate([[0], np.cumsum(~self.crowd)])
+        counts = singles[self.first[1:]] - singles[self.first[:-1]]
+        return int(counts[indices].max(initial=0))
+
     def class_shares(self, indices: list[int]) -> Tensor:
         """Fraction of each class among the instances of the images in `indices`.
 

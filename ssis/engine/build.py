@@ -44,6 +44,7 @@ def build(
     world_size: int,
     device: torch.device,
     val_set=None,
+    detections: int = 100,
 ) -> tuple:
     """New student, `Labeler`, structure or None, optimizer, schedule and scaler."""
     names = train_set.names
@@ -51,6 +52,7 @@ def build(
     torch.manual_seed(config.seed)
     kind, *rest = model_of(config)
     net = model.build(kind, len(names) + 1, *rest).to(device).train()
+    net.roi_heads.detections_per_img = detections
     student, teacher = distributed.wrap(net, device), make_teacher(net)
     thresholds = filters.Thresholds(
         len(names),

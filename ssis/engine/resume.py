@@ -62,6 +62,7 @@ def snapshot(
         step=step,
         results=results,
         seconds=seconds,
+        detections=state["student"].roi_heads.detections_per_img,
         # S4M: which SAM was asked.
         sam=state["embeddings"].sam.fingerprint if state["embeddings"] else "",
         # torch's generators, from which anchors and proposals are sampled: a state for
@@ -79,7 +80,8 @@ def model_alone(net, config: Config, names: list[str], step: int) -> dict:
         config, names, step: as for `snapshot`.
     """
     state = dict(config=dataclasses.asdict(config), names=names, step=step)
-    return dict(state, student=net.state_dict(), teacher=None)
+    detections = net.roi_heads.detections_per_img
+    return dict(state, detections=detections, student=net.state_dict(), teacher=None)
 
 
 def restore(
@@ -204,6 +206,8 @@ def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str],
     # The weights are in the checkpoint: none are to be fetched.
     net = model.build(kind, len(state["names"]) + 1, *rest, fetch=False)
     load_weights(net, state[who], path)
+    # Older checkpoints are of runs in which it was always 100.
+    net.roi_heads.detections_per_img = state.get("detections", 100)
     return net.eval(), config, state["names"], who
 
 

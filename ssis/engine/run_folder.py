@@ -269,6 +269,11 @@ def table(summary: dict, folder: Path) -> str:
     for kind in ("mask_ap", "box_ap"):
         values = "".join(f"{summary[kind][name]:12.2f}" for name in who)
         lines.append(f"{kind.replace('_ap', ''):<16}{values}")
+        # Of crowded images: what COCO's own evaluation, of 100 detections, would say.
+        details = [summary["details"][name][kind.replace("_ap", "")] for name in who]
+        if all("AP@100" in numbers for numbers in details):
+            values = "".join(f"{numbers['AP@100']:12.2f}" for numbers in details)
+            lines.append(f"{kind.replace('_ap', '') + ' (of 100)':<16}{values}")
     lines.append(
         f"on {summary['evaluated_on']} ({summary['test_images']} images), "
         f"{summary['seconds'] / 60:.1f} minutes"

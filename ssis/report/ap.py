@@ -46,8 +46,8 @@ NUMBERS = (
 )
 
 
-# Images in a batch.
-BATCH = 8
+# Images in a batch; detections of an image that COCO counts.
+BATCH, USUAL = 8, 100
 
 
 @torch.no_grad()
@@ -149,7 +149,7 @@ def evaluator() -> tuple:
 
 
 def average_precision(
-    ground_truth: COCO, results: list[dict], kind: str
+    ground_truth: COCO, results: list[dict], kind: str, limit: int = USUAL
 ) -> tuple[dict, list]:
     """COCO's twelve numbers and the AP of each class, in percent.
 
@@ -161,6 +161,8 @@ def average_precision(
             mask IoU it has min(mask IoU, boundary IoU), where the boundary of a mask
             is what lies within 2 % of the image diagonal of its outline. A large
             object's mask IoU hardly notices a ragged outline; this does.
+        limit: detections of an image that count. With another one than COCO's, which
+            would cut off what a crowded image holds, COCO's AP is there as "AP@100".
 
     Returns:
         {"AP": .., .., "ARl": ..} and a list of C numbers; None where the ground truth
@@ -184,18 +186,32 @@ def average_precision(
             detections.createIndex()
         # Without detections every kind of AP is the same: 0, or none.
         found = coco_eval(truth, detections, kind if results else "segm")
+        found.params.maxDets = [1, 10, limit]
         found.evaluate()
         found.accumulate()
         found.summarize()
-    # Precision is (IoU, recall, class, area, detections); all areas, 100 detections.
+    # Precision is (IoU, recall, class, area, detections); all areas, all detections.
     precision = found.eval["precision"][:, :, :, 0, -1]
-    classes = [
-        percent(p[p > -1].mean() if (p > -1).any() else -1)
-        for p in precision.transpose(2, 0, 1)
-    ]
+    classes = [mean(p) for p in precision.transpose(2, 0, 1)]
     # Theirs has further ones after COCO's.
-    numbers = map(percent, found.stats[: len(NUMBERS)])
-    return dict(zip(NUMBERS, numbers, strict=True)), classes
+    values = map(percent, found.stats[: len(NUMBERS)])
+    numbers = dict(zip(NUMBERS, values, strict=True))
+    if limit != USUAL:
+        # `summarize` looks for 100 detections in its first line, whatever the limit.
+        numbers["AP"] = mean(precision)
+        usual, _ = average_precision(ground_truth, results, kind)
+        numbers["AP@100"] = usual["AP"]
+        numbers = {
+            f"AR{limit}" if name == "AR100" else name: value
+            for name, value in numbers.items()
+        }
+    return numbers, classes
+
+
+def mean(precision: np.ndarray) -> float | None:
+    """AP in percent of pycocotools' precisions, in which -1 means "no instance"."""
+    known = precision[precision > -1]
+    return percent(known.mean() if known.size else -1)
 
 
 def percent(value: float) -> float | None:
@@ -246,17 +262,23 @@ def evaluate(
     # In image order, whatever the number of processes: AP breaks ties by position.
     results.sort(key=lambda result: result["image_id"])
     # Once, not in every process.
-    report = distributed.from_main(numbers_of, dataset, results)
+    limit = net.roi_heads.detections_per_img
+    report = distributed.from_main(numbers_of, dataset, results, limit)
     net.train(mode)
     give_back_memory()
     return report, results
 
 
-def numbers_of(dataset, results: list[dict]) -> dict:
-    """The report of `evaluate`: masks and boxes, of all classes and of each."""
+def numbers_of(dataset, results: list[dict], limit: int) -> dict:
+    """The report of `evaluate`: masks and boxes, of all classes and of each.
+
+    Args:
+        dataset, results: as there.
+        limit: detections of an image that count, as many as the model gives.
+    """
     report, truth = {}, dataset.coco(range(len(dataset)))
     for name, kind in (("mask", "segm"), ("box", "bbox")):
-        report[name], classes = average_precision(truth, results, kind)
+        report[name], classes = average_precision(truth, results, kind, limit)
         report[f"{name}_per_class"] = dict(zip(dataset.names, classes, strict=True))
     return report
 

@@ -24,6 +24,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ssis.report.ap import USUAL
 from ssis.report.audit import FLAGS
 
 # Draws. Above LARGE = images x classes they would take minutes, and the interval is
@@ -36,12 +37,13 @@ FIRST = "the first teacher"
 NOTABLE = 0.02
 
 
-def evaluated(ground_truth: COCO, results: list[dict]) -> COCOeval:
+def evaluated(ground_truth: COCO, results: list[dict], limit: int = USUAL) -> COCOeval:
     """The matches of a model's masks with the ground truth, of all sizes.
 
     Args:
         ground_truth: of `Dataset.coco`.
         results: of `ap.predictions`.
+        limit: detections of an image that count.
     """
     keys = ("image_id", "category_id", "score", "segmentation")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -56,7 +58,7 @@ def evaluated(ground_truth: COCO, results: list[dict]) -> COCOeval:
         matches = COCOeval(ground_truth, detections, "segm")
         # AP over all sizes alone, which is a quarter of the work.
         matches.params.areaRng, matches.params.areaRngLbl = [[0, 1e10]], ["all"]
-        matches.params.maxDets = [100]
+        matches.params.maxDets = [limit]
         matches.evaluate()
     return matches
 
@@ -85,13 +87,18 @@ def resampled_ap(matches: COCOeval, rows: np.ndarray) -> float:
 
 
 def paired_interval(
-    ground_truth: COCO, before: list[dict], after: list[dict], seed: int = 0
+    ground_truth: COCO,
+    before: list[dict],
+    after: list[dict],
+    limit: int = USUAL,
+    seed: int = 0,
 ) -> tuple[float, float] | None:
     """The 95 % interval of the difference of two models' mask AP.
 
     Args:
         ground_truth: of `Dataset.coco`.
         before, after: results of the two models, of `ap.predictions`.
+        limit: detections of an image that count.
         seed: of the drawing.
 
     Returns:
@@ -100,7 +107,7 @@ def paired_interval(
     images = len(ground_truth.getImgIds())
     if images * len(ground_truth.getCatIds()) > LARGE:
         return None
-    both = evaluated(ground_truth, before), evaluated(ground_truth, after)
+    both = [evaluated(ground_truth, each, limit) for each in (before, after)]
     random = np.random.default_rng(seed)
     gains = []
     for _ in range(DRAWS):
@@ -111,7 +118,9 @@ def paired_interval(
     return round(float(low), 2), round(float(high), 2)
 
 
-def compare(name: str, before: tuple, after: tuple, ground_truth: COCO) -> dict:
+def compare(
+    name: str, before: tuple, after: tuple, ground_truth: COCO, limit: int = USUAL
+) -> dict:
     """The final teacher beside another model.
 
     Args:
@@ -119,13 +128,14 @@ def compare(name: str, before: tuple, after: tuple, ground_truth: COCO) -> dict:
         before, after: numbers and results of the other model and of the final teacher,
             of `ap.evaluate`.
         ground_truth: of `Dataset.coco`.
+        limit: detections of an image that count.
 
     Returns:
         name, ap (of the other), gain and interval, in percent, and words.
     """
     old, new = before[0]["mask"]["AP"], after[0]["mask"]["AP"]
     gain = round(new - old, 3)
-    interval = paired_interval(ground_truth, before[1], after[1])
+    interval = paired_interval(ground_truth, before[1], after[1], limit)
     words = f"{abs(gain):.1f} {'more' if gain >= 0 else 'LESS'} than {name} ({old:.1f}"
     if interval:
         low, high = interval
@@ -239,7 +249,9 @@ def supervised_beside(folder: Path) -> Path | None:
     return Path(max(found)[1]).resolve() if found else None
 
 
-def verdict(config, summary: dict, now: tuple, others: list[tuple], test_set) -> dict:
+def verdict(
+    config, summary: dict, now: tuple, others: list[tuple], test_set, limit: int = USUAL
+) -> dict:
     """The verdict of a run.
 
     Args:
@@ -249,6 +261,7 @@ def verdict(config, summary: dict, now: tuple, others: list[tuple], test_set) ->
         others: name, numbers and results of what it is compared with, the first
             teacher first.
         test_set: `datasets.dataset.Dataset`.
+        limit: detections of an image that count.
 
     Returns:
         sentence, compared (of `compare`), stages and advice.
@@ -259,7 +272,7 @@ def verdict(config, summary: dict, now: tuple, others: list[tuple], test_set) ->
             sentence="nothing to compare with", compared=[], stages=[], advice=[]
         )
     truth = test_set.coco(range(len(test_set)))
-    compared = [compare(name, (n, r), now, truth) for name, n, r in others]
+    compared = [compare(name, (n, r), now, truth, limit) for name, n, r in others]
     ends = summary["audit_stages"]["end"]
     calibrations = summary.get("calibration") or [None]
     gain = sum(c["gain"] for c in compared if c["name"] == FIRST)

@@ -66,6 +66,7 @@ CLASSES = {names!r}
 def load(weights=Path(__file__).with_name("weights.pt")):
     """The model in evaluation mode, on the CPU."""
     model = build_small({num_classes}, {short_side}, {long_side})
+    model.roi_heads.detections_per_img = {detections}
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return model.eval()
 '''
@@ -94,6 +95,7 @@ def load(weights=Path(__file__).with_name("weights.pt")):
         num_classes={num_classes},
         min_size={short_side},
         max_size={long_side},
+        box_detections_per_img={detections},
     ){norms}
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return model.eval()
@@ -105,7 +107,9 @@ NO_EPSILON = """
             part.eps = 0.0"""
 
 
-def program(config, names: list[str], title: str, no_epsilon: bool) -> str:
+def program(
+    config, names: list[str], title: str, no_epsilon: bool, detections: int = 100
+) -> str:
     """The text of `model.py`.
 
     Args:
@@ -113,6 +117,7 @@ def program(config, names: list[str], title: str, no_epsilon: bool) -> str:
         names: class names.
         title: its first line.
         no_epsilon: the norms have none.
+        detections: of an image, at most.
     """
     return (SMALL if config.model == "small" else RESNET50).format(
         title=title,
@@ -120,6 +125,7 @@ def program(config, names: list[str], title: str, no_epsilon: bool) -> str:
         num_classes=len(names) + 1,
         short_side=config.short_side,
         long_side=config.long_side,
+        detections=detections,
         builder="\n\n".join(
             inspect.getsource(part) for part in (model.build_small, model.light_heads)
         ),
@@ -208,10 +214,10 @@ def compare(net: model.MaskRCNN, plain: nn.Module, config, names: list[str]) -> 
         for index in tqdm(indices, unit="image")
         for detection in detect(plain, dataset.image(index))
     ]
-    ground_truth = dataset.coco(indices)
+    ground_truth, limit = dataset.coco(indices), net.roi_heads.detections_per_img
     for who, results in (("ssis", ours), ("exported", theirs)):
         mask, box = (
-            ap.average_precision(ground_truth, results, kind)[0]["AP"]
+            ap.average_precision(ground_truth, results, kind, limit)[0]["AP"]
             for kind in ("segm", "bbox")
         )
         print(f"{who:<9} mask AP {mask:.2f}, box AP {box:.2f}, {len(dataset)} images")
@@ -252,7 +258,9 @@ def run(argv: list[str] | None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         with whole(args.out / "weights.pt") as temporary:
             torch.save(weights(net), temporary)
-        write_text(args.out / "model.py", program(config, names, title, no_epsilon))
+        limit = net.roi_heads.detections_per_img
+        text = program(config, names, title, no_epsilon, limit)
+        write_text(args.out / "model.py", text)
     plain = load_plain(args.out)
     print(f"{args.out}/weights.pt and {args.out}/model.py: {who}, {len(names)} classes")
     if args.check:

@@ -248,3 +248,81 @@ def test_boundary_ap_without_its_package_is_one_line(coco_folder, monkeypatch):
     with pytest.raises(UserError, match=r"--boundary: .* pip install faster-coco-eval"):
         # Before anything is evaluated, or even read.
         evaluate.run([str(coco_folder / "no.pt"), "--boundary"])
+
+
+def crowd(folder, count=120):
+    """An image with many small squares, all of which are found."""
+    from PIL import Image
+
+    (folder / "images").mkdir(parents=True)
+    Image.new("L", (240, 120), 90).save(folder / "images" / "0.png")
+    corners = [(12 * (k % 20) + 2, 12 * (k // 20) + 2) for k in range(count)]
+    raw = dict(
+        images=[dict(id=1, file_name="0.png", width=240, height=120)],
+        categories=[dict(id=1, name="cell")],
+        annotations=[
+            dict(id=k, image_id=1, category_id=1, iscrowd=0,
+                 segmentation=[[x, y, x + 8, y, x + 8, y + 8, x, y + 8]])
+            for k, (x, y) in enumerate(corners, 1)
+        ],
+    )  # fmt: skip
+    (folder / "coco.json").write_text(json.dumps(raw))
+    return load(folder)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_more_than_a_hundred_instances_are_counted(tmp_path, monkeypatch, fast):
+    """120 of 120 found is an AP of 100, and COCO's is told beside it: five sixths of the recall."""
+    if fast:
+        pytest.importorskip("faster_coco_eval")
+    else:
+        monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    dataset = crowd(tmp_path)
+    truth, results = dataset.coco([0]), perfect(dataset)
+    assert len(results) == 120
+    for kind in ("segm", "bbox"):
+        usual, _ = ap.average_precision(truth, results, kind)
+        numbers, classes = ap.average_precision(truth, results, kind, 200)
+        assert numbers["AP"] == classes[0] == numbers["AP50"] == numbers["AR200"] == 100.0
+        assert numbers["AP@100"] == usual["AP"] == pytest.approx(100 * 84 / 101, abs=1e-3)
+        assert "AP@100" not in usual and "AR100" not in numbers
+
+
+def test_a_run_on_crowded_images_finds_as_many(tmp_path, capsys):
+    """The setting follows the labeled images, and every later command follows the run."""
+    import train
+    from ssis.engine import resume
+    from ssis.tools import export, predict
+
+    dataset = crowd(tmp_path)
+    assert dataset.most_instances([0]) == 120
+    files = [str(tmp_path / "coco.json"), str(tmp_path / "images")]
+    flags = [
+        f"--{part}-{kind}={path}"
+        for part in ("train", "val")
+        for kind, path in zip(("json", "images"), files, strict=True)
+    ]
+    run = tmp_path / "run"
+    train.main([
+        "--preset", "custom", "--method", "supervised", "--labeled", "100%", *flags,
+        "--short-side-min", "48", "--short-side", "48", "--long-side", "96", "--labeled-batch",
+        "1", "--pretrain-steps", "1", "--burnin-steps", "0", "--mutual-steps", "0",
+        "--output", str(run),
+    ])  # fmt: skip
+    said = capsys.readouterr()
+    assert "has 120 instances; up to 200 are found" in said.err
+    assert "mask (of 100)" in said.out
+    net, *_ = resume.load_model(run / "checkpoint.pt", "")
+    assert net.roi_heads.detections_per_img == 200
+    net, *_ = resume.load_model(run / "best.pt", "")
+    assert net.roi_heads.detections_per_img == 200
+    evaluate.main([str(run / "checkpoint.pt")])
+    assert "AR200" in capsys.readouterr().out
+    export.run([str(run / "checkpoint.pt"), "--out", str(tmp_path / "out")])
+    assert export.load_plain(tmp_path / "out").roi_heads.detections_per_img == 200
+    predict.run([
+        str(run / "checkpoint.pt"), files[1], "--out", str(tmp_path / "found"), "--score", "0",
+        "--max-detections", "7",
+    ])  # fmt: skip
+    found = json.loads((tmp_path / "found" / "results.json").read_text())
+    assert len(found) == 7

@@ -5,7 +5,8 @@ r"""A trained model for the world outside: plain torchvision, and ONNX.
 The folder gets `weights.pt`, a state dict of torchvision's Mask R-CNN, `model.py`,
 which builds that model and loads the weights with torch and torchvision alone, and with
 `--onnx` `model.onnx`: an image (3, H, W) of float32 RGB in [0, 1], of any usual size,
-to boxes (N, 4), labels (N,), scores (N,) and soft masks (N, 1, H, W).
+to boxes (N, 4), labels (N,), scores (N,) and soft masks (N, 1, H, W). One image at a
+time: the runtime refuses a batch.
 
 The weights are the same, and so are the boxes of an image that needs no resizing. But
 masks are pasted by torchvision's own code, which widens each by up to a pixel

@@ -131,6 +131,29 @@ def test_onnx_gives_the_same_detections_at_any_size(exported, size):
     torch.testing.assert_close(ours["masks"], theirs["masks"], rtol=1e-3, atol=1e-3)
 
 
+def test_onnx_goes_on_after_an_image_with_nothing_in_it(exported, tmp_path):
+    """One session: something, nothing, another size, something again; no batch of two."""
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    plain = export.load_plain(exported[0])
+    generator = torch.Generator().manual_seed(4)
+    images = [torch.rand(3, 64, 64, generator=generator), torch.zeros(3, 64, 64)]
+    images.append(torch.rand(3, 80, 56, generator=generator))
+    with torch.no_grad():
+        best = [plain([image])[0]["scores"].max().item() for image in images]
+        # A threshold between the lowest and the next: one image has nothing.
+        plain.roi_heads.score_thresh = sum(sorted(best)[:2]) / 2
+        counts = [len(plain([image])[0]["scores"]) for image in images]
+        assert counts.count(0) == 1
+        export.write_onnx(plain, tmp_path / "model.onnx")
+        session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+        for k in (0, 1, 2, 1, 0, 2):
+            values = map(torch.from_numpy, session.run(None, {"image": images[k].numpy()}))
+            names = (output.name for output in session.get_outputs())
+            same(plain([images[k]])[0], dict(zip(names, values, strict=True)))
+    with pytest.raises(Exception, match="Invalid rank for input: image Got: 4 Expected: 3"):
+        session.run(None, {"image": np.zeros((2, 3, 64, 64), np.float32)})
+
+
 def test_a_missing_package_is_one_line(monkeypatch, exported):
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -19,6 +19,7 @@ COMMANDS = {
     "shapes": ("datasets.shapes", "draw another built-in dataset"),
     "sam": ("tools.train_tiny_sam", "train another tiny SAM"),
     "sam encode": ("tools.encode", "fill the cache of SAM's embeddings ahead"),
+    "study own": ("tools.label_curve", "the label curve of your own data"),
     "study": ("tools.study", "make the runs of a table in docs/results.md"),
 }
 

@@ -42,6 +42,11 @@ NO_MEMORY = (
     "--device cpu"
 )
 
+# How long a process waits for the others. torchrun ends the others when one dies; this
+# is for one that hangs, and longer than rank 0 may take for what it does alone: writing
+# a checkpoint to a slow disk, evaluating thousands of images.
+PATIENCE = timedelta(hours=1)
+
 
 def start(device: str, amp: str = "off") -> tuple[int, int, torch.device]:
     """Join the process group, if torchrun made one.
@@ -79,8 +84,7 @@ def start(device: str, amp: str = "off") -> tuple[int, int, torch.device]:
         store = fresh_store(size)
         dist.init_process_group(
             "nccl" if use_gpu else "gloo",
-            # Waiting for ten minutes means that the other process is dead.
-            timeout=timedelta(minutes=10),
+            timeout=PATIENCE,
             **(dict(store=store, rank=rank, world_size=size) if store else {}),
         )
     return rank, size, torch.device("cuda", local) if use_gpu else torch.device("cpu")

@@ -16,10 +16,21 @@ from ssis.data import Shard, Stream
 BROKEN = (ConnectionResetError, EOFError)
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+def mask(how: str) -> None:
+    """Let the signals that stop a run wait ("SIG_BLOCK"), or no longer."""
+    # Windows has no process groups that are sent them.
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(getattr(signal, how), STOPS)
+
+
 def ignore_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM reach workers too; only the main process is to react."""
-    for name in (signal.SIGINT, signal.SIGTERM):
+    for name in STOPS:
         signal.signal(name, signal.SIG_IGN)
+    mask("SIG_UNBLOCK")
 
 
 @contextlib.contextmanager
@@ -88,8 +99,15 @@ def batches(stream: Stream, shard: Shard, workers: int):
         generator=torch.Generator(),
         worker_init_fn=ignore_signals,
     )
+    # A worker that has just begun would end at a signal, which a cluster sends to all
+    # processes: in it the signals wait until it ignores them.
+    mask("SIG_BLOCK")
     try:
-        yield from loader
+        items = iter(loader)
+    finally:
+        mask("SIG_UNBLOCK")
+    try:
+        yield from items
     except BROKEN:
         # Now, or PyTorch's handler would raise a second time while the first error is
         # on its way.

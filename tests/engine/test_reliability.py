@@ -232,6 +232,32 @@ def test_a_disk_that_is_full_in_the_middle(whole, tmp_path):
     assert_same_end(folder, tmp_path)
 
 
+def test_signals_to_the_whole_process_group(whole, tmp_path):
+    """As a cluster sends them: to the loader workers too, more than one, also while saving."""
+    folder, arguments = whole
+    arguments = [*arguments, "--output", tmp_path, "--workers", "2"]
+    # When the workers begin; when a checkpoint is being written.
+    for moment in ("workers", "saving"):
+        before = checkpoint.load(tmp_path / "checkpoint.pt")["step"] if saved(tmp_path) else 0
+        process = begin(*arguments, start_new_session=True)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not (
+            any(tmp_path.glob("checkpoint*.tmp"))
+            if moment == "saving"
+            else (tmp_path / "labeled.json").exists() and children.read_text().split()
+        ):
+            assert process.poll() is None
+        for _ in range(5):
+            os.killpg(process.pid, signal.SIGTERM)
+            time.sleep(0.01)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+        assert "Traceback" not in said and "error" not in said
+        assert before < checkpoint.load(tmp_path / "checkpoint.pt")["step"] < 12
+    launch("train.py", *arguments)
+    assert_same_end(folder, tmp_path)
+
+
 # ------------------------------------------------------------------- several processes
 
 
@@ -273,6 +299,23 @@ def test_a_dead_process_ends_all_or_is_restarted(whole, tmp_path, restarts):
     else:
         assert process.returncode != 0 and time.monotonic() - began < 60
         assert checkpoint.latest(tmp_path / "checkpoint.pt") is not None
+
+
+def test_a_disk_slower_than_the_others_wait(whole, tmp_path):
+    """The run ends, as it must; the checkpoint under way is written, and it goes on from it."""
+    _, arguments = whole
+    program = [*map(str, arguments), "--output", str(tmp_path)]
+    done = subprocess.run(
+        [*TWO, "tests/engine/slow_disk.py", *program],
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    )  # fmt: skip
+    assert done.returncode != 0 and "Timed out waiting" in done.stderr
+    step = checkpoint.load(tmp_path / "checkpoint.pt")["step"]
+    assert step >= 1 and not list(tmp_path.glob("checkpoint*.tmp"))
+    again = subprocess.run([*TWO, "train.py", *program], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 12
 
 
 def test_two_machines(whole, tmp_path):

@@ -1,0 +1,78 @@
+"""The label curve: runs that are there stay, and its numbers are the verdict's.
+
+Two small runs by the command itself; the oracle is `evaluate` and `verdict.compare` on their
+checkpoints.
+"""
+
+import json
+
+import pytest
+import torch
+from helpers import TINY, dataset_of, error_of
+
+from ssis.datasets import coco_json
+from ssis.engine import resume
+from ssis.report import ap, verdict
+from ssis.tools import label_curve
+
+
+def flags_of(shapes_folder) -> list[str]:
+    # The method and the share are the curve's own.
+    kept = list(map(str, TINY))
+    for flag in ("--method", "--labeled"):
+        if flag in kept:
+            del kept[kept.index(flag) : kept.index(flag) + 2]
+    return [*dataset_of(shapes_folder), *kept]
+
+
+def test_the_curve_of_two_runs(shapes_folder, tmp_path, capsys):
+    arguments = ["--labeled", "50%", "100%", "--output", str(tmp_path), *flags_of(shapes_folder)]
+    arguments += ["--pretrain-steps", "24", "--warmup-steps", "8"]
+    label_curve.main(arguments)
+    out = capsys.readouterr().out
+    content = json.loads((tmp_path / "label_curve.json").read_text())
+    (curve,) = content.values()
+    assert list(content) == ["supervised"] and curve[0]["images"] * 2 == curve[1]["images"]
+    models = []
+    for share in ("50pct", "100pct"):
+        net, _, names, _ = resume.load_model(tmp_path / f"supervised-{share}/checkpoint.pt", "")
+        test_set = coco_json.load_coco(*dataset_of(shapes_folder)[9::2], names)
+        models.append(ap.evaluate(net, test_set, torch.device("cpu")))
+    truth = test_set.coco(range(len(test_set)))
+    assert [point["ap"] for point in curve] == [m[0]["mask"]["AP"] for m in models]
+    step = verdict.compare("50%", *models, truth)
+    assert curve[1]["compared"] == [json.loads(json.dumps(step))] and step["words"] in out
+    assert "would more labels help? from " in out
+    assert (tmp_path / "label_curve.png").stat().st_size > 5000
+    assert all(point["ap"] > 0 for point in curve)
+    # A second call makes no run, and one with other flags none either.
+    before = (tmp_path / "supervised-50pct" / "summary.json").stat().st_mtime_ns
+    label_curve.main(arguments)
+    assert (tmp_path / "supervised-50pct" / "summary.json").stat().st_mtime_ns == before
+    capsys.readouterr()
+    said = error_of(capsys, label_curve.main, [*arguments, "--lr", "0.1"])
+    assert "is of a run with other settings (--lr was" in said
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("gain", "interval", "words"),
+    [
+        (5.0, (1.0, 8.0), "more labels will very likely help"),
+        (2.0, (-1.0, 4.0), "may be chance"),
+        (-0.5, (-3.0, 2.0), "no sign that more labels would help"),
+        (5.0, None, "more labels will very likely help"),
+    ],
+)
+def test_the_answer(gain, interval, words):
+    step = dict(gain=gain, interval=interval)
+    said = label_curve.answer(dict(images=10), dict(images=20), step)
+    assert (
+        words in said and f"from 10 to 20 labeled images the mask AP changed by {gain:+.1f}" in said
+    )
+
+
+@pytest.mark.fast
+def test_flags_of_training_are_checked_before_any_run(tmp_path, capsys):
+    said = error_of(capsys, label_curve.main, ["--output", str(tmp_path / "o"), "--lrr", "1"])
+    assert "--lrr" in said and not (tmp_path / "o").exists()

@@ -207,6 +207,13 @@ def test_a_missing_image_and_the_nearest_name(tmp_path):
     dataset = coco_json.load_coco(str(path), str(tmp_path / "images"))
     with pytest.raises(UserError, match=r"nearest name in it is 'photo_0012.jpg'"):
         dataset.check_files()
+    # The same name elsewhere is what --match-names is for.
+    text = path.read_text()
+    path.write_text(text.replace("photo_012.jpg", "photos/photo_0012.jpg"))
+    dataset = coco_json.load_coco(str(path), str(tmp_path / "images"))
+    with pytest.raises(UserError, match=r"nearest name in it is 'photo_0012.jpg'; prepare own --m"):
+        dataset.check_files()
+    path.write_text(text)
     with pytest.raises(UserError, match=r"no image of this name.*nearest is 'photo_0012.jpg'"):
         own(tmp_path, "--match-names")
 

@@ -13,7 +13,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from ssis import UserError, distributed
+from ssis import UserError, distributed, model
 from ssis.datasets import coco_json, parts
 from ssis.engine.resume import add_model_flags, load_model
 from ssis.report import ap
@@ -26,7 +26,7 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", default="", help="COCO JSON; default: the run's test part")
     parser.add_argument("--images", default="", help="its image folder")
-    parser.add_argument("--max-detections", type=int, default=0, help="in an image; 0: the run's")
+    parser.add_argument("--max-detections", type=int, metavar="N", help="in an image, as the run")
     parser.add_argument("--boundary", action="store_true", help="boundary AP too")
     parser.add_argument("--save-predictions", type=Path, metavar="F", help="COCO results JSON")
     args = parser.parse_args(argv)
@@ -34,13 +34,15 @@ def run(argv: list[str] | None) -> None:
         raise UserError("--json and --images go together: give both, or neither")
     if args.boundary and not importlib.util.find_spec("faster_coco_eval"):
         raise UserError("--boundary: needs a further package; pip install faster-coco-eval")
+    if args.max_detections is not None and args.max_detections < 100:
+        raise UserError(f"--max-detections {args.max_detections}: COCO's AP needs at least 100")
     net, config, names, who = load_model(args.checkpoint, args.who)
     source, folder = (args.json, args.images) if args.json else parts.part_paths(config, "test")
     dataset = coco_json.load_coco(source, folder, names)
     dataset.check_files()
     rank, world_size, device = distributed.start(args.device)
     if args.max_detections:
-        net.roi_heads.detections_per_img = args.max_detections
+        model.set_detections(net, args.max_detections)
     report, results = ap.evaluate(net.to(device), dataset, device, rank, world_size, progress=True)
     if rank == 0:
         print(f"{who} of {args.checkpoint} on {source}, {len(dataset)} images")

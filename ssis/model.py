@@ -416,6 +416,16 @@ def light_heads(
     )
 
 
+def set_detections(net: nn.Module, count: int) -> None:
+    """Let a Mask R-CNN find up to `count` instances in an image.
+
+    Its first stage must propose more: twice as many at least, in evaluation.
+    """
+    net.roi_heads.detections_per_img = count
+    for limits in (net.rpn._pre_nms_top_n, net.rpn._post_nms_top_n):
+        limits["testing"] = max(limits["testing"], 2 * count)
+
+
 class TimmFPN(nn.Module):
     """A backbone of timm under torchvision's feature pyramid, 64 channels wide.
 

@@ -29,8 +29,9 @@ from ssis.io import images
 # What is passed over or read in a way of its own, and told at the end.
 NOTES = {
     "empty": "without a mask are left out",
-    "twice": "are there twice, with the same class and mask; one of each is kept",
-    "corners": "have two opposite corners for a polygon and are read as rectangles",
+    "twice": "are duplicates (same image, class and mask) and are left out",
+    "corners": "give only two opposite corners and are read as rectangles",
+    "fractions": "lie between 0 and 1, as fractions of the image, and are left out",
 }
 
 
@@ -228,7 +229,6 @@ def read_annotations(
         for record in image_records:
             parts, is_polygon = read_mask(record, size, dataset.source, told)
             label = label_of[as_number(record["category_id"])]
-            told["empty"] += not parts
             if not parts:
                 continue
             # Merged exports have some annotations twice.
@@ -245,14 +245,14 @@ def read_annotations(
                 byte_first.append(byte_first[-1] + len(part))
             part_first.append(part_first[-1] + len(parts))
         first.append(len(labels))
-    if records and told["empty"] == len(records):
+    if records and not (labels or told["fractions"]):
         raise UserError(
             f"{dataset.source}: none of its {len(records)} annotations has a mask; "
             "export polygons or RLE (instance segmentation, not object detection), or "
             "let SAM draw masks in the boxes: python -m ssis prepare own "
             "--masks-from-boxes"
         )
-    if 0 < told["fractions"] == told["polygonal"]:
+    if told["fractions"] and not any(polygonal):
         raise UserError(
             f"{dataset.source}: all polygons lie between 0 and 1, as fractions of the "
             "image; COCO's are in pixels: multiply x by the width and y by the height"
@@ -303,6 +303,7 @@ def read_mask(
             raise TypeError("RLE")
         # Nothing but background is no mask.
         empty = not mask_utils.area(dict(size=size, counts=counts))
+        told["empty"] += empty
         return [] if empty else [counts], False
     if not isinstance(segmentation, list):
         raise wrong("a segmentation that is neither polygons nor an RLE")
@@ -324,18 +325,25 @@ def read_mask(
                 "a polygon far outside of its image, or with a coordinate that is no "
                 "number"
             )
-        if len(numbers) == 4:
+        if len(numbers) == 4 == sum(map(len, segmentation)):
             # labelme's rectangle, as its converters write it: two opposite corners. To
-            # pycocotools four numbers would be x, y, width and height.
+            # pycocotools four numbers are x, y, width and height, as in a box.
             left, top, right, bottom = numbers
-            numbers = array("d", [left, top, right, top, right, bottom, left, bottom])
-            told["corners"] += 1
+            if list(numbers) == record.get("bbox"):
+                right, bottom = left + right, top + bottom
+            if left != right and top != bottom:
+                numbers = [left, top, right, top, right, bottom, left, bottom]
+                numbers = array("d", numbers)
+                told["corners"] += 1
         # A polygon needs three corners.
         if len(numbers) >= 6:
             parts.append(numbers.tobytes())
-            fraction &= min(numbers) >= 0 and max(numbers) <= 1
-    told["polygonal"] += bool(parts)
-    told["fractions"] += bool(parts) and fraction
+            # A little more and less than 0 and 1: rounding.
+            fraction &= min(numbers) > -0.01 and max(numbers) < 1.01
+    if parts and fraction:
+        told["fractions"] += 1
+        return [], True
+    told["empty"] += not parts
     return parts, True
 
 
@@ -368,8 +376,8 @@ def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
     names = [name for k, name in enumerate(names) if k not in found]
     if not names:
         raise UserError(
-            f"{folder}: no image in it that is not in {dataset.source} already "
-            f"({', '.join(images.IMAGE_TYPES)})"
+            f"{folder}: no image in it that is not in {dataset.source} already, or a "
+            f"copy of a validation or test image ({', '.join(images.IMAGE_TYPES)})"
         )
     start = len(dataset)
     dataset.files += names

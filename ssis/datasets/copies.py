@@ -1,53 +1,69 @@
 r"""Copies of one picture: they must not lie on both sides of training and judging.
 
-A model that has trained on a copy of a validation image is judged on what it knows by
-heart. Real folders hold such copies, and not only as equal files: Roboflow exports
-three augmented versions of each photo, frames of a film follow each other by a
-fraction of a second, and a tool compresses anew what it exports. They are told
+A model that has trained on a copy of a validation image is judged by an image that it
+has memorized. Real folders hold such copies, and not only as equal files: Roboflow
+exports three augmented versions of each photo, frames of a film follow each other by a
+fraction of a second, and a tool compresses anew what it exports. They are recognized
 
 * by name: `photo_jpg.rf.<hash>.jpg` is a version of `photo`, `clip_frame_0012.png` and
   `clip_mp4-12_jpg.rf.<hash>.jpg` are frames of `clip`; or by an expression of the
   user's (`group_of`);
 * by content: the same first and last bytes (`Known`);
-* by looks: perceptual hashes (pHash: the signs of the lowest frequencies of the gray
-  picture) that differ in less than a fifth of their bits, also mirrored or turned by a
-  quarter (`alike`). Measured on 306 images of nuclei, 299 of blood cells and 598
+* by appearance: perceptual hashes (pHash: the signs of the lowest frequencies of the
+  gray picture) that differ in less than a fifth of their bits, also mirrored or turned
+  by a quarter (`alike`). Measured on 306 images of nuclei, 299 of blood cells and 598
   photographs (docs/bench/near_duplicates.py): all copies that were compressed, resized,
   brightened or blurred are found, and the only four pairs besides are copies that the
   blood cells really have. A copy that is cropped by 5 % or turned by 10 degrees is not
   found.
 
-Read next: `ssis/tools/prepare.py`, which keeps groups together.
+Read next: `ssis/tools/prepare_own.py`, which keeps groups together.
 """
 
 import contextlib
 import os
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageOps
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
 
-# Roboflow's name of a version, without its last extension: the photo's own name, whose
-# extension has become a part of it.
-VERSION = re.compile(r"(.+)_(?:jpe?g|png|bmp|webp|tiff?)\.rf\.\w+$", re.IGNORECASE)
+from ssis.io.images import read_image
+
+# What Roboflow appends to a photo's name: its extension as a part of it, .rf. and a
+# hash; an image that was uploaded once more has it twice.
+VERSION = re.compile(r"(.+?)(?:[_-]\w{3,4})?\.rf\.\w+$")
 # The number of a frame, after the word or after the film's own extension.
-FRAME = re.compile(r"(.*?)[-_. ]*(?:frame|mp4|mov|avi|mkv)[-_. ]*\d+$", re.IGNORECASE)
-# Bits of a hash along one side, and how many of them all a copy may have otherwise.
+FRAME = re.compile(
+    r"(.*?)(?:^|[-_. /])(?:frame|mp4|mov|avi|mkv)[-_. ]*\d+$", re.IGNORECASE
+)
+# The folders of an export, over which the versions of a photo may be spread.
+PART = re.compile(r"^(?:train|valid|val|test)/", re.IGNORECASE)
+# Bits of a hash along one side, and the fraction of all in which a copy may differ.
 SIDE, FEW = 16, 0.2
-# As many unlabeled images are compared by looks: some 10 ms each whenever a run starts.
+# Up to so many unlabeled images are compared by appearance: some 10 ms each whenever a
+# run starts.
 MANY = 5_000
 UNSEEN = (
-    "those that look like a validation or test image are not searched for, equal files "
-    "and Roboflow's versions are"
+    "look-alikes of validation and test images are not searched for; identical files "
+    "and Roboflow versions still are"
 )
 
 
 def version_of(name: str) -> str:
     """A name without extension; that of its photo for one of Roboflow's versions."""
     stem = os.path.splitext(name)[0]
-    found = VERSION.match(stem)
-    return found.group(1) if found else stem
+    while found := VERSION.match(stem):
+        stem = PART.sub("", found.group(1))
+    return stem
+
+
+def is_version(name: str) -> bool:
+    """Whether a file name is that of one of Roboflow's versions."""
+    return bool(VERSION.match(os.path.splitext(name)[0]))
 
 
 def group_of(name: str, pattern: str = "") -> str:
@@ -55,18 +71,23 @@ def group_of(name: str, pattern: str = "") -> str:
 
     Args:
         name: file name relative to the image folder.
-        pattern: an expression of the user's: its first group, or else all it finds,
-            tells the group; a name in which it is not found stands for itself.
+        pattern: an expression of the user's, for the name without its extension and
+            what Roboflow appends: its first group, or else all it finds, names the
+            group; a name in which it finds nothing stands for itself.
     """
-    if pattern:
-        found = re.search(pattern, name)
-        return (found.group(found.re.groups and 1) or "") if found else name
     stem = version_of(name)
-    film = FRAME.match(stem)
-    # `frame_0012` alone: of the one film that there is.
-    return (film.group(1) or "frames") if film else stem
+    if pattern:
+        found = re.search(pattern, stem)
+        return (
+            next(iter(g for g in found.groups() if g), found.group()) if found else name
+        )
+    if film := FRAME.match(stem):
+        # `frame_0012` alone: of the one film that there is.
+        return PART.sub("", film.group(1)) or "frames"
+    return stem
 
 
+@lru_cache(maxsize=100_000)
 def views(path: str) -> np.ndarray | None:
     """Perceptual hashes of an image file as it is, mirrored, and turned by quarters.
 
@@ -81,6 +102,9 @@ def views(path: str) -> np.ndarray | None:
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                # Of 16 bits: Pillow alone would turn them white.
+                image = to_pil_image(read_image(path))
             # JPEG is decoded at an eighth of the size where that is enough.
             image.draft("L", (256, 256))
             gray = ImageOps.exif_transpose(image).convert("L")
@@ -104,7 +128,9 @@ def alike(paths: list[str], others: list[str]) -> list[tuple[int, int]]:
     Raises:
         ImportError: without the package `imagehash`.
     """
-    seen = {path: views(path) for path in {*paths, *others}}
+    every = list(dict.fromkeys([*paths, *others]))
+    bar = tqdm(every, unit="image", desc="compare", leave=False, delay=5)
+    seen = {path: views(path) for path in bar}
     known = [k for k, path in enumerate(others) if seen[path] is not None]
     if not known:
         return []
@@ -150,16 +176,15 @@ def leaks(paths: list[str], judged: list[str]) -> tuple[set[int], list[str]]:
     Returns:
         Numbers of the images in `paths`, and a warning where looks were not compared.
     """
-    originals = {
-        version_of(os.path.basename(path))
-        for path in judged
-        if VERSION.match(os.path.splitext(os.path.basename(path))[0])
-    }
-    found = {
-        k
-        for k, path in enumerate(paths)
-        if version_of(os.path.basename(path)) in originals
-    }
+    names = [os.path.basename(path) for path in judged]
+    plain = {version_of(name) for name in names}
+    versions = {version_of(name) for name in names if is_version(name)}
+    found = set()
+    for k, path in enumerate(paths):
+        name = os.path.basename(path)
+        # Two plain photos of one name, in two folders, may be two photos.
+        if version_of(name) in (plain if is_version(name) else versions):
+            found.add(k)
     if len(paths) > MANY:
         return found, [f"more than {MANY} unlabeled images: {UNSEEN}"]
     try:

@@ -28,7 +28,7 @@ from torch import Tensor
 from ssis import UserError
 from ssis.data import sanitize
 from ssis.datasets import rle
-from ssis.datasets.file_names import last_part, nearest
+from ssis.datasets.file_names import nearest
 from ssis.io import images
 
 
@@ -233,11 +233,8 @@ class Dataset:
         """
         path = self.path(index)
         if not os.path.isfile(path):
-            name = self.files[index]
-            close = nearest(name, Path(self.folders[index]))
-            hint = f" The nearest name in it is {close!r}" if close else ""
-            if close and last_part(close) == last_part(name):
-                hint += "; prepare own --match-names takes it"
+            close = nearest(self.files[index], Path(self.folders[index]))
+            hint = f" The nearest name in it is {close}" if close else ""
             raise UserError(
                 f"{path}: image not found, but listed in {self.source}; is the image "
                 f"folder the right one?{hint}"

@@ -40,15 +40,20 @@ def images_under(folder: Path) -> list[str]:
 
 
 def last_part(name: str) -> str:
-    r"""A photo's own name: what follows the last `/`, `\` or `=`; `%20` is a space."""
-    return re.split(r"[/\\=]", unquote(name))[-1]
+    """A photo's own name in a path or an address of any kind; `%20` is a space."""
+    name = unquote(name)
+    # Label Studio's local files; or what a cloud appends to an address.
+    name = name.split("?d=")[1] if "?d=" in name else name.split("?")[0]
+    return re.split(r"[/\\]", name)[-1]
 
 
 def nearest(name: str, folder: Path) -> str:
-    """The image under a folder whose name is most like that of a missing one, or ""."""
+    """In words: the image whose name is most like that of a missing one; or ""."""
     found = images_under(folder)
-    same = [other for other in found if last_part(other) == last_part(name)]
-    return next(iter(same or difflib.get_close_matches(name, found, 1)), "")
+    same = [other for other in found if PurePosixPath(other).name == last_part(name)]
+    if len(same) == 1:
+        return f"{same[0]!r}, which prepare own --match-names takes"
+    return "".join(map(repr, same[:1] or difflib.get_close_matches(name, found, 1)))
 
 
 def match(records: list[dict], folder: Path, source: str) -> int:
@@ -70,12 +75,13 @@ def match(records: list[dict], folder: Path, source: str) -> int:
     """
     found: dict[str, list[str]] = {}
     for name in images_under(folder):
-        found.setdefault(last_part(name), []).append(name)
-    there = {name for names in found.values() for name in names}
-    changed = 0
+        found.setdefault(PurePosixPath(name).name, []).append(name)
+    changed, taken = 0, {}
     for record in records:
-        name = str(record.get("file_name"))
-        if name in there:
+        if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
+            raise UserError(f"{source}: an image has no file_name: {record!r:.80}")
+        name = record["file_name"]
+        if (folder / name).is_file():
             continue
         last = last_part(name)
         files = found.get(last) or found.get(re.sub(r"^[0-9a-f]{8}-", "", last)) or []
@@ -84,8 +90,14 @@ def match(records: list[dict], folder: Path, source: str) -> int:
             close = nearest(name, folder)
             raise UserError(
                 f"{source}: file_name {name!r}: {said} of this name under {folder}"
-                + (f"; the nearest is {close!r}" if close and not files else "")
+                + (f"; the nearest is {close}" if close and not files else "")
             )
+        if other := taken.get(files[0]):
+            raise UserError(
+                f"{source}: file_name {name!r} and {other!r} both mean {files[0]!r}; "
+                "correct one of them"
+            )
+        taken[files[0]] = name
         record["file_name"] = files[0]
         changed += 1
     return changed

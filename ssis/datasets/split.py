@@ -23,7 +23,7 @@ from ssis.io.files import write_text, writing
 
 
 def draw_split(
-    dataset: Dataset, labeled: str, seed: int
+    dataset: Dataset, labeled: str, seed: int, pool: list[int] | None = None
 ) -> tuple[list[int], list[str]]:
     """Choose the labeled images.
 
@@ -32,6 +32,7 @@ def draw_split(
         labeled: "5%" of the images, "64" images, "annotated" for those that have an
             annotation, or the path of a split's JSON.
         seed: of the draw; not used for the last two.
+        pool: the images to draw a share or a number from; None: all that have masks.
 
     Returns:
         Sorted indices of the labeled images, and warnings.
@@ -47,9 +48,10 @@ def draw_split(
     if labeled == "annotated":
         given = [i for i in range(total) if dataset.first[i] < dataset.first[i + 1]]
         return given, coverage(dataset, given)
-    count = how_many(labeled, total)
+    pool = list(range(total)) if pool is None else pool
+    count = how_many(labeled, len(pool))
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(total, generator=generator).tolist()
+    order = [pool[k] for k in torch.randperm(len(pool), generator=generator).tolist()]
     # Cover the classes first, the rarest first, each by the first image of the random
     # order that has it: a class without one labeled instance can never be learned.
     holders: dict[int, list[int]] = {}

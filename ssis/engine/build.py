@@ -52,7 +52,7 @@ def build(
     torch.manual_seed(config.seed)
     kind, *rest = model_of(config)
     net = model.build(kind, len(names) + 1, *rest).to(device).train()
-    net.roi_heads.detections_per_img = detections
+    model.set_detections(net, detections)
     student, teacher = distributed.wrap(net, device), make_teacher(net)
     thresholds = filters.Thresholds(
         len(names),

@@ -19,7 +19,7 @@ BROKEN = (ConnectionResetError, EOFError)
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
-def mask(how: str) -> None:
+def signals_wait(how: str) -> None:
     """Let the signals that stop a run wait ("SIG_BLOCK"), or no longer."""
     # Windows has no process groups that are sent them.
     if hasattr(signal, "pthread_sigmask"):
@@ -30,7 +30,7 @@ def ignore_signals(worker: int) -> None:
     """Ctrl-C and SIGTERM reach workers too; only the main process is to react."""
     for name in STOPS:
         signal.signal(name, signal.SIG_IGN)
-    mask("SIG_UNBLOCK")
+    signals_wait("SIG_UNBLOCK")
 
 
 @contextlib.contextmanager
@@ -101,11 +101,11 @@ def batches(stream: Stream, shard: Shard, workers: int):
     )
     # A worker that has just begun would end at a signal, which a cluster sends to all
     # processes: in it the signals wait until it ignores them.
-    mask("SIG_BLOCK")
+    signals_wait("SIG_BLOCK")
     try:
         items = iter(loader)
     finally:
-        mask("SIG_UNBLOCK")
+        signals_wait("SIG_UNBLOCK")
     try:
         yield from items
     except BROKEN:

@@ -207,7 +207,7 @@ def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str],
     net = model.build(kind, len(state["names"]) + 1, *rest, fetch=False)
     load_weights(net, state[who], path)
     # Older checkpoints are of runs in which it was always 100.
-    net.roi_heads.detections_per_img = state.get("detections", 100)
+    model.set_detections(net, state.get("detections", 100))
     return net.eval(), config, state["names"], who
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssis import UserError, copy_paste, data, distributed, losses
+from ssis import UserError, copy_paste, data, distributed, losses, model
 from ssis.config import Config, flag
 from ssis.datasets import parts, split
 from ssis.engine import loader, resume, run_folder
@@ -128,8 +128,9 @@ class Session:
         count = 100 * math.ceil(1.5 * most / 100)
         if self.rank == 0:
             print(
-                f"note: a labeled image has {most} instances; up to {count} are found "
-                "in an image and counted by AP, not COCO's 100 (--max-detections)",
+                f"note: a labeled image has {most} instances; up to {count} detections "
+                "per image are kept and counted by AP, instead of COCO's 100 "
+                "(--max-detections)",
                 file=sys.stderr,
             )
         return count
@@ -466,7 +467,7 @@ class Session:
         if names != self.train_set.names:
             raise UserError(f"{path}: is of other classes")
         # As many detections of each model that is compared here.
-        net.roi_heads.detections_per_img = self.detections
+        model.set_detections(net, self.detections)
         return net.to(self.device)
 
 

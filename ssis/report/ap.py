@@ -262,7 +262,7 @@ def evaluate(
     # In image order, whatever the number of processes: AP breaks ties by position.
     results.sort(key=lambda result: result["image_id"])
     # Once, not in every process.
-    limit = net.roi_heads.detections_per_img
+    limit = max(USUAL, net.roi_heads.detections_per_img)
     report = distributed.from_main(numbers_of, dataset, results, limit)
     net.train(mode)
     give_back_memory()

@@ -165,6 +165,8 @@ def results(summary: dict) -> str:
     details = summary["details"]
     models = [name for name in MODELS if name in details]
     numbers = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+    crowded = all("AP@100" in details[name]["mask"] for name in models)
+    numbers += ["AP@100"] if crowded else []
     rows = [
         [f"{name}, {kind}", *(details[name][kind][n] for n in numbers)]
         for kind in ("mask", "box")
@@ -175,7 +177,9 @@ def results(summary: dict) -> str:
         f'<p class="note">On {html.escape(summary["evaluated_on"])} '
         f"({summary['test_images']} images). pretrained: the first teacher, which has "
         "seen labeled images only. APs, APm, APl: instances under 32², under 96² and "
-        "larger, in pixels.</p>"
+        "larger, in pixels."
+        + (" AP@100: of 100 detections an image, as COCO." if crowded else "")
+        + "</p>"
     )
     keys = ["pseudo_per_image", "box_precision", "class_accuracy", "mask_iou", "recall"]
     rows = [

@@ -67,7 +67,7 @@ CLASSES = {names!r}
 def load(weights=Path(__file__).with_name("weights.pt")):
     """The model in evaluation mode, on the CPU."""
     model = build_small({num_classes}, {short_side}, {long_side})
-    model.roi_heads.detections_per_img = {detections}
+    set_detections(model, {detections})
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return model.eval()
 '''
@@ -83,10 +83,13 @@ Needs torch and torchvision. Labels count from 1: CLASSES[label - 1].
 from pathlib import Path
 
 import torch
+from torch import nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 CLASSES = {names!r}
 
+
+{limit}
 
 def load(weights=Path(__file__).with_name("weights.pt")):
     """The model in evaluation mode, on the CPU."""
@@ -96,8 +99,8 @@ def load(weights=Path(__file__).with_name("weights.pt")):
         num_classes={num_classes},
         min_size={short_side},
         max_size={long_side},
-        box_detections_per_img={detections},
     ){norms}
+    set_detections(model, {detections})
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return model.eval()
 '''
@@ -128,8 +131,10 @@ def program(
         long_side=config.long_side,
         detections=detections,
         builder="\n\n".join(
-            inspect.getsource(part) for part in (model.build_small, model.light_heads)
+            inspect.getsource(part)
+            for part in (model.build_small, model.light_heads, model.set_detections)
         ),
+        limit=inspect.getsource(model.set_detections),
         norms=NO_EPSILON if no_epsilon else "",
     )
 

@@ -9,7 +9,8 @@ on, as if the others had never been annotated, by supervised training, and with
 Each step of the curve is judged as a run's verdict is (`ssis/report/verdict.py`): by
 the difference on the same test images, with its 95 % interval. A curve that still rises
 at its end says that more labels would help; one that is flat, that something else is
-short: steps, resolution, a clearer definition of the classes.
+short: steps, resolution, a clearer definition of the classes. One run for each point:
+another seed would give another curve.
 
 A run that is there is not made again: the same command goes on. `label_curve.json` has
 the numbers, `label_curve.png` the curve.
@@ -18,7 +19,9 @@ Read next: `ssis/report/verdict.py`.
 """
 
 import argparse
+import hashlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +29,8 @@ from pathlib import Path
 import matplotlib
 from tqdm import tqdm
 
-from ssis import UserError, config, distributed
-from ssis.datasets import coco_json, parts
+from ssis import UserError, config, distributed, model
+from ssis.datasets import coco_json, parts, split
 from ssis.engine import resume
 from ssis.io.files import write_text, writing
 from ssis.report import ap, verdict
@@ -38,11 +41,51 @@ from matplotlib import pyplot as plt
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
+def draw_shares(settings: config.Config, shares: list[str], folder: Path) -> list[Path]:
+    """A split for each share of the images that have an annotation, the smallest first.
+
+    Args:
+        settings: of all the runs.
+        shares: as for `--labeled`.
+        folder: gets `labeled-<number of images>.json`.
+
+    Raises:
+        UserError: a share of nothing; or the runs in the folder are of other data.
+    """
+    source, images = parts.part_paths(settings, "train")
+    train_set = coco_json.load_coco(source, images)
+    pool, _ = split.draw_split(train_set, "annotated", 0)
+    drawn = {}
+    for share in shares:
+        chosen, warnings = split.draw_split(train_set, share, settings.seed, pool)
+        drawn[len(chosen)] = chosen
+        for line in warnings:
+            print(f"warning: {share}: {line}", file=sys.stderr)
+    # Annotations change from round to round, and a run is of those it was trained on.
+    content = hashlib.blake2b(digest_size=16)
+    for path in (source, parts.part_paths(settings, "test")[0]):
+        content.update(Path(path).read_bytes())
+    mark = folder / "data.txt"
+    if mark.exists() and mark.read_text() != content.hexdigest():
+        raise UserError(
+            f"{folder}: has runs of other annotations than {source} has now; give "
+            "another --output"
+        )
+    with writing(mark, "--output"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(mark, content.hexdigest())
+        paths = [folder / f"labeled-{count}.json" for count in sorted(drawn)]
+        for path, chosen in zip(paths, sorted(drawn.values(), key=len), strict=True):
+            split.write_split(train_set, chosen, path, settings.seed)
+    return paths
+
+
 def train(folder: Path, flags: list[str]) -> None:
     """One run, unless it is there.
 
     Raises:
-        UserError: it ended otherwise, or the folder has one with other flags.
+        UserError: the folder has a run with other flags.
+        SystemExit: it ended otherwise than it should, and has said why.
     """
     flags = [*flags, "--output", str(folder)]
     settings = config.parse(flags)
@@ -51,36 +94,56 @@ def train(folder: Path, flags: list[str]) -> None:
         other = config.differences(settings, saved, config.not_in_result())
         if other:
             raise UserError(
-                f"{folder}: is of a run with other settings ({'; '.join(other[:3])}); "
-                "give another --output"
+                f"{folder}: belongs to a run with other settings "
+                f"({'; '.join(other[:3])}); give another --output"
             )
         return
-    status = subprocess.run([sys.executable, str(TRAIN), *flags]).returncode
+    run = subprocess.Popen([sys.executable, str(TRAIN), *flags])
+    try:
+        status = run.wait()
+    finally:
+        # Stopped: the run saves its last step, and goes on from there the next time.
+        if run.poll() is None:
+            run.terminate()
+            run.wait()
     if status or not (folder / "summary.json").exists():
-        raise UserError(f"{folder}: the run is not complete; the same command goes on")
+        sys.exit(status or 130)
 
 
-def measure(folder: Path, device) -> dict:
-    """A run's final model on the test part.
+def measure(folders: list[Path], device) -> list[dict]:
+    """The final models of some runs on the test part.
 
     Returns:
-        images (labeled), ap, interval (of the AP itself, in percent, or None), and what
-        a comparison needs: `found` (numbers, results), `truth`, `limit`.
+        For each run images (labeled), ap, interval (of the AP itself, in percent, or
+        None), and what a comparison needs: found (numbers and results), truth, limit.
+
+    Raises:
+        UserError: the test part has no instance.
     """
-    net, settings, names, _ = resume.load_model(folder / "checkpoint.pt", "")
-    test_set = coco_json.load_coco(*parts.part_paths(settings, "test"), names)
-    found = ap.evaluate(net.to(device), test_set, device)
-    truth, limit = test_set.coco(range(len(test_set))), net.roi_heads.detections_per_img
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return dict(
-        images=summary["labeled"],
-        ap=found[0]["mask"]["AP"],
-        # Against a model that finds nothing, whose AP is 0 in every draw.
-        interval=verdict.paired_interval(truth, [], found[1], limit),
-        found=found,
-        truth=truth,
-        limit=limit,
-    )
+    loaded = [resume.load_model(folder / "checkpoint.pt", "") for folder in folders]
+    # As many detections of each, or a step of the curve would be one of the limit.
+    limit = max(net.roi_heads.detections_per_img for net, *_ in loaded)
+    measured = []
+    for folder, (net, settings, names, _) in zip(folders, tqdm(loaded), strict=True):
+        test_set = coco_json.load_coco(*parts.part_paths(settings, "test"), names)
+        model.set_detections(net, limit)
+        found = ap.evaluate(net.to(device), test_set, device)
+        if found[0]["mask"]["AP"] is None:
+            raise UserError(f"{test_set.source}: has no instance to judge by")
+        truth = test_set.coco(range(len(test_set)))
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        measured.append(
+            dict(
+                images=summary["labeled"],
+                ap=found[0]["mask"]["AP"],
+                # Against a model that finds nothing, whose AP is 0 in every draw.
+                interval=verdict.paired_interval(truth, [], found[1], limit),
+                found=found,
+                truth=truth,
+                limit=limit,
+            )
+        )
+    return measured
 
 
 def compare(name: str, before: dict, after: dict) -> dict:
@@ -96,14 +159,17 @@ def answer(before: dict, after: dict, step: dict) -> str:
         before, after: the last two measurements of supervised training.
         step: their comparison.
     """
-    low, high = step["interval"] or (step["gain"], step["gain"])
     said = (
         f"from {before['images']} to {after['images']} labeled images the mask AP "
-        f"changed by {step['gain']:+.1f} (95 % interval {low:+.1f} to {high:+.1f}): "
+        f"changed by {step['gain']:+.1f}"
     )
+    if not step["interval"]:
+        return said + "; so many test images have no interval"
+    low, high = step["interval"]
+    said += f" (95 % interval {low:+.1f} to {high:+.1f}): "
     if low > 0:
-        return said + "more labels will very likely help"
-    if high < 0 or step["gain"] <= 0:
+        return said + "more labels will probably help"
+    if step["gain"] <= 0:
         return said + "no sign that more labels would help; look for what else is short"
     return said + "may be chance; judge by more images before you annotate more"
 
@@ -141,47 +207,41 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/own"))
     args, flags = parser.parse_known_args(argv)
     settings = config.parse(flags)
+    # SIGTERM as Ctrl-C: the run must be stopped too, or it would go on alone.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _, size, device = distributed.start(settings.device)
+    if size > 1:
+        raise UserError("study own: starts its runs itself; call it without torchrun")
     methods = ["supervised"]
     if settings.unlabeled_images and settings.method != "supervised":
         methods.append(settings.method)
+    splits = draw_shares(settings, args.labeled, args.output)
     runs = {
-        (method, share): args.output / f"{method}-{share.replace('%', 'pct')}"
-        for share in args.labeled
+        (method, path): args.output / f"{method}-{path.stem.removeprefix('labeled-')}"
+        for path in splits
         for method in methods
     }
     print(f"{len(runs)} runs in {args.output}/; the same command goes on after a stop")
-    for (method, share), folder in runs.items():
-        train(folder, [*flags, "--method", method, "--labeled", share])
-    _, _, device = distributed.start(settings.device)
-    measured = {
-        key: measure(folder, device)
-        for key, folder in tqdm(runs.items(), unit="model", desc="on the test part")
-    }
-    curves, lines = {}, []
-    for method in methods:
-        curves[method] = [measured[method, share] for share in args.labeled]
-        for k, (share, point) in enumerate(
-            zip(args.labeled, curves[method], strict=True)
-        ):
-            against = []
+    for (method, path), folder in runs.items():
+        train(folder, [*flags, "--method", method, "--labeled", str(path)])
+    measured = dict(zip(runs, measure(list(runs.values()), device), strict=True))
+    curves = {m: [measured[m, path] for path in splits] for m in methods}
+    print(f"{'labeled images':<24} {'mask AP':>8}")
+    for method, points in curves.items():
+        for k, point in enumerate(points):
+            point["compared"] = []
             if k:
-                against.append(
-                    compare(args.labeled[k - 1], curves[method][k - 1], point)
-                )
+                name = f"{points[k - 1]['images']} images"
+                point["compared"].append(compare(name, points[k - 1], point))
             if method != "supervised":
-                against.append(
-                    compare("supervised", measured["supervised", share], point)
-                )
-            point["compared"] = against
-            line = f"{method:<20} {share:>6} {point['images']:>7} {point['ap']:>8.1f}  "
-            lines.append(line + "; ".join(one["words"] for one in against))
-    print(f"{'':<20} {'':>6} {'images':>7} {'mask AP':>8}")
-    print("\n".join(lines))
+                alone = curves["supervised"][k]
+                point["compared"].append(compare("supervised", alone, point))
+            words = "; ".join(one["words"] for one in point["compared"])
+            print(f"{method:<18} {point['images']:>5} {point['ap']:>8.1f}  {words}")
     points = curves["supervised"]
     if len(points) > 1:
-        print(
-            "would more labels help? " + answer(*points[-2:], points[-1]["compared"][0])
-        )
+        step = points[-1]["compared"][0]
+        print(f"would more labels help? {answer(*points[-2:], step)}")
     kept = ("images", "ap", "interval", "compared")
     content = {m: [{k: p[k] for k in kept} for p in ps] for m, ps in curves.items()}
     path = args.output / "label_curve.json"

@@ -19,64 +19,73 @@ from tqdm import tqdm
 
 from ssis import UserError, sam
 from ssis.datasets.coco_json import as_number
-from ssis.datasets.file_names import safe_name
+from ssis.datasets.dataset import Dataset
 from ssis.io.files import writing
-from ssis.io.images import read_image
 from ssis.report import pictures
 
 
-def draw(raw: dict, args: argparse.Namespace, out: Path) -> None:
-    """Give each annotation that has a box and no mask SAM's mask, as RLE.
-
-    Args:
-        raw: COCO JSON; `segmentation` of its annotations is filled in.
-        args: `json` for messages, `root`, `masks_from_boxes` (weights) and `sam`.
-        out: the pictures go to its folder `masks_from_boxes`.
+def outlined(raw: dict, source: str) -> list[dict]:
+    """Give each annotation without a mask the outline of its box; returns those.
 
     Raises:
-        UserError: no such weights, or a record without a usable box.
+        UserError: no mask, and no box of x, y, width and height.
     """
-    boxes: dict[object, list[dict]] = {}
+    found = []
     for record in raw["annotations"]:
-        if not record.get("segmentation"):
-            boxes.setdefault(as_number(record.get("image_id")), []).append(record)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    segmenter = sam.SegmentAnything(args.sam, args.masks_from_boxes, device)
-    predictor = SamPredictor(segmenter.net)
-    categories = {as_number(c["id"]): c["name"] for c in raw["categories"]}
-    for image in tqdm(raw["images"], unit="image", desc="masks from boxes"):
-        records = boxes.get(as_number(image["id"]), [])
-        if not records:
+        mask = record.get("segmentation")
+        if mask and any(mask):
             continue
-        name = safe_name(image["file_name"], args.json)
-        pixels = read_image(str(args.root / name))
+        try:
+            x, y, width, height = map(float, record["bbox"])
+            if not (width > 0 and height > 0):
+                raise ValueError("box")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{source}: annotation {record.get('id')} has neither a mask nor a box "
+                "of x, y, width and height; correct or remove it"
+            ) from error
+        right, bottom = x + width, y + height
+        record["segmentation"] = [[x, y, right, y, right, bottom, x, bottom]]
+        found.append(record)
+    return found
+
+
+def draw(records: list[dict], dataset: Dataset, args: argparse.Namespace, out: Path):
+    """SAM's mask, as RLE, for each of the annotations that have a box alone.
+
+    Args:
+        records: of `outlined`; `segmentation` is replaced.
+        dataset: what the JSON holds, checked.
+        args: `masks_from_boxes` (weights) and `sam` (their kind).
+        out: the pictures go to its folder `masks_from_boxes`.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        segmenter = sam.SegmentAnything(args.sam, args.masks_from_boxes, device)
+    except UserError as error:
+        said = str(error).replace("--sam-checkpoint", "--masks-from-boxes")
+        raise UserError(said.split(", or give --method")[0]) from error
+    predictor, of_image = SamPredictor(segmenter.net), {}
+    for record in records:
+        of_image.setdefault(as_number(record["image_id"]), []).append(record)
+    label = {as_number(c): k for k, c in enumerate(dataset.category_ids, 1)}
+    for index in tqdm(range(len(dataset)), unit="image", desc="masks from boxes"):
+        mine, masks = of_image.get(as_number(dataset.image_ids[index]), []), []
+        if not mine:
+            continue
+        pixels = dataset.image(index)
         predictor.set_image(pixels.permute(1, 2, 0).numpy())
-        masks = torch.cat([one(predictor, record, args.json) for record in records])
-        for record, mask in zip(records, masks, strict=True):
-            rle = mask_utils.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+        for record in mine:
+            x, y, width, height = map(float, record["bbox"])
+            box = np.array([x, y, x + width, y + height])
+            masks.append(predictor.predict(box=box, multimask_output=False)[0][0])
+            rle = mask_utils.encode(np.asfortranarray(masks[-1], np.uint8))
             rle["counts"] = rle["counts"].decode()
             record.update(segmentation=rle, mask_from_box=True)
-        names = [str(categories[as_number(r["category_id"])]) for r in records]
-        labels = torch.arange(1, len(names) + 1)
-        target = out / "masks_from_boxes" / Path(name).with_suffix(".png")
+        labels = torch.tensor([label[as_number(r["category_id"])] for r in mine])
+        target = out / "masks_from_boxes" / f"{dataset.files[index]}.png"
         with writing(target, "--out"):
             target.parent.mkdir(parents=True, exist_ok=True)
-            shown = pictures.overlay(pixels / 255, masks, labels, names, side=800)
-            shown.save(target)
-    count = sum(map(len, boxes.values()))
-    print(f"{count} masks drawn in boxes; look at them: {out / 'masks_from_boxes'}")
-
-
-def one(predictor: SamPredictor, record: dict, source: str) -> torch.Tensor:
-    """SAM's mask (1, H, W) bool for the box of one annotation."""
-    try:
-        left, top, width, height = map(float, record["bbox"])
-        box = np.array([left, top, left + width, top + height])
-        if not (np.isfinite(box).all() and width > 0 and height > 0):
-            raise ValueError("box")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{source}: annotation {record.get('id')} has neither a mask nor a box of "
-            "x, y, width and height; correct or remove it"
-        ) from error
-    return torch.from_numpy(predictor.predict(box=box, multimask_output=False)[0])
+            shown = (pixels / 255, torch.from_numpy(np.stack(masks)), labels)
+            pictures.overlay(*shown, dataset.names, side=800).save(target)
+    print(f"{len(records)} masks drawn; look at them: {out / 'masks_from_boxes'}")

@@ -31,7 +31,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
-from ssis import UserError, distributed
+from ssis import UserError, distributed, model
 from ssis.datasets import rle
 from ssis.engine import resume
 from ssis.io.files import writing
@@ -186,20 +186,23 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--score", type=float, default=0.5, help="lowest class score")
     parser.add_argument(
-        "--max-detections", type=int, default=0, help="in an image; default: the run's"
+        "--max-detections",
+        type=int,
+        metavar="N",
+        help="in an image; default: the run's",
     )
     parser.add_argument("--masks", action="store_true", help="a PNG for each instance")
     args = parser.parse_args(argv)
     if not 0 <= args.score <= 1:
         raise UserError(f"--score {args.score}: must be from 0 to 1")
-    if args.max_detections < 0:
+    if args.max_detections is not None and args.max_detections < 1:
         raise UserError(f"--max-detections {args.max_detections}: must be at least 1")
     files = find_images(args.images, args.out)
     # Up to 179 megapixels Pillow only warns; what is larger it refuses.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     net, _, names, who = resume.load_model(args.checkpoint, args.who)
     if args.max_detections:
-        net.roi_heads.detections_per_img = args.max_detections
+        model.set_detections(net, args.max_detections)
     _, _, device = distributed.start(args.device)
     count = predict(net.to(device), names, files, args.out, args)
     if not count:

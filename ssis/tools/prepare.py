@@ -164,7 +164,10 @@ def run(argv: list[str] | None) -> None:
         raise UserError(f"--root {args.root}: folder not found")
     given = [flag for flag in prepare_own.FLAGS if getattr(args, flag)]
     if (args.dataset == "own") != bool(args.json) or (given and not args.json):
-        raise UserError("--json J: goes with own, and own with it")
+        raise UserError(
+            "own needs --json; --json, --match-names, --group-by and "
+            "--masks-from-boxes are of own alone"
+        )
     if args.lists and args.dataset == "own":
         raise UserError("--lists: published splits are of published datasets, not own")
     for path in args.lists:

@@ -7,10 +7,12 @@ r"""Your own data: one COCO JSON, checked and divided into training and validati
         --masks-from-boxes P   boxes alone: let SAM, with the weights P, draw the masks
 
 *Groups.* Copies of one picture stay on one side: otherwise the model is judged on what
-it has been taught. What counts as a copy says `ssis/datasets/copies.py`; `--group-by`
-replaces it by an expression of one's own, `"(.*)"` makes each image its own group.
+it has been taught. `ssis/datasets/copies.py` defines what counts as a copy;
+`--group-by` replaces it by an expression of one's own, and `"(.*)"` makes each image
+its own group.
 
-*A second round.* Images that an earlier call put into the validation part stay there.
+*A second round.* Images that an earlier call put into the validation part stay there,
+also as new versions of the same photos.
 
 Read next: `ssis/datasets/copies.py`.
 """
@@ -26,11 +28,12 @@ import torch
 from ssis import UserError
 from ssis.datasets import coco_json, copies, file_names, split
 from ssis.datasets.dataset import Dataset
+from ssis.io.sam_weights import CHECKPOINTS
 from ssis.tools import masks_from_boxes
 
-# Those that mean nothing without a JSON of one's own.
+# Flags that need --json.
 FLAGS = ("match_names", "group_by", "masks_from_boxes")
-# A group found by itself may have as large a part of the images.
+# The largest fraction of the images that a group may have, unless --group-by made it.
 LARGEST = 0.2
 
 
@@ -44,9 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     own.add_argument("--group-by", default="", metavar="REGEX", help="copies, by name")
     own.add_argument("--masks-from-boxes", metavar="PATH", help="weights of a SAM")
-    own.add_argument(
-        "--sam", default="vit_b", help="of which kind: vit_b, vit_l, vit_h"
-    )
+    own.add_argument("--sam", default="vit_b", choices=("tiny", *CHECKPOINTS))
 
 
 def divide(args: argparse.Namespace, out: Path) -> dict[str, dict]:
@@ -70,8 +71,8 @@ def divide(args: argparse.Namespace, out: Path) -> dict[str, dict]:
         print(
             f"{changed} of {len(raw['images'])} images found by the last part of a name"
         )
-    if args.masks_from_boxes:
-        masks_from_boxes.draw(raw, args, out)
+    # Until SAM has drawn them, boxes stand for masks: all else is checked first.
+    boxes = masks_from_boxes.outlined(raw, source) if args.masks_from_boxes else []
     dataset = coco_json.read(raw, source, str(args.root), None)
     dataset.check_files()
     try:
@@ -83,15 +84,25 @@ def divide(args: argparse.Namespace, out: Path) -> dict[str, dict]:
     earlier = set()
     if (out / "instances_val.json").exists():
         before = coco_json.load_json(str(out / "instances_val.json"), "COCO JSON")
-        earlier = {image["file_name"] for image in before["images"]}
+        earlier = {copies.version_of(image["file_name"]) for image in before["images"]}
+        gone = earlier - set(map(copies.version_of, dataset.files))
+        if gone:
+            print(
+                f"warning: {len(gone)} images of the earlier validation part are no "
+                f"longer in {source}, {min(gone)} is the first",
+                file=sys.stderr,
+            )
     val = choose(dataset, grouped(dataset, args.group_by), count, earlier)
+    if boxes:
+        masks_from_boxes.draw(boxes, dataset, args, out)
+        dataset = coco_json.read(raw, source, str(args.root), None)
     train = [i for i in range(len(dataset)) if i not in val]
     for line in (*dataset.warnings, *split.coverage(dataset, train)):
         print(f"warning: {line}", file=sys.stderr)
     if not val:
         raise UserError(
-            f"{source}: no image can be spared for validation: each is the only one of "
-            f"some class, or has more than {count} copies; annotate more"
+            f"{source}: no image can be used for validation: each is the last of some "
+            f"class, or its group has more than {count} images; annotate more"
         )
     # Without the category that a tool adds in front to stand for all the others.
     categories = [c for c in raw["categories"] if c["name"] in dataset.names]
@@ -132,6 +143,13 @@ def grouped(dataset: Dataset, pattern: str) -> list[int]:
             file=sys.stderr,
         )
         group = copies.groups(dataset.files, [], pattern)
+    if pattern and not any(
+        re.search(pattern, copies.version_of(name)) for name in dataset.files
+    ):
+        raise UserError(
+            f"--group-by {pattern}: finds nothing in any of the {len(group)} names, "
+            f"such as {copies.version_of(dataset.files[0])!r}"
+        )
     sizes = Counter(group)
     first, largest = sizes.most_common(1)[0]
     if largest > max(3, LARGEST * len(group)) and not pattern:
@@ -140,13 +158,14 @@ def grouped(dataset: Dataset, pattern: str) -> list[int]:
             "versions of one picture or frames of one film "
             f"({dataset.files[first]} and others) "
             "and would all be on one side; say what belongs together: --group-by "
-            r'"frame_(\d+)\d\d" (each hundred frames) or "(.*)" (each image alone)'
+            r'"(.*)\d\d$" (each hundred frames) or "(.*)" (each image alone)'
         )
     several = [size for size in sizes.values() if size > 1]
-    if several:
+    what = "by --group-by" if pattern else "versions of one picture or frames of a film"
+    if several or pattern:
         print(
-            f"{len(several)} groups of {sum(several)} images are versions of one "
-            "picture or frames of one film; each stays on one side"
+            f"{len(several)} groups of {sum(several)} images ({what}): each stays on "
+            "one side"
         )
     return group
 
@@ -162,8 +181,8 @@ def choose(
         dataset: all images.
         group: of each.
         count: how many are wanted; there are fewer where no group fits any more.
-        earlier: names of those that an earlier call chose: otherwise a model trained
-            before could be evaluated on images that it has seen.
+        earlier: `copies.version_of` those that an earlier call chose: otherwise a model
+            trained before could be evaluated on images that it has seen.
     """
     members: dict[int, list[int]] = {}
     for index, number in enumerate(group):
@@ -171,7 +190,7 @@ def choose(
     val = {
         i
         for images in members.values()
-        if any(dataset.files[i] in earlier for i in images)
+        if any(copies.version_of(dataset.files[i]) in earlier for i in images)
         for i in images
     }
     # How many images of the training part have each class.

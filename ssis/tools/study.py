@@ -292,8 +292,8 @@ STUDIES = {
     "wbc": Study(
         title="Blood cells of 4 classes, 20 of 180 images labeled",
         text="White blood cells under the microscope, one in each image, with the same "
-        "preset. `pl-dc` is not a run of its own: without SAM it is `full`, bit for bit, "
-        "as in the table of the animals." + PHOTO_TEXT,
+        "preset. `pl-dc` is not a run of its own: without SAM it is `full`, bit for "
+        "bit, as in the table of the animals." + PHOTO_TEXT,
         rows={row: flags for row, flags in PHOTO_ROWS.items() if row != "pl-dc"},
         seeds=(0, 1, 2),
         common=f"{PHOTOS} --labeled 20",

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, real
+from helpers import error_of
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -314,12 +315,17 @@ def test_a_run_on_crowded_images_finds_as_many(tmp_path, capsys):
     assert "mask (of 100)" in said.out
     net, *_ = resume.load_model(run / "checkpoint.pt", "")
     assert net.roi_heads.detections_per_img == 200
+    # With one class, what the first stage proposes is a limit as well.
+    assert net.rpn.eval().post_nms_top_n() == net.rpn.pre_nms_top_n() == 400
     net, *_ = resume.load_model(run / "best.pt", "")
     assert net.roi_heads.detections_per_img == 200
     evaluate.main([str(run / "checkpoint.pt")])
     assert "AR200" in capsys.readouterr().out
     export.run([str(run / "checkpoint.pt"), "--out", str(tmp_path / "out")])
-    assert export.load_plain(tmp_path / "out").roi_heads.detections_per_img == 200
+    plain = export.load_plain(tmp_path / "out")
+    assert plain.roi_heads.detections_per_img == 200 and plain.rpn.post_nms_top_n() == 400
+    said = error_of(capsys, evaluate.main, [run / "checkpoint.pt", "--max-detections", "-3"])
+    assert "--max-detections -3: COCO's AP needs at least 100" in said
     predict.run([
         str(run / "checkpoint.pt"), files[1], "--out", str(tmp_path / "found"), "--score", "0",
         "--max-detections", "7",

@@ -5,11 +5,13 @@ checkpoints.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import TINY, dataset_of, error_of
 
+from ssis import config
 from ssis.datasets import coco_json
 from ssis.engine import resume
 from ssis.report import ap, verdict
@@ -26,7 +28,8 @@ def flags_of(shapes_folder) -> list[str]:
 
 
 def test_the_curve_of_two_runs(shapes_folder, tmp_path, capsys):
-    arguments = ["--labeled", "50%", "100%", "--output", str(tmp_path), *flags_of(shapes_folder)]
+    # The order is not the user's: from few to many.
+    arguments = ["--labeled", "100%", "50%", "--output", str(tmp_path), *flags_of(shapes_folder)]
     arguments += ["--pretrain-steps", "24", "--warmup-steps", "8"]
     label_curve.main(arguments)
     out = capsys.readouterr().out
@@ -34,34 +37,40 @@ def test_the_curve_of_two_runs(shapes_folder, tmp_path, capsys):
     (curve,) = content.values()
     assert list(content) == ["supervised"] and curve[0]["images"] * 2 == curve[1]["images"]
     models = []
-    for share in ("50pct", "100pct"):
-        net, _, names, _ = resume.load_model(tmp_path / f"supervised-{share}/checkpoint.pt", "")
+    folders = [tmp_path / f"supervised-{point['images']}" for point in curve]
+    for folder in folders:
+        net, _, names, _ = resume.load_model(folder / "checkpoint.pt", "")
         test_set = coco_json.load_coco(*dataset_of(shapes_folder)[9::2], names)
         models.append(ap.evaluate(net, test_set, torch.device("cpu")))
     truth = test_set.coco(range(len(test_set)))
     assert [point["ap"] for point in curve] == [m[0]["mask"]["AP"] for m in models]
-    step = verdict.compare("50%", *models, truth)
+    step = verdict.compare(f"{curve[0]['images']} images", *models, truth)
     assert curve[1]["compared"] == [json.loads(json.dumps(step))] and step["words"] in out
     assert "would more labels help? from " in out
     assert (tmp_path / "label_curve.png").stat().st_size > 5000
     assert all(point["ap"] > 0 for point in curve)
     # A second call makes no run, and one with other flags none either.
-    before = (tmp_path / "supervised-50pct" / "summary.json").stat().st_mtime_ns
+    before = (folders[0] / "summary.json").stat().st_mtime_ns
     label_curve.main(arguments)
-    assert (tmp_path / "supervised-50pct" / "summary.json").stat().st_mtime_ns == before
+    assert (folders[0] / "summary.json").stat().st_mtime_ns == before
     capsys.readouterr()
     said = error_of(capsys, label_curve.main, [*arguments, "--lr", "0.1"])
-    assert "is of a run with other settings (--lr was" in said
+    assert "belongs to a run with other settings (--lr was" in said
+    # Annotated anew: the models are of other labels.
+    path = tmp_path / "train.json"
+    path.write_text(Path(arguments[arguments.index("--train-json") + 1]).read_text() + " ")
+    said = error_of(capsys, label_curve.main, [*arguments, "--train-json", str(path)])
+    assert "has runs of other annotations than" in said
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("gain", "interval", "words"),
     [
-        (5.0, (1.0, 8.0), "more labels will very likely help"),
+        (5.0, (1.0, 8.0), "more labels will probably help"),
         (2.0, (-1.0, 4.0), "may be chance"),
         (-0.5, (-3.0, 2.0), "no sign that more labels would help"),
-        (5.0, None, "more labels will very likely help"),
+        (5.0, None, "so many test images have no interval"),
     ],
 )
 def test_the_answer(gain, interval, words):
@@ -70,6 +79,27 @@ def test_the_answer(gain, interval, words):
     assert (
         words in said and f"from 10 to 20 labeled images the mask AP changed by {gain:+.1f}" in said
     )
+
+
+@pytest.mark.fast
+def test_shares_are_of_the_annotated_images(coco_folder, tmp_path, capsys):
+    """Tools list the images that nobody has annotated, too: one of these four."""
+    flags = [
+        f"--{part}-{kind}={coco_folder / name}"
+        for part in ("train", "val")
+        for kind, name in (("json", "coco.json"), ("images", "images"))
+    ]
+    settings = config.parse(["--preset", "custom", "--method", "supervised", *flags])
+    paths = label_curve.draw_shares(settings, ["100%", "34%"], tmp_path)
+    lists = [json.loads(path.read_text())["labeled"] for path in paths]
+    assert [path.name for path in paths] == ["labeled-1.json", "labeled-3.json"]
+    assert lists[1] == ["0.png", "1.png", "2.png"] and lists[0][0] in lists[1]
+    # Before any run, not after the others.
+    said = error_of(
+        capsys, label_curve.main,
+        [*flags, "--preset", "custom", "--output", tmp_path / "o", "--labeled", "1", "200%"],
+    )  # fmt: skip
+    assert "--labeled 200%: that is 6 of 3 images" in said
 
 
 @pytest.mark.fast

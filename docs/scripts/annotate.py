@@ -299,9 +299,9 @@ def arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
 
 
 def sources() -> dict[str, Path]:
-    """Page -> file, in the order of the README's map."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    files = re.findall(r"^\| `([\w/]+\.py)` \|", readme, re.MULTILINE)
+    """Page -> file, in the order of docs/files.md."""
+    text = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+    files = re.findall(r"^\| `([\w/]+\.py)` \|", text, re.MULTILINE)
     return {name.replace("/", "-").replace(".py", ".html"): ROOT / name for name in files}
 
 

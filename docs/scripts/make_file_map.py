@@ -1,20 +1,38 @@
-"""Write the README's map of the files, from the first line of each file's docstring.
+"""Write docs/files.md's map of the files and README's map of the method, from the sources.
 
-    python docs/scripts/make_file_map.py            rewrite it
-    python docs/scripts/make_file_map.py --check    status 1 when it is not up to date
+    python docs/scripts/make_file_map.py            rewrite them
+    python docs/scripts/make_file_map.py --check    status 1 when one is not up to date
 
-The method comes first, in the numbered order of the docstrings' "Chain: N of M"; then the
-command and the rooms.
+The first line of each file's docstring says what it is. The method comes first, in the numbered
+order of the docstrings' "Chain: N of M"; then the command and the rooms. README names the part of
+the paper that a file is, the equations that are computed in it, and its lines.
 """
 
 import ast
 import re
+import sys
 from pathlib import Path
 
-from generated import write_or_check
+import count_lines
+import make_equations
+from generated import reflow
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
+# The parts of the papers, in the order of a step; the other files of the chain serve them.
+PARTS = {
+    "GD: the loop in three stages": "train.py",
+    "GD: the EMA teacher and its pseudo-labels": "ssis/teacher.py",
+    "GD: weak and strong views": "ssis/augment.py",
+    "PL-DC: decoupled dual-threshold filtering": "ssis/filters.py",
+    "S4M: refinement by SAM": "ssis/refine.py",
+    "PL-DC: dynamic category correction": "ssis/correction.py",
+    "PL-DC: CLIP as the category classifier": "ssis/clip.py",
+    "S4M: copy-paste": "ssis/copy_paste.py",
+    "PL-DC: pixel uncertainty; all losses": "ssis/losses.py",
+    "S4M: structural distillation": "ssis/sam_distill.py",
+    "ours: calibration on validation images": "ssis/calibration.py",
+    "ours: ImageNet's class means": "ssis/imagenet.py",
+}
 ROOMS = {
     "datasets": "reading and making data",
     "engine": "what keeps a run alive",
@@ -62,19 +80,52 @@ def table(paths: list[Path]) -> str:
     return "\n".join(["| file | what |", "|---|---|", *rows])
 
 
-def readme() -> str:
-    """The README with the map as it should be."""
-    method = chain()
-    parts = [f"The method, in reading order, 1 to {len(method)}:", table(method)]
+def method() -> str:
+    """The parts of the papers: file, equations, lines; and a line for each other room."""
+    defined: dict[str, list[str]] = {}
+    for name, entry in sorted(make_equations.collect().items()):
+        path = entry["file"].relative_to(ROOT).as_posix()
+        # "PL-DC Eq. (adapt)" -> (adapt)
+        defined.setdefault(path, []).append(name.split("Eq. ")[1])
+    rows = ["| part of the paper | file | equations | lines of code + words |", "|---|---|---|---|"]
+    for part, name in PARTS.items():
+        code, words, _ = count_lines.count(ROOT / name)
+        equations = " ".join(defined.get(name, []))
+        rows.append(f"| {part} | [`{Path(name).name}`]({name}) | {equations} | {code} + {words} |")
+    rest = [p for p in chain() if p.relative_to(ROOT).as_posix() not in PARTS.values()]
+    serving = ", ".join(f"`{p.name}`" for p in rest)
+    lines = [f"In `ssis/` beside them: {serving}. The other rooms:", ""]
+    for room, words in ROOMS.items():
+        count = len(list((ROOT / "ssis" / room).glob("[!_]*.py")))
+        lines.append(f"* `ssis/{room}/`, {count} files: {words}")
+    return "\n".join(rows) + "\n\n" + reflow("\n".join(lines)).strip()
+
+
+def files_page() -> str:
+    """The map of all files."""
+    found = chain()
+    parts = [f"The method, in reading order, 1 to {len(found)}:", table(found)]
     parts += ["What serves it:", table([ROOT / "evaluate.py"])]
     for room, words in ROOMS.items():
         paths = sorted((ROOT / "ssis" / room).glob("[!_]*.py"))
         parts += [f"`ssis/{room}/`: {words}.", table(paths)]
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split("<!-- files -->\n")
+    return "\n\n".join(parts)
+
+
+def filled(path: Path, name: str, content: str) -> str:
+    """A page with new content in one of its blocks."""
+    before, rest = path.read_text(encoding="utf-8").split(f"<!-- {name} -->\n")
     after = rest.split("<!-- end -->", 1)[1]
-    return f"{before}<!-- files -->\n" + "\n\n".join(parts) + f"\n<!-- end -->{after}"
+    return f"{before}<!-- {name} -->\n{content}\n<!-- end -->{after}"
 
 
 if __name__ == "__main__":
-    write_or_check(README, readme())
+    pages = {
+        ROOT / "README.md": ("method", method()),
+        ROOT / "docs/files.md": ("files", files_page()),
+    }
+    made = {path: filled(path, *block) for path, block in pages.items()}
+    if "--check" in sys.argv[1:]:
+        sys.exit(any(path.read_text(encoding="utf-8") != text for path, text in made.items()))
+    for path, text in made.items():
+        path.write_text(text, encoding="utf-8")

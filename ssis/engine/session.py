@@ -80,8 +80,8 @@ class Session:
         if rank == 0 and config.without_sam:
             print(
                 "note: S4M's parts that need SAM are left out; to have them, give "
-                "--sam vit_b --sam-checkpoint sam_vit_b_01ec64.pth (README, Segment "
-                "Anything)",
+                "--sam vit_b --sam-checkpoint sam_vit_b_01ec64.pth "
+                "(docs/sam.md)",
                 file=sys.stderr,
             )
         self.train_set, self.val_set, self.test_set = parts.open_parts(config)

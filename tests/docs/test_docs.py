@@ -28,6 +28,11 @@ def test_every_option_in_the_documents_exists():
     own = {config.flag(field.name) for field in dataclasses.fields(config.Config)}
     own |= {flag.replace("--", "--no-", 1) for flag in own}
     others = {
+        "--copies",
+        "--export_dir",
+        "--group-by",
+        "--masks-from-boxes",
+        "--match-names",
         "--root",
         "--max-restarts",
         "--nnodes",

@@ -198,7 +198,7 @@ def measured(tiny, images: int, count: int) -> float:
 
 @fast
 def test_the_shipped_tiny_sam_knows_shapes_it_has_never_seen(tiny):
-    """The README has the measured values, over more images (python docs/bench/bench_sam.py iou)."""
+    """docs/sam.md has the measured values, over more images (docs/bench/bench_sam.py iou)."""
     assert sam_weights.TINY.stat().st_size < 5_000_000
     one, three = measured(tiny, 40, 1), measured(tiny, 40, 3)
     assert three > 0.87 and one > 0.85

@@ -87,10 +87,13 @@ def method() -> str:
         path = entry["file"].relative_to(ROOT).as_posix()
         # "PL-DC Eq. (adapt)" -> (adapt)
         defined.setdefault(path, []).append(name.split("Eq. ")[1])
-    rows = ["| part of the paper | file | equations | lines of code + words |", "|---|---|---|---|"]
+    rows = [
+        "| part of the paper | file | [equations](docs/equations.md) | lines of code + words |",
+        "|---|---|---|---|",
+    ]
     for part, name in PARTS.items():
         code, words, _ = count_lines.count(ROOT / name)
-        equations = " ".join(defined.get(name, []))
+        equations = ", ".join(each.strip("()") for each in defined.get(name, []))
         rows.append(f"| {part} | [`{Path(name).name}`]({name}) | {equations} | {code} + {words} |")
     rest = [p for p in chain() if p.relative_to(ROOT).as_posix() not in PARTS.values()]
     serving = ", ".join(f"`{p.name}`" for p in rest)

@@ -23,7 +23,7 @@ PARTS = {
     "GD: the loop in three stages": "train.py",
     "GD: the EMA teacher and its pseudo-labels": "ssis/teacher.py",
     "GD: weak and strong views": "ssis/augment.py",
-    "PL-DC: decoupled dual-threshold filtering": "ssis/filters.py",
+    "PL-DC: dual-threshold filtering": "ssis/filters.py",
     "S4M: refinement by SAM": "ssis/refine.py",
     "PL-DC: dynamic category correction": "ssis/correction.py",
     "PL-DC: CLIP as the category classifier": "ssis/clip.py",

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def solve(copy: Path, *ids: str) -> None:
 
 @pytest.mark.fast
 def test_the_list_of_tasks_is_whole():
-    assert len(TASKS) >= 12 and len(RAW["open"]) == 2
+    assert len(TASKS) >= 12 and len(RAW["open"]) == 3
     assert {f"ssis/{name}.py" for name in CONCEPTS.split()} == {task.module for task in TASKS}
     ids = [task.id for task in TASKS]
     expected = [
@@ -99,6 +100,7 @@ def test_handouts_name_their_tasks_with_points_and_commands():
     for entry in RAW["assignment"]:
         text = (HERE / entry["handout"]).read_text("utf-8")
         assert text.startswith(f"# Assignment {entry['id']}: {entry['title']}\n")
+        assert re.search(r"^\*Time\*: \d to \d hours.* \*You need\*: ", text, re.M | re.S)
         for heading in ("## You will learn", "## Read", "## Tasks", "## Questions"):
             assert heading in text, (entry["handout"], heading)
         for task in (task for task in TASKS if task.assignment == entry["id"]):
@@ -179,7 +181,7 @@ def test_the_copys_pages_have_no_dead_links(made):
                 assert path.exists(), (page, target)
                 # A line of a file with stubs is not the line that is meant.
                 assert not (place and str(path) in stubs), (page, target)
-    assert "a walk (not in this copy)" in (made / "README.md").read_text("utf-8")
+    assert "docs/walk.md (not in this copy)" in (made / "README.md").read_text("utf-8")
 
 
 @pytest.mark.fast
@@ -231,6 +233,25 @@ def test_a_marker_turns_from_red_to_green(made, tmp_path):
     solve(mine, "2_2")
     green = run("-m", "task2_2", "tests/method/test_filters.py")
     assert green.returncode == 0 and "1 passed" in green.stdout, green.stdout
+
+
+def test_what_a_student_hands_in(made, tmp_path):
+    """Packed by the copy's own program, solved or not, and graded as it comes."""
+    mine = shutil.copytree(made, tmp_path / "copy")
+    solve(mine, "2_1", "2_2")
+    command = [sys.executable, "docs/assignments/submit.py"]
+    done = subprocess.run([*command, "2"], cwd=mine, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    words = [line.split()[-2:] for line in done.stdout.splitlines()]
+    assert [w[-1] for w in words[:3]] == ["passed", "passed", "yet"]
+    assert "6 of 10 points; to hand in: assignment2.zip (ssis/filters.py)" in done.stdout
+    with zipfile.ZipFile(mine / "assignment2.zip") as packed:
+        assert packed.namelist() == ["ssis/filters.py"]
+        packed.extractall(tmp_path / "handed-in")
+    out = program("grade.py", tmp_path / "handed-in", "--assignment", 2).stdout
+    assert "6/10" in out and "not attempted" in out
+    wrong = subprocess.run([*command, "9"], cwd=mine, capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr == "error: no assignment 9; there are 1 to 7\n"
 
 
 MISHAPS = {

@@ -35,10 +35,10 @@ PARTS = {
 }
 ROOMS = {
     "datasets": "reading and making data",
-    "engine": "what keeps a run alive",
-    "report": "what people look at",
+    "engine": "checkpoints, resuming, what goes wrong",
+    "report": "AP, verdict, pictures, the page of a run",
     "tools": "the commands of `python -m ssis`",
-    "io": "the ground floor: image files, files written whole, bytes of checkpoints and SAM",
+    "io": "images, checkpoints, SAM's weights; files written whole or not at all",
 }
 CHAIN = re.compile(r"^Chain: (\d+) of (\d+)\. Read next: (?:back to )?`([\w/]+\.py)`", re.MULTILINE)
 
@@ -88,7 +88,7 @@ def method() -> str:
         # "PL-DC Eq. (adapt)" -> (adapt)
         defined.setdefault(path, []).append(name.split("Eq. ")[1])
     rows = [
-        "| part of the paper | file | [equations](docs/equations.md) | lines of code + words |",
+        "| part of the paper | file | [equations](docs/equations.md) | lines of code + comments |",
         "|---|---|---|---|",
     ]
     for part, name in PARTS.items():
@@ -97,7 +97,7 @@ def method() -> str:
         rows.append(f"| {part} | [`{Path(name).name}`]({name}) | {equations} | {code} + {words} |")
     rest = [p for p in chain() if p.relative_to(ROOT).as_posix() not in PARTS.values()]
     serving = ", ".join(f"`{p.name}`" for p in rest)
-    lines = [f"In `ssis/` beside them: {serving}. The other rooms:", ""]
+    lines = [f"In `ssis/` beside them: {serving}. The folders that serve it:", ""]
     for room, words in ROOMS.items():
         count = len(list((ROOT / "ssis" / room).glob("[!_]*.py")))
         lines.append(f"* `ssis/{room}/`, {count} files: {words}")

@@ -79,8 +79,9 @@ data/coco/splits/COCO_supervision-1pct-fold1.json`.
 
 **Not the papers' numbers.** The papers train Mask2Former, this project Mask R-CNN. With all labels
 Mask R-CNN reaches {coco[0]} on COCO and {cityscapes[0]} on Cityscapes, Mask2Former {coco[1]} and
-{cityscapes[1]} (ResNet-50; torchvision's COCO_V1 and He et al. 2017; Cheng et al. 2022). So some of the papers'
-results at 10 % or 30 % are above what this model reaches with all labels. The column "guess" is
+{cityscapes[1]} (ResNet-50; torchvision's COCO_V1 and He et al. 2017; Cheng et al. 2022). So some
+of the papers' results at 10 % or 30 % are above what this model reaches with all labels. The
+column "guess" is
 the paper's AP times that ratio: a guess, measured by nobody. What should carry over is the order,
 and a gain over `pretrained`, the supervised teacher, which every run reports beside its own
 result. All other differences: [differences.md](differences.md).

@@ -148,8 +148,7 @@ minutes of the fastest run on two CPU cores, two side by side. All runs of a lin
 number of steps; those of shapes and signs are a third longer than the quick run above. Shapes and
 signs are drawn images; no setting was tuned on signs, and the bundled tiny SAM was trained on
 drawings as well. {real} start from ImageNet features and do not use SAM. Unlabeled images do not
-always help: on blood cells they cost, on cell nuclei they bring nothing ([results](docs/results.md)).
-"""
+always help: on blood cells they cost AP, on nuclei they bring none ([results](docs/results.md))."""
 # Study, its row of all parts, what it is, and the labeled images.
 BOARD = (
     ("ladder", "full (both papers, own parts)", "shapes", "64 of 1,280"),

@@ -303,7 +303,7 @@ def test_ones_own_json_is_divided(tmp_path, capsys, coco_folder):
     ]:
         with pytest.raises(UserError, match=said):
             prepare.run([*arguments, "--root", str(coco_folder / "images"), "--val", share])
-    with pytest.raises(UserError, match="--json J: goes with own"):
+    with pytest.raises(UserError, match="own needs --json"):
         prepare.run(["own", "--root", str(coco_folder)])
 
 

@@ -311,7 +311,7 @@ def test_a_run_on_crowded_images_finds_as_many(tmp_path, capsys):
         "--output", str(run),
     ])  # fmt: skip
     said = capsys.readouterr()
-    assert "has 120 instances; up to 200 are found" in said.err
+    assert "has 120 instances; up to 200 detections per image are kept" in said.err
     assert "mask (of 100)" in said.out
     net, *_ = resume.load_model(run / "checkpoint.pt", "")
     assert net.roi_heads.detections_per_img == 200

@@ -206,15 +206,18 @@ def run(argv: list[str] | None) -> None:
     parser.add_argument("--labeled", nargs="+", default=["25%", "50%", "100%"])
     parser.add_argument("--output", type=Path, default=Path("runs/own"))
     args, flags = parser.parse_known_args(argv)
-    settings = config.parse(flags)
+    settings = config.parse([*flags, "--method", "supervised"])
     # SIGTERM as Ctrl-C: the run must be stopped too, or it would go on alone.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _, size, device = distributed.start(settings.device)
     if size > 1:
         raise UserError("study own: starts its runs itself; call it without torchrun")
     methods = ["supervised"]
-    if settings.unlabeled_images and settings.method != "supervised":
-        methods.append(settings.method)
+    if (
+        settings.unlabeled_images
+        and (method := config.parse(flags).method) not in methods
+    ):
+        methods.append(method)
     splits = draw_shares(settings, args.labeled, args.output)
     runs = {
         (method, path): args.output / f"{method}-{path.stem.removeprefix('labeled-')}"

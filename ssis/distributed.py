@@ -42,9 +42,9 @@ NO_MEMORY = (
     "--device cpu"
 )
 
-# How long a process waits for the others. torchrun ends the others when one dies; this
-# is for one that hangs, and longer than rank 0 may take for what it does alone: writing
-# a checkpoint to a slow disk, evaluating thousands of images.
+# How long a process waits for the others. When one dies, torchrun ends the others at
+# once; this limit is for one that hangs. It must be longer than what rank 0 does alone:
+# writing a checkpoint to a slow disk, evaluating thousands of images.
 PATIENCE = timedelta(hours=1)
 
 

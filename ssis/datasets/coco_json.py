@@ -18,21 +18,13 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from pycocotools import mask as mask_utils
 
 from ssis import UserError
 from ssis.datasets.copies import Known, leaks
 from ssis.datasets.dataset import Dataset
 from ssis.datasets.file_names import images_under, safe_name
+from ssis.datasets.masks import NOTES, read_mask
 from ssis.io import images
-
-# What is passed over or read in a way of its own, and told at the end.
-NOTES = {
-    "empty": "without a mask are left out",
-    "twice": "are duplicates (same image, class and mask) and are left out",
-    "corners": "give only two opposite corners and are read as rectangles",
-    "fractions": "lie between 0 and 1, as fractions of the image, and are left out",
-}
 
 
 def load_json(path: str, what: str):
@@ -267,84 +259,6 @@ def read_annotations(
     dataset.first, dataset.part_first = np.array(first), np.array(part_first)
     dataset.byte_first = np.array(byte_first)
     dataset.bytes = np.frombuffer(b"".join(pieces), np.uint8)
-
-
-def read_mask(
-    record: dict, size: list[int], path: str, told: Counter
-) -> tuple[list[bytes], bool]:
-    """The bytes of an annotation's polygons (float64), or of its compressed RLE.
-
-    Args:
-        record: the annotation.
-        size: height and width of its image.
-        path: the JSON, for messages.
-        told: how often what `NOTES` tells was met; counted on here.
-    """
-
-    def wrong(what: str) -> UserError:
-        return UserError(f"{path}: annotation {record.get('id')} has {what}")
-
-    segmentation = record.get("segmentation") or []
-    if isinstance(segmentation, dict):
-        if list(segmentation["size"]) != size:
-            raise wrong(f"an RLE of size {segmentation['size']}, its image is {size}")
-        counts = segmentation["counts"]
-        if isinstance(counts, list):
-            # pycocotools would read beyond the end of runs that are too short.
-            if min(counts, default=-1) < 0 or sum(counts) != size[0] * size[1]:
-                raise wrong("an RLE whose runs do not add up to its image")
-            # COCO's crowds: run lengths as numbers. One form of RLE is enough.
-            counts = mask_utils.frPyObjects(segmentation, *size)["counts"]
-        if isinstance(counts, str):
-            if not counts.isascii():
-                raise wrong("an RLE that is garbled")
-            counts = counts.encode()
-        elif not isinstance(counts, bytes):
-            raise TypeError("RLE")
-        # Nothing but background is no mask.
-        empty = not mask_utils.area(dict(size=size, counts=counts))
-        told["empty"] += empty
-        return [] if empty else [counts], False
-    if not isinstance(segmentation, list):
-        raise wrong("a segmentation that is neither polygons nor an RLE")
-    if all(isinstance(value, (int, float)) for value in segmentation):
-        # One polygon, without the list around it.
-        segmentation = [segmentation]
-    parts, fraction = [], True
-    for polygon in segmentation:
-        try:
-            numbers = array("d", polygon)
-        except TypeError as error:
-            raise wrong("a polygon that is not a list of numbers") from error
-        if len(numbers) % 2:
-            raise wrong("a polygon with an odd number of coordinates")
-        # pycocotools walks every pixel of an outline: one that leads to infinity, or
-        # over NaN, for ever. (A comparison with NaN is false.)
-        if not sum(map(abs, numbers)) <= 10 * len(numbers) * max(size):
-            raise wrong(
-                "a polygon far outside of its image, or with a coordinate that is no "
-                "number"
-            )
-        if len(numbers) == 4 == sum(map(len, segmentation)):
-            # labelme's rectangle, as its converters write it: two opposite corners. To
-            # pycocotools four numbers are x, y, width and height, as in a box.
-            left, top, right, bottom = numbers
-            if list(numbers) == record.get("bbox"):
-                right, bottom = left + right, top + bottom
-            if left != right and top != bottom:
-                numbers = [left, top, right, top, right, bottom, left, bottom]
-                numbers = array("d", numbers)
-                told["corners"] += 1
-        # A polygon needs three corners.
-        if len(numbers) >= 6:
-            parts.append(numbers.tobytes())
-            # A little more and less than 0 and 1: rounding.
-            fraction &= min(numbers) > -0.01 and max(numbers) < 1.01
-    if parts and fraction:
-        told["fractions"] += 1
-        return [], True
-    told["empty"] += not parts
-    return parts, True
 
 
 def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:

@@ -161,13 +161,14 @@ def average_precision(
             mask IoU it has min(mask IoU, boundary IoU), where the boundary of a mask
             is what lies within 2 % of the image diagonal of its outline. A large
             object's mask IoU hardly notices a ragged outline; this does.
-        limit: detections of an image that count. With another one than COCO's, which
-            would cut off what a crowded image holds, COCO's AP is there as "AP@100".
+        limit: detections of an image that count, 100 at least. With more than COCO's,
+            which would cut off what a crowded image holds, COCO's is there as "AP@100".
 
     Returns:
         {"AP": .., .., "ARl": ..} and a list of C numbers; None where the ground truth
         has no instance.
     """
+    limit = max(limit, USUAL)
     coco, coco_eval = evaluator()
     place = "bbox" if kind == "bbox" else "segmentation"
     keys = ("image_id", "category_id", "score", place)
@@ -262,7 +263,7 @@ def evaluate(
     # In image order, whatever the number of processes: AP breaks ties by position.
     results.sort(key=lambda result: result["image_id"])
     # Once, not in every process.
-    limit = max(USUAL, net.roi_heads.detections_per_img)
+    limit = net.roi_heads.detections_per_img
     report = distributed.from_main(numbers_of, dataset, results, limit)
     net.train(mode)
     give_back_memory()

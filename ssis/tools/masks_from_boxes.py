@@ -32,8 +32,9 @@ def outlined(raw: dict, source: str) -> list[dict]:
     """
     found = []
     for record in raw["annotations"]:
-        mask = record.get("segmentation")
-        if mask and any(mask):
+        mask = record.get("segmentation") if isinstance(record, dict) else {}
+        # What is no list of polygons is a mask, or no record: the reader says which.
+        if not isinstance(mask or [], list) or any(mask or []):
             continue
         try:
             x, y, width, height = map(float, record["bbox"])

@@ -33,7 +33,8 @@ from ssis.tools import masks_from_boxes
 
 # Flags that need --json.
 FLAGS = ("match_names", "group_by", "masks_from_boxes")
-# The largest fraction of the images that a group may have, unless --group-by made it.
+# The largest fraction of the images that a group of more than three may have, unless
+# --group-by made it.
 LARGEST = 0.2
 
 

@@ -432,6 +432,11 @@ def test_what_is_wrong_is_told_before_sam_is_asked(tmp_path, change, said):
     (tmp_path / "coco.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=said):
         own(tmp_path, "--masks-from-boxes", "nowhere.pth")
+    for odd in (3, dict(raw["annotations"][0], segmentation=7)):
+        spoiled = dict(raw, annotations=[odd])
+        (tmp_path / "coco.json").write_text(json.dumps(spoiled))
+        with pytest.raises(UserError, match=r"not COCO format|neither polygons nor an RLE"):
+            own(tmp_path, "--masks-from-boxes", "nowhere.pth")
     raw["annotations"][0].update(bbox=[1, 2, 8, 4], category_id=1)
     (tmp_path / "coco.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"--masks-from-boxes nowhere.pth: not found; fetch "):

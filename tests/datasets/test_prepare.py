@@ -181,17 +181,23 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_file(tmp_path):
     out, kills = tmp_path / "out", 0
     command = [sys.executable, "-m", "ssis", "prepare", *arguments, str(out)]
     partial = out / ".instances_train.partial"
+
+    def done() -> int:
+        try:
+            return partial.read_bytes().count(b"\n")
+        except FileNotFoundError:  # not begun, or all done
+            return 0
+
     for _ in range(3):
         process = subprocess.Popen(
             command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        lines = partial.read_bytes().count(b"\n") if partial.exists() else 0
+        lines = done()
         # Until some more images are done; then all of its processes die at once. Twice, so
         # that it goes on from what it went on from.
         while process.poll() is None:
-            now = partial.read_bytes().count(b"\n") if partial.exists() else 0
-            if kills < 2 and now > lines + 20:
+            if kills < 2 and done() > lines + 20:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 kills += 1

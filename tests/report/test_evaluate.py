@@ -287,6 +287,8 @@ def test_more_than_a_hundred_instances_are_counted(tmp_path, monkeypatch, fast):
         assert numbers["AP"] == classes[0] == numbers["AP50"] == numbers["AR200"] == 100.0
         assert numbers["AP@100"] == usual["AP"] == pytest.approx(100 * 84 / 101, abs=1e-3)
         assert "AP@100" not in usual and "AR100" not in numbers
+        # A model that gives fewer is counted as COCO counts.
+        assert ap.average_precision(truth, results, kind, 7)[0] == usual
 
 
 def test_a_run_on_crowded_images_finds_as_many(tmp_path, capsys):
@@ -313,6 +315,7 @@ def test_a_run_on_crowded_images_finds_as_many(tmp_path, capsys):
     said = capsys.readouterr()
     assert "has 120 instances; up to 200 detections per image are kept" in said.err
     assert "mask (of 100)" in said.out
+    assert "AP@100: of 100 detections" in (run / "report.html").read_text()
     net, *_ = resume.load_model(run / "checkpoint.pt", "")
     assert net.roi_heads.detections_per_img == 200
     # With one class, what the first stage proposes is a limit as well.

@@ -1,8 +1,9 @@
 """docs/walk.md and docs/walk.ipynb: made from docs/scripts/walk.py, the page by running it.
+And docs/your_photos.ipynb, made from docs/scripts/your_photos.py.
 
-python docs/scripts/make_walk.py             write the notebook, run it, write page and pictures
-python docs/scripts/make_walk.py --notebook  write the notebook alone, which runs nothing
-python docs/scripts/make_walk.py --check     are both of the present walk.py? status 1 if not
+python docs/scripts/make_walk.py             write the notebooks, run the walk, write its page
+python docs/scripts/make_walk.py --notebook  write the notebooks alone, which runs nothing
+python docs/scripts/make_walk.py --check     are all of the present sources? status 1 if not
 
 A run needs what tests/requirements.txt lists for notebooks. WALK_PRETRAINED=FILE spares it the
 training of a first teacher (docs/scripts/walk.py). `--check` runs nothing: it compares the
@@ -22,6 +23,7 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parents[1]
 SOURCE, PAGE, NOTEBOOK = HERE / "scripts" / "walk.py", HERE / "walk.md", HERE / "walk.ipynb"
 PICTURES = HERE / "walk"
+PHOTOS = HERE / "scripts" / "your_photos.py"
 
 # Where the notebook is opened by itself (Colab): the project comes first.
 FETCH = """\
@@ -36,14 +38,17 @@ REPOSITORY = ""
 
 places = [Path.cwd(), *Path.cwd().parents, Path.cwd() / "ssis-project"]
 root = next((p for p in places if (p / "train.py").exists() and (p / "ssis").is_dir()), None)
+install = [sys.executable, "-m", "pip", "install", "-q"]
 if root is None:
     if not REPOSITORY:
         raise SystemExit("not inside the project: fill in REPOSITORY above, and run this again")
     subprocess.run(["git", "clone", REPOSITORY, "ssis-project"], check=True)
     root = places[-1]
-    needed = root / "requirements.txt"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-r", str(needed)], check=True)
+    subprocess.run([*install, "-r", str(root / "requirements.txt")], check=True)
 os.chdir(root)"""
+# What `--preset photos` needs beside it.
+FETCH_MORE = """
+subprocess.run([*install, "timm", "imagehash"], check=True)"""
 
 NOTE = (
     "<!-- Made by python docs/scripts/make_walk.py from docs/scripts/walk.py; "
@@ -70,12 +75,18 @@ def cells(source: str) -> list[Cell]:
     return found
 
 
-def notebook(parts: list[Cell]) -> str:
-    """The notebook, without outputs: the same bytes from the same cells."""
+def notebook(parts: list[Cell], name: str = "walk", fetch: str = FETCH) -> str:
+    """The notebook, without outputs: the same bytes from the same cells.
+
+    Args:
+        parts: its cells.
+        name: in the ids of the cells.
+        fetch: the code of the cell before them.
+    """
     made = []
-    for number, cell in enumerate([Cell(False, FETCH), *parts]):
+    for number, cell in enumerate([Cell(False, fetch), *parts]):
         kind = "markdown" if cell.is_text else "code"
-        entry = dict(cell_type=kind, id=f"walk-{number:02}", metadata={})
+        entry = dict(cell_type=kind, id=f"{name}-{number:02}", metadata={})
         entry |= {} if cell.is_text else dict(execution_count=None, outputs=[])
         made.append(entry | dict(source=cell.content.splitlines(keepends=True)))
     kernel = dict(display_name="Python 3", language="python", name="python3")
@@ -92,6 +103,12 @@ def shown(code: str) -> list[tuple[str, str]]:
         for call in calls
         if isinstance(call.func, ast.Attribute) and call.func.attr == "show"
     ]
+
+
+def of_photos() -> str:
+    """The notebook docs/your_photos.ipynb."""
+    parts = cells(PHOTOS.read_text(encoding="utf-8"))
+    return notebook(parts, "photos", FETCH + FETCH_MORE)
 
 
 def page(parts: list[Cell], outputs: list[str]) -> str:
@@ -127,12 +144,13 @@ def run(text: str) -> list[str]:
 
 
 def check(parts: list[Cell]) -> bool:
-    """Whether notebook and page are of these cells, outputs aside, and all pictures there."""
+    """Whether notebooks and page are of their sources, outputs aside, and all pictures there."""
     text = PAGE.read_text(encoding="utf-8")
     without = re.sub(r"^```text\n.*?^```\n\n", "", text, flags=re.MULTILINE | re.DOTALL)
     pictures = [name for cell in parts if not cell.is_text for name, _ in shown(cell.content)]
     return (
         NOTEBOOK.read_text(encoding="utf-8") == notebook(parts)
+        and (HERE / "your_photos.ipynb").read_text(encoding="utf-8") == of_photos()
         and without == page(parts, [""] * len(parts))
         and sorted(pictures) == sorted(path.stem for path in PICTURES.iterdir())
     )
@@ -144,6 +162,7 @@ def main() -> None:
     if "--check" in sys.argv:
         sys.exit(not check(parts))
     NOTEBOOK.write_text(notebook(parts), encoding="utf-8")
+    (HERE / "your_photos.ipynb").write_text(of_photos(), encoding="utf-8")
     if "--notebook" in sys.argv:
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -3,14 +3,16 @@ r"""Time of a step on cores that are idle, and on cores that another program use
     python docs/bench/bench_cores.py [--rounds 1] [--neighbors 0 1]
 
 Runs `train.py` with the default settings for a few steps and reads off its metrics when they were
-made; no other program should run. Three ways, each beside so many neighbors, processes that count
-without end:
+made; no other program should run. Each way beside so many neighbors, processes that count without
+end:
 
-    spin      one process, its threads spin while they wait (OMP_WAIT_POLICY=ACTIVE)
-    sleep     one process, its threads sleep meanwhile (OMP_WAIT_POLICY=PASSIVE)
+    usual     one process, as the libraries do by themselves: threads that wait spin for a while
+    short     one process, threads spin a thirtieth of that (GOMP_SPINCOUNT=10000)
+    sleep     one process, threads do not spin (OMP_WAIT_POLICY=PASSIVE)
+    one       one process of one thread (OMP_NUM_THREADS=1)
     two       two processes of one thread each (torchrun --nproc_per_node 2)
 
-For each the seconds of a supervised step and of a step of `full`, and both relative to `spin`
+For each the seconds of a supervised step and of a step of `full`, and both relative to `usual`
 without a neighbor. After so few steps the teacher is sure of nothing: no pseudo-label is kept, so
 this is the cheapest step of `full`.
 """
@@ -26,11 +28,18 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from ssis.datasets import shapes  # noqa: E402
+
+DATA = ROOT / "data" / "shapes"
 # Steps are written in tens: the first ten of a stage warm up.
 PRETRAIN, MUTUAL = 50, 50
 WAYS = dict(
-    spin=([], dict(OMP_WAIT_POLICY="ACTIVE")),
+    usual=([], {}),
+    short=([], dict(GOMP_SPINCOUNT="10000")),
     sleep=([], dict(OMP_WAIT_POLICY="PASSIVE")),
+    one=([], dict(OMP_NUM_THREADS="1")),
     two=(["-m", "torch.distributed.run", "--nproc_per_node", "2"], dict(OMP_NUM_THREADS="1")),
 )
 
@@ -39,12 +48,23 @@ def seconds(way: str, folder: Path) -> list[float]:
     """Seconds a step of both stages."""
     launcher, variables = WAYS[way]
     flags = f"--pretrain-steps {PRETRAIN} --burnin-steps 0 --mutual-steps {MUTUAL}".split()
-    flags += ["--eval-every", "1000", "--audit-images", "8", "--output", str(folder)]
+    flags += ["--eval-every", "1000", "--audit-images", "8", "--output", str(folder / "run")]
+    # The first teacher is evaluated in between: on a few images.
+    shapes.make(DATA)
+    few = json.loads((DATA / "instances_val.json").read_text())
+    few["images"] = few["images"][:8]
+    ids = {image["id"] for image in few["images"]}
+    few["annotations"] = [a for a in few["annotations"] if a["image_id"] in ids]
+    (folder / "few.json").write_text(json.dumps(few))
+    for part in ("train", "val", "test"):
+        path = DATA / "instances_train.json" if part == "train" else folder / "few.json"
+        images = DATA / ("train" if part == "train" else "val")
+        flags += [f"--{part}-json", str(path), f"--{part}-images", str(images)]
     run = subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / "train.py"), *flags],
         env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
-    seen, path = {}, folder / "metrics.jsonl"
+    seen, path = {}, folder / "run" / "metrics.jsonl"
     while PRETRAIN + MUTUAL not in seen:
         if run.poll():
             raise SystemExit(run.stderr.read().decode()[-2000:])

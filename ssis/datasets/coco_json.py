@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ssis import UserError
-from ssis.datasets.copies import Known, leaks
+from ssis.datasets.copies import Known, leaks, versions
 from ssis.datasets.dataset import Dataset
 from ssis.datasets.file_names import images_under, safe_name
 from ssis.datasets.masks import NOTES, read_mask
@@ -265,7 +265,8 @@ def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
     """Append the images of a bare folder; returns their indices.
 
     They have no annotations and never will: sizes are left unknown. Files that the
-    dataset lists already are passed over, since the labeled and the unlabeled images
+    dataset lists already, or of which it lists versions (Roboflow's), are passed over,
+    since the labeled and the unlabeled images
     often share a folder; so are those of the datasets in `apart`, on which the model is
     to be judged and which it must not have seen, even without labels. Their copies
     count too, also versions of them and pictures compressed anew (`copies.leaks`).
@@ -278,8 +279,16 @@ def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
     root = Path(folder)
     names = images_under(root)
     judged = [part.path(i) for part in apart for i in range(len(part))]
-    known = Known([*judged, *(dataset.path(i) for i in range(len(dataset)))])
+    listed = [dataset.path(i) for i in range(len(dataset))]
+    known = Known([*judged, *listed])
     names = [name for name in names if str(root / name) not in known]
+    same = versions([str(root / name) for name in names], listed)
+    if same:
+        dataset.warnings.append(
+            f"{folder}: {len(same)} images are versions of images in {dataset.source} "
+            f"and are left out, {names[min(same)]} is the first"
+        )
+    names = [name for k, name in enumerate(names) if k not in same]
     found, warnings = leaks([str(root / name) for name in names], judged)
     if found:
         dataset.warnings.append(

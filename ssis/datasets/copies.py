@@ -167,6 +167,20 @@ def groups(names: list[str], paths: list[str], pattern: str = "") -> list[int]:
     return group
 
 
+def versions(paths: list[str], others: list[str]) -> set[int]:
+    """Numbers of the images in `paths` that are, by their names, versions of others."""
+    names = [os.path.basename(path) for path in others]
+    plain = {version_of(name) for name in names}
+    augmented = {version_of(name) for name in names if is_version(name)}
+    found = set()
+    for k, path in enumerate(paths):
+        name = os.path.basename(path)
+        # Two plain photos of one name, in two folders, may be two photos.
+        if version_of(name) in (plain if is_version(name) else augmented):
+            found.add(k)
+    return found
+
+
 def leaks(paths: list[str], judged: list[str]) -> tuple[set[int], list[str]]:
     """Which unlabeled images are versions or copies of those a model is judged by.
 
@@ -176,15 +190,7 @@ def leaks(paths: list[str], judged: list[str]) -> tuple[set[int], list[str]]:
     Returns:
         Numbers of the images in `paths`, and a warning where looks were not compared.
     """
-    names = [os.path.basename(path) for path in judged]
-    plain = {version_of(name) for name in names}
-    versions = {version_of(name) for name in names if is_version(name)}
-    found = set()
-    for k, path in enumerate(paths):
-        name = os.path.basename(path)
-        # Two plain photos of one name, in two folders, may be two photos.
-        if version_of(name) in (plain if is_version(name) else versions):
-            found.add(k)
+    found = versions(paths, judged)
     if len(paths) > MANY:
         return found, [f"more than {MANY} unlabeled images: {UNSEEN}"]
     try:

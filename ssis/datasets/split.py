@@ -18,6 +18,7 @@ import torch
 
 from ssis import UserError, distributed
 from ssis.datasets.coco_json import load_json
+from ssis.datasets.copies import is_version, version_of
 from ssis.datasets.dataset import Dataset
 from ssis.io.files import write_text, writing
 
@@ -29,8 +30,9 @@ def draw_split(
 
     Args:
         dataset: the training images; the first `dataset.annotated` have masks.
-        labeled: "5%" of the images, "64" images, "annotated" for those that have an
-            annotation, or the path of a split's JSON.
+        labeled: "5%" of the images, "64" images (or a few more, where versions of a
+            photo stay together), "annotated" for those that have an annotation, or the
+            path of a split's JSON.
         seed: of the draw; not used for the last two.
         pool: the images to draw a share or a number from; None: all that have masks.
 
@@ -58,14 +60,23 @@ def draw_split(
     for index in order:
         for label in dataset.present_labels(index):
             holders.setdefault(label, []).append(index)
-    chosen: list[int] = []
+    # Roboflow's versions of a photo are drawn together: with one labeled, the others
+    # are no unlabeled images any more.
+    names = [dataset.files[index] for index in order]
+    photos = map(version_of, names) if any(map(is_version, names)) else order
+    together: dict = {}
+    of = {i: together.setdefault(p, []) for i, p in zip(order, photos, strict=True)}
+    for index, versions in of.items():
+        versions.append(index)
+    chosen: set[int] = set()
     for label in sorted(holders, key=lambda label: (len(holders[label]), label)):
-        if len(chosen) < count and not set(chosen) & set(holders[label]):
-            chosen.append(holders[label][0])
+        if len(chosen) < count and not chosen & set(holders[label]):
+            chosen.update(of[holders[label][0]])
     # The rest of the budget is uniform.
-    taken = set(chosen)
-    chosen += [index for index in order if index not in taken][: count - len(chosen)]
-    return sorted(chosen), coverage(dataset, chosen)
+    for index in order:
+        if len(chosen) < count:
+            chosen.update(of[index])
+    return sorted(chosen), coverage(dataset, list(chosen))
 
 
 def how_many(labeled: str, total: int) -> int:

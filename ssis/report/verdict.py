@@ -193,19 +193,27 @@ def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list
         moved = change(stages, stage, key)
         if moved and moved[1] < moved[0] and not calibrated:
             lines.append(f"give {flags}, or --filter calibrated")
-    thresholds = FLAGS[config.filter]
-    for key, least, what, mend in (
-        ("box_precision", 0.8, "of the pseudo-labels lie on an instance", "raise"),
-        ("class_accuracy", 0.8, "of those have its class", "label more, or raise"),
-        (
-            "recall",
-            0.3,
-            "of the instances have a pseudo-label",
-            "pretrain longer, or lower",
-        ),
-    ):
-        if audit.get(key) is not None and audit[key] < least:
-            lines.append(f"only {audit[key]:.0%} {what}: {mend} {thresholds}")
+    low = [
+        (key, f"only {audit[key]:.0%} {what}", mend)
+        for key, least, what, mend in (
+            ("box_precision", 0.8, "of the pseudo-labels lie on an instance", "raise"),
+            ("class_accuracy", 0.8, "of those have its class", "label more, or raise"),
+            (
+                "recall",
+                0.3,
+                "of the instances have a pseudo-label",
+                "pretrain longer, or lower",
+            ),
+        )
+        if audit.get(key) is not None and audit[key] < least
+    ]
+    if len(low) > 1 and low[-1][0] == "recall":
+        # Too few, and wrong as well: no threshold mends both.
+        facts = ", ".join(fact for _, fact, _ in low)
+        lines.append(f"{facts}: pretrain longer, or label more")
+    else:
+        thresholds = FLAGS[config.filter]
+        lines += [f"{fact}: {mend} {thresholds}" for _, fact, mend in low]
     if gain < 0 and not lines:
         lines.append("lower --unsup-weight; best.pt is the best on the validation part")
     return lines

@@ -163,6 +163,8 @@ def answer(before: dict, after: dict, step: dict) -> str:
         f"from {before['images']} to {after['images']} labeled images the mask AP "
         f"changed by {step['gain']:+.1f}"
     )
+    if after["ap"] == 0:
+        return said + ": nothing was learned; train longer, or look at the annotations"
     if not step["interval"]:
         return said + "; so many test images have no interval"
     low, high = step["interval"]

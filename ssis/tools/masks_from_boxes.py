@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pycocotools import mask as mask_utils
+from PIL import ImageDraw
 from segment_anything import SamPredictor
 from tqdm import tqdm
 
@@ -32,9 +33,11 @@ def outlined(raw: dict, source: str) -> list[dict]:
     """
     found = []
     for record in raw["annotations"]:
-        mask = record.get("segmentation") if isinstance(record, dict) else {}
-        # What is no list of polygons is a mask, or no record: the reader says which.
-        if not isinstance(mask or [], list) or any(mask or []):
+        # What is no record, and what is no list, the reader complains about.
+        if not isinstance(record, dict):
+            continue
+        mask = record.get("segmentation") or []
+        if not isinstance(mask, list) or any(mask):
             continue
         try:
             x, y, width, height = map(float, record["bbox"])
@@ -82,11 +85,18 @@ def draw(records: list[dict], dataset: Dataset, args: argparse.Namespace, out: P
             masks.append(predictor.predict(box=box, multimask_output=False)[0][0])
             rle = mask_utils.encode(np.asfortranarray(masks[-1], np.uint8))
             rle["counts"] = rle["counts"].decode()
-            record.update(segmentation=rle, mask_from_box=True)
+            area = int(masks[-1].sum())
+            record.update(segmentation=rle, area=area, mask_from_box=True)
         labels = torch.tensor([label[as_number(r["category_id"])] for r in mine])
         target = out / "masks_from_boxes" / f"{dataset.files[index]}.png"
         with writing(target, "--out"):
             target.parent.mkdir(parents=True, exist_ok=True)
             shown = (pixels / 255, torch.from_numpy(np.stack(masks)), labels)
-            pictures.overlay(*shown, dataset.names, side=800).save(target)
+            picture = pictures.overlay(*shown, dataset.names, side=800)
+            for x, y, width, height in (r["bbox"] for r in mine):
+                # What SAM was asked: the box.
+                box = np.array([x, y, x + width, y + height], float)
+                box *= picture.width / pixels.shape[2]
+                ImageDraw.Draw(picture).rectangle(box.tolist(), outline="white")
+            picture.save(target)
     print(f"{len(records)} masks drawn; look at them: {out / 'masks_from_boxes'}")

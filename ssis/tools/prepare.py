@@ -75,10 +75,21 @@ def check(dataset: str, out: Path, part: str, names=None) -> Dataset:
     crowds = int(images.crowd.sum())
     official = OFFICIAL.get(dataset, 2 * [len(images)])[part == "val"]
     note = "" if len(images) == official else f" (the official part has {official})"
+    present = set().union(*map(images.present_labels, range(len(images))))
+    classes = len(images.names)
+    of = f"{len(present)} of {classes}" if len(present) < classes else classes
     print(
         f"{part}: {len(images)} images{note}, {len(images.labels) - crowds} instances "
-        f"of {len(images.names)} classes, {crowds} crowds"
+        f"of {of} classes, {crowds} crowds"
     )
+    missing = [name for k, name in enumerate(images.names, 1) if k not in present]
+    if part == "val" and missing:
+        shown = ", ".join(missing[:8]) + (" …" if len(missing) > 8 else "")
+        images.warnings.append(
+            f"{images.source}: no image to judge {shown} by; give more to --val"
+            if dataset == "own"
+            else f"{images.source}: has no {shown}"
+        )
     for line in images.warnings:
         print(f"warning: {line}", file=sys.stderr)
     return images
@@ -182,7 +193,10 @@ def run(argv: list[str] | None) -> None:
             link(out / part, args.root)
         train_set = check(args.dataset, out, "train")
         check(args.dataset, out, "val", train_set.names)
-        print(f"ready: train.py --preset custom --data {out} --labeled 100% ...")
+        print(
+            f"ready: train.py --preset photos --data {out} ... (photographs), or "
+            f"--preset custom --data {out} --labeled 100% ... (cells and the like)"
+        )
         return
     train_set = None
     for part in ("train", "val"):

@@ -71,7 +71,15 @@ def divide(args: argparse.Namespace, out: Path) -> dict[str, dict]:
         changed = file_names.match(raw["images"], args.root, source)
         print(
             f"{changed} of {len(raw['images'])} images found by the last part of a name"
+            ", the others by their names"
         )
+    beside = Path(source).parent
+    for image in raw["images"][:1]:
+        name = file_names.safe_name(image["file_name"], source)
+        if not (args.root / name).exists() and (beside / name).exists():
+            raise UserError(
+                f"{name}: not in {args.root}, but beside {source}; give --root {beside}"
+            )
     # Until SAM has drawn them, boxes stand for masks: all else is checked first.
     boxes = masks_from_boxes.outlined(raw, source) if args.masks_from_boxes else []
     dataset = coco_json.read(raw, source, str(args.root), None)
@@ -87,6 +95,11 @@ def divide(args: argparse.Namespace, out: Path) -> dict[str, dict]:
         before = coco_json.load_json(str(out / "instances_val.json"), "COCO JSON")
         earlier = {copies.version_of(image["file_name"]) for image in before["images"]}
         gone = earlier - set(map(copies.version_of, dataset.files))
+        if gone == earlier:
+            raise UserError(
+                f"{source}: has none of the images in {out}/instances_val.json, by "
+                "which models have been judged; add them, or give another --out"
+            )
         if gone:
             print(
                 f"warning: {len(gone)} images of the earlier validation part are no "
@@ -94,6 +107,10 @@ def divide(args: argparse.Namespace, out: Path) -> dict[str, dict]:
                 file=sys.stderr,
             )
     val = choose(dataset, grouped(dataset, args.group_by), count, earlier)
+    if earlier and len(val) > count:
+        print(
+            f"--val {args.val}: the {len(val)} images that an earlier call chose stay"
+        )
     if boxes:
         masks_from_boxes.draw(boxes, dataset, args, out)
         dataset = coco_json.read(raw, source, str(args.root), None)

@@ -182,6 +182,7 @@ class Labels:
     """Of a dataset what the split asks of it: 40 annotated images and two bare ones; 6 classes."""
 
     annotated, names, source = 40, [*"abcdef"], "labels"
+    files = tuple(map(str, range(42)))
 
     def present_labels(self, index: int) -> set:
         # Classes 1 to 4 are everywhere, 5 in one of ten, 6 in two images.

@@ -16,7 +16,7 @@ from segment_anything import SamPredictor
 from test_annotation_tools import POLYGONS, label_studio, labelme2coco, roboflow
 
 from ssis import UserError, sam
-from ssis.datasets import coco_json, copies, file_names
+from ssis.datasets import coco_json, copies, file_names, split
 from ssis.io.images import read_image
 from ssis.tools import prepare
 
@@ -215,13 +215,63 @@ def test_unlabeled_images_are_compared_with_those_to_be_judged_by(tmp_path):
     # Another photo that happens to have the name of one that is judged by.
     picture(5).save(photos / "b.png")
     dataset = coco_json.load_coco(str(tmp_path / "coco.json"), str(tmp_path / "images"))
-    export(tmp_path / "train", {"c.png": picture(4)})
+    # The original of a version that is labeled, too.
+    picture(7).crop((0, 0, 30, 30)).save(photos / "d.jpg")
+    export(tmp_path / "train", {"c.png": picture(4), "d_jpg.rf.2e.jpg": picture(7)})
     train_set = coco_json.load_coco(
         str(tmp_path / "train/coco.json"), str(tmp_path / "train/images")
     )
     added = coco_json.add_folder(train_set, str(photos), apart=(dataset,))
     assert [train_set.files[i] for i in added] == ["b.png", "new.png"]
-    assert any("3 images are versions or copies" in line for line in train_set.warnings)
+    said = "\n".join(train_set.warnings)
+    assert "3 images are versions or copies of validation or" in said
+    assert "1 images are versions of images in" in said and "d.jpg is the first" in said
+
+
+def test_versions_are_labeled_together(tmp_path):
+    """Half of thirty versions of ten photos: five photos, not some of each."""
+    names = [f"train/photo{n}_jpg.rf.{k}{n}a.jpg" for n in range(10) for k in range(3)]
+    export(tmp_path, {name: picture(k) for k, name in enumerate(names)})
+    dataset = coco_json.load_coco(str(tmp_path / "coco.json"), str(tmp_path / "images"))
+    for labeled, count in (("50%", 15), ("4", 6)):
+        chosen, _ = split.draw_split(dataset, labeled, 0)
+        assert len(chosen) == count
+        assert len({names[i].split("_")[0] for i in chosen}) == count // 3
+
+
+def test_what_the_validation_part_lacks_is_said(tmp_path, capsys):
+    export(tmp_path, {f"{k}.png": picture(k) for k in range(8)})
+    raw = json.loads((tmp_path / "coco.json").read_text())
+    raw["categories"].append(dict(id=2, name="rare"))
+    for k in (0, 1):
+        raw["annotations"][k]["category_id"] = 2
+    (tmp_path / "coco.json").write_text(json.dumps(raw))
+    own(tmp_path, "--val", "1")
+    said = capsys.readouterr()
+    assert "val: 1 images, 1 instances of 1 of 2 classes" in said.out
+    assert "no image to judge rare by; give more to --val" in said.err
+    # More stay than are asked for later; and none of them left is no second round.
+    own(tmp_path, "--val", "4")
+    own(tmp_path, "--val", "1")
+    assert "--val 1: the 4 images that an earlier call chose stay" in capsys.readouterr().out
+    for image in raw["images"]:
+        image["file_name"] = "new" + image["file_name"]
+    for path in (tmp_path / "images").glob("*.png"):
+        path.rename(path.with_name("new" + path.name))
+    (tmp_path / "coco.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"has none of the images in .*give another --out"):
+        own(tmp_path)
+
+
+def test_images_beside_the_json(tmp_path):
+    """As Roboflow exports: the folder of the photos is the JSON's own."""
+    export(tmp_path, {"a.png": picture(1), "b.png": picture(2)})
+    (tmp_path / "coco.json").rename(tmp_path / "images" / "_annotations.coco.json")
+    source, empty = tmp_path / "images" / "_annotations.coco.json", tmp_path / "empty"
+    empty.mkdir()
+    command = ["own", "--json", str(source), "--root", str(empty), "--out", str(tmp_path / "o")]
+    with pytest.raises(UserError, match=r"a.png: not in .*empty, but beside .*; give --root "):
+        prepare.run(command)
 
 
 # ---------------------------------------------------------------------------- names
@@ -432,7 +482,7 @@ def test_what_is_wrong_is_told_before_sam_is_asked(tmp_path, change, said):
     (tmp_path / "coco.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=said):
         own(tmp_path, "--masks-from-boxes", "nowhere.pth")
-    for odd in (3, dict(raw["annotations"][0], segmentation=7)):
+    for odd in (3, dict(raw["annotations"][0], category_id=1, segmentation=7)):
         spoiled = dict(raw, annotations=[odd])
         (tmp_path / "coco.json").write_text(json.dumps(spoiled))
         with pytest.raises(UserError, match=r"not COCO format|neither polygons nor an RLE"):

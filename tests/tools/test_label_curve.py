@@ -75,7 +75,9 @@ def test_the_curve_of_two_runs(shapes_folder, tmp_path, capsys):
 )
 def test_the_answer(gain, interval, words):
     step = dict(gain=gain, interval=interval)
-    said = label_curve.answer(dict(images=10), dict(images=20), step)
+    said = label_curve.answer(dict(images=10), dict(images=20, ap=30.0), step)
+    nothing = label_curve.answer(dict(images=10), dict(images=20, ap=0.0), step)
+    assert nothing.endswith("nothing was learned; train longer, or look at the annotations")
     assert (
         words in said and f"from 10 to 20 labeled images the mask AP changed by {gain:+.1f}" in said
     )

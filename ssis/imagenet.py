@@ -19,8 +19,8 @@ $$\mu_k = \sum_{n : y_n = k} v_n, \qquad
   \left(\frac{\cos(v, \mu_k)}{\tau}\right), \qquad \tau = 0.04$$ ssis Eq. (means)
 
 Two labeled instances of a class are enough for a mean, and means do not care how often
-a class occurs. (A linear classifier on the same features is right in 3 of 100 more, and
-would have to be trained; docs/log.md.)
+a class occurs. (A linear classifier on the same features is right for 3 more instances
+in 100, but it would have to be trained; docs/log.md.)
 
 The memory is filled when the first teacher is ready, and grows with the labeled views
 that the run sees. It never grows old: the encoder does not change.

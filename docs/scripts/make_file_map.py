@@ -38,7 +38,7 @@ ROOMS = {
     "engine": "checkpoints, resuming, what goes wrong",
     "report": "AP, verdict, pictures, the page of a run",
     "tools": "the commands of `python -m ssis`",
-    "io": "images, checkpoints, SAM's weights; files written whole or not at all",
+    "io": "images, checkpoints, SAM's weights; crash-safe writing",
 }
 CHAIN = re.compile(r"^Chain: (\d+) of (\d+)\. Read next: (?:back to )?`([\w/]+\.py)`", re.MULTILINE)
 
@@ -97,7 +97,7 @@ def method() -> str:
         rows.append(f"| {part} | [`{Path(name).name}`]({name}) | {equations} | {code} + {words} |")
     rest = [p for p in chain() if p.relative_to(ROOT).as_posix() not in PARTS.values()]
     serving = ", ".join(f"`{p.name}`" for p in rest)
-    lines = [f"In `ssis/` beside them: {serving}. The folders that serve it:", ""]
+    lines = [f"In `ssis/` beside them: {serving}. Its folders:", ""]
     for room, words in ROOMS.items():
         count = len(list((ROOT / "ssis" / room).glob("[!_]*.py")))
         lines.append(f"* `ssis/{room}/`, {count} files: {words}")

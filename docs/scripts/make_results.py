@@ -57,44 +57,44 @@ LEARNT = """## What was learned
   {ladder[pl-dc (all three)]}, S4M as published {ladder[s4m (as published)]}, the two together
   {ladder[pl-dc + s4m as published]}, with this project's parts
   {ladder[full (both papers, own parts)]}, and supervised training with all 1,280 images
-  {ladder[all labels]}: `full` closes {gap} % of the gap (seeds {gap_seeds}). On MS COCO at 1 %
-  the better of them reports 39 %. This project's own parts add nothing on these drawings: the
-  two rows lie within the spread of the seeds.
+  {ladder[all labels]}: `full` closes {gap} % of the gap (seeds {gap_seeds}). On MS COCO with 1 % of
+  the labels, the better of the two papers closes 39 % of its gap. This project's own parts add
+  nothing on these drawings: the two rows lie within the spread of the seeds.
 * **Classes are what is lost, more than masks.** With right classes on Guided Distillation's
-  pseudo-labels its AP would be {ladder[oracle: classes]}, with right masks
-  {ladder[oracle: masks]}, with both {ladder[oracle: both]}. Each part alone on top of Guided
-  Distillation: category correction {ladder[+ category correction]}, refinement
-  {ladder[+ refinement by SAM]}, copy-paste {ladder[+ copy-paste]}, structural distillation
-  {ladder[+ structural distillation]}, adaptive filter {ladder[+ adaptive filter]}, pixel
-  uncertainty {ladder[+ pixel uncertainty]}. The last three are within the noise of two runs (2
-  AP). The two papers' gains add up, for they mend different faults.
+  pseudo-labels its AP would be {ladder[oracle: classes]}, with right masks {ladder[oracle: masks]},
+  with both {ladder[oracle: both]}. Each part alone on top of Guided Distillation: category
+  correction {ladder[+ category correction]}, refinement {ladder[+ refinement by SAM]}, copy-paste
+  {ladder[+ copy-paste]}, structural distillation {ladder[+ structural distillation]}, adaptive
+  filter {ladder[+ adaptive filter]}, pixel uncertainty {ladder[+ pixel uncertainty]}. The last
+  three are within the noise of two runs (2 AP). The two papers' gains add up, for they mend
+  different faults.
 * **Refinement pays twice.** SAM's masks have an IoU with the ground truth that is {refine_burnin}
-  above the teacher's at the end of the burn-in (`full`), and better silhouettes are easier to
-  name: the category classifier is right more often after SAM than before it. The tiny SAM
-  was never shown these shapes, but its scenes are of the same make, and these classes *are*
-  shapes: expect less where neither holds.
-* **The fewer labels, the larger the gain.** From supervised training to both papers: with 2.5 %
-  of the labels (32 images) from {labels[2.5% supervised]} to {labels[2.5% full]}, with 5 % from
+  above the teacher's at the end of the burn-in (`full`), and better silhouettes are easier to name:
+  the category classifier is right more often after SAM than before it. The tiny SAM was never shown
+  these shapes, but its scenes are of the same make, and these classes *are* shapes: expect less
+  where neither holds.
+* **The fewer labels, the larger the gain.** From supervised training to both papers: with 2.5 % of
+  the labels (32 images) from {labels[2.5% supervised]} to {labels[2.5% full]}, with 5 % from
   {labels[5% supervised]} to {labels[5% full]}, with 10 % from {labels[10% supervised]} to
-  {labels[10% full]}, with 20 % from {labels[20% supervised]} to {labels[20% full]} (two
-  seeds; all labels: {ladder[all labels]}). Guided Distillation alone gains two to five AP. The
-  two seeds are two draws of the labeled images, and which images those are can matter as
-  much as a method: with 10 % the two supervised runs are 6 AP apart, those of both papers 8.
+  {labels[10% full]}, with 20 % from {labels[20% supervised]} to {labels[20% full]} (two seeds; all
+  labels: {ladder[all labels]}). Guided Distillation alone gains two to five AP. The two seeds are
+  two draws of the labeled images, and which images those are can matter as much as a method: with
+  10 % the two supervised runs are 6 AP apart, those of both papers 8.
 * **It holds on scenes that nothing was chosen on.** On the second built-in dataset, with the
   settings of the first one (seeds: {signs_seeds}): supervised {signs[supervised]}, Guided
   Distillation {signs[guided-distillation]}, PL-DC {signs[pl-dc]}, S4M {signs[s4m]}, both
-  {signs[full]}, all labels {signs[all labels]}: {signs_gap} % of the gap. The classes are easier
-  to tell apart there, so correction has less to do, and S4M's masks and copy-paste do more.
+  {signs[full]}, all labels {signs[all labels]}: {signs_gap} % of the gap. The classes are easier to
+  tell apart there, so correction has less to do, and S4M's masks and copy-paste do more.
 * **On photographs `full` gains, and what it gains is names.** Animals of 6 classes, 38 of 378
   images labeled: supervised {animals[supervised]}, Guided Distillation
-  {animals[guided-distillation]}, `full` {animals[full]}, all labels {animals[all labels]}
-  (one seed). Guided Distillation, which corrects no class, is within the noise of supervised
-  training. On the validation part the detections of the first teacher, with no training but
-  renamed by class means of the backbone's ImageNet features, are about as good as `full` at its
-  end (docs/log.md): the unlabeled images are how these names get into the student. Where ImageNet
-  does not know the things, expect less. Pasting labeled images into each other, a strong
-  augmentation elsewhere, costs supervised training half of its AP here: it has
-  {animals[supervised, copy-paste]} with the seed with which it has 28.3 without.
+  {animals[guided-distillation]}, `full` {animals[full]}, all labels {animals[all labels]} (one
+  seed). Guided Distillation, which corrects no class, is within the noise of supervised training.
+  On the validation part, the first teacher's detections become about as good as `full` at its end
+  if they are only renamed, without any training, by class means of the backbone's ImageNet features
+  (docs/log.md): the unlabeled images are how these names get into the student. Where ImageNet does
+  not know the things, expect less. Pasting labeled images into each other, a strong augmentation
+  elsewhere, costs supervised training half of its AP here: with the same seed, it has
+  {animals[supervised, copy-paste]} with pasting and 28.3 without.
 * **On blood cells `full` loses.** 4 classes that look alike, 20 of 180 images labeled: supervised
   {wbc_supervised}, `full` {wbc_full}, and both lose to the first teachers, {wbc_first}, after half
   of the steps: with 20 labels more training makes the names worse, with or without unlabeled
@@ -103,26 +103,26 @@ LEARNT = """## What was learned
   AP. On the 40 images of the validation part, with two other draws, `full` was 13 and 15 AP above
   supervised training (docs/log.md): settings chosen on so few images say little. The run tells: its
   verdict names the loss.
-* **On nuclei nothing beats supervised training.** Nuclei, one seed, 5 % of the labels:
-  supervised {nuclei[5% supervised]}, Guided Distillation {nuclei[5% guided-distillation]}, PL-DC
-  {nuclei[5% pl-dc]}, S4M {nuclei[5% s4m]}, both {nuclei[5% full]}; 10 %:
-  {nuclei[10% supervised]}, {nuclei[10% guided-distillation]}, {nuclei[10% pl-dc]},
-  {nuclei[10% s4m]}, {nuclei[10% full]}. Twelve images hold hundreds of nuclei of one class, and
-  labels are not what is short: twenty times as many end at {nuclei[all labels]} after the same
-  number of steps. With every mask of its pseudo-labels replaced by the ground truth, Guided
-  Distillation would end at {nuclei[5% oracle: both]} with 5 %. What the methods mend best, the
-  classes, cannot be wrong. A tiny SAM trained on drawn blobs draws worse masks than the teacher
-  does (docs/log.md): a refinement can be no better than its SAM.
+* **On nuclei nothing beats supervised training.** Nuclei, one seed, 5 % of the labels: supervised
+  {nuclei[5% supervised]}, Guided Distillation {nuclei[5% guided-distillation]}, PL-DC
+  {nuclei[5% pl-dc]}, S4M {nuclei[5% s4m]}, both {nuclei[5% full]}; 10 %: {nuclei[10% supervised]},
+  {nuclei[10% guided-distillation]}, {nuclei[10% pl-dc]}, {nuclei[10% s4m]}, {nuclei[10% full]}.
+  Twelve images hold hundreds of nuclei of one class, so there is no shortage of labels: with twenty
+  times as many labeled images, training ends at {nuclei[all labels]} after the same number of
+  steps. With every mask of its pseudo-labels replaced by the ground truth, Guided Distillation
+  would end at {nuclei[5% oracle: both]} with 5 %. What the methods mend best, the classes, cannot
+  be wrong. A tiny SAM trained on drawn blobs draws worse masks than the teacher does (docs/log.md):
+  a refinement can be no better than its SAM.
 * **bf16 ends where float32 does, within the noise:** `full` {amp[full, bf16]} against
   {amp[full, float32]}, two seeds each, on a CPU.
 * **Structural distillation does not make a better first teacher here:** {first_with} with it,
-  {first_without} without (seeds 0 to 2; one of them is better with it); with seed 3, where the
-  settings were chosen, 34.8 against 38.2, and 36.0 with a weight that only stirs the noise
-  (docs/log.md). In Mask R-CNN the stride-4 map also feeds the classifier. So `full` leaves it
-  out with the small model. A run does not end lower with it: alone on top of Guided Distillation
-  it ended at {ladder[+ structural distillation]} against {ladder[guided-distillation]}, and with
-  seed 0 S4M at {without[s4m]} with it and at {without[s4m, no distillation]} without. `full` with
-  it was not tried over seeds."""
+  {first_without} without (seeds 0 to 2; one of the three is better with it). With seed 3, on which
+  the settings were chosen, it has 34.8 with it and 38.2 without; a weight so small that it only
+  changes the noise gives 36.0 (docs/log.md). In Mask R-CNN the stride-4 map also feeds the
+  classifier. So `full` leaves it out with the small model. A run does not end lower with it: alone
+  on top of Guided Distillation it ended at {ladder[+ structural distillation]} against
+  {ladder[guided-distillation]}, and with seed 0 S4M at {without[s4m]} with it and at
+  {without[s4m, no distillation]} without. `full` with it was not tried over seeds."""
 
 FAITHFUL = """
 ## Before and after the recipes were made those of the papers
@@ -143,12 +143,12 @@ differ by up to 2 AP, so smaller differences are none.
 
 README = """{table}
 
-Mask AP on the test images, in percent: mean ± standard deviation, number of seeds in parentheses;
-minutes of the fastest run on two CPU cores, two side by side. All runs of a line take the same
-number of steps; those of shapes and signs are a third longer than the quick run above. Shapes and
-signs are drawn images; no setting was tuned on signs, and the bundled tiny SAM was trained on
-drawings as well. {real} start from ImageNet features and do not use SAM. Unlabeled images do not
-always help: on blood cells they cost AP, on nuclei they bring none ([results](docs/results.md))."""
+Mask AP on the test images, in percent: mean ± standard deviation (number of seeds).
+The minutes are those of the fastest run, on one of two CPU cores. All runs in a row take the same
+number of steps, in the first two rows a third more than the quick run above. Shapes and signs are
+drawn images; no setting was chosen on signs. The bundled tiny SAM was trained on other drawings.
+{real} start from ImageNet features and do not use SAM. Unlabeled images do not always help: on
+blood cells they lowered AP, and on nuclei they brought no gain ([results](docs/results.md))."""
 # Study, its row of all parts, what it is, and the labeled images.
 BOARD = (
     ("ladder", "full (both papers, own parts)", "shapes", "64 of 1,280"),

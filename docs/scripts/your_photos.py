@@ -16,7 +16,7 @@ writes. Environment variables, all optional, for a run without an editor:
 # You have some hundreds of photographs, and some thirty of them are annotated: every object of your
 # classes has a polygon or a mask. This notebook trains twice, once with the annotated photos alone
 # and once with all the others beside them, and tells you whether the others helped. On two CPU
-# cores it takes about an hour, of which you need ten minutes. All details and flags are in
+# cores it takes about an hour, but only ten minutes of your own time. All details and flags are in
 # [your_data.md](your_data.md).
 #
 # ## 1. What you have
@@ -114,8 +114,8 @@ train.main([*FLAGS, "--unlabeled-images", str(PHOTOS), "--output", str(OUT / "wi
 # ## 6. The verdict
 #
 # AP runs from 0 to 100, higher is better: it combines finding, naming and outlining the objects.
-# The interval says how far chance could have brought the same difference; if it contains 0, the
-# others have not been shown to help. With ten photos to judge by it is wide.
+# The interval shows how much the difference could vary by chance; if it contains 0, the other
+# photos have not been shown to help. With ten photos to judge by it is wide.
 
 # %%
 runs = ("supervised", "with_others")

@@ -1,6 +1,6 @@
 r"""Time of a step on cores that are idle, and on cores that another program uses as well.
 
-    python docs/bench/bench_cores.py [--rounds 1] [--neighbors 0 1]
+    python docs/bench/bench_cores.py [--rounds 1] [--neighbors 0 1] [--ways one two] [--steps 50]
 
 Runs `train.py` with the default settings for a few steps and reads off its metrics when they were
 made; no other program should run. Each way beside so many neighbors, processes that count without
@@ -12,8 +12,8 @@ end:
     one       one process of one thread (OMP_NUM_THREADS=1)
     two       two processes of one thread each (torchrun --nproc_per_node 2)
 
-For each the seconds of a supervised step and of a step of `full`, and both relative to `usual`
-without a neighbor. After so few steps the teacher is sure of nothing: no pseudo-label is kept, so
+For each the seconds of a supervised step and of a step of `full`, and both relative to the first
+row. After so few steps the teacher is sure of nothing: no pseudo-label is kept, so
 this is the cheapest step of `full`.
 """
 
@@ -33,8 +33,6 @@ sys.path.insert(0, str(ROOT))
 from ssis.datasets import shapes  # noqa: E402
 
 DATA = ROOT / "data" / "shapes"
-# Steps are written in tens: the first ten of a stage warm up.
-PRETRAIN, MUTUAL = 50, 50
 WAYS = dict(
     usual=([], {}),
     short=([], dict(GOMP_SPINCOUNT="10000")),
@@ -44,10 +42,10 @@ WAYS = dict(
 )
 
 
-def seconds(way: str, folder: Path) -> list[float]:
+def seconds(way: str, folder: Path, steps: int) -> list[float]:
     """Seconds a step of both stages."""
     launcher, variables = WAYS[way]
-    flags = f"--pretrain-steps {PRETRAIN} --burnin-steps 0 --mutual-steps {MUTUAL}".split()
+    flags = f"--pretrain-steps {steps} --burnin-steps 0 --mutual-steps {steps}".split()
     flags += ["--eval-every", "1000", "--audit-images", "8", "--output", str(folder / "run")]
     # The first teacher is evaluated in between: on a few images.
     shapes.make(DATA)
@@ -65,7 +63,7 @@ def seconds(way: str, folder: Path) -> list[float]:
         env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     seen, path = {}, folder / "run" / "metrics.jsonl"
-    while PRETRAIN + MUTUAL not in seen:
+    while 2 * steps not in seen:
         if run.poll():
             raise SystemExit(run.stderr.read().decode()[-2000:])
         with contextlib.suppress(OSError, ValueError):
@@ -74,9 +72,10 @@ def seconds(way: str, folder: Path) -> list[float]:
         time.sleep(0.02)
     run.terminate()
     run.wait()
+    # Steps are written in tens: the first ten of a stage warm up.
     return [
         (seen[end] - seen[begin]) / (end - begin)
-        for begin, end in ((10, PRETRAIN), (PRETRAIN + 10, PRETRAIN + MUTUAL))
+        for begin, end in ((10, steps), (steps + 10, 2 * steps))
     ]
 
 
@@ -85,12 +84,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--neighbors", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=WAYS)
+    parser.add_argument("--steps", type=int, default=50, help="of each stage, in tens")
     args = parser.parse_args()
     first = None
     print(f"{os.cpu_count()} cores")
     print("| | neighbors | supervised | full | relative |\n|---|---|---|---|---|")
     for count in args.neighbors:
-        for way in WAYS:
+        for way in args.ways:
             busy = [
                 subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)
             ]
@@ -98,7 +99,7 @@ def main() -> None:
                 found = []
                 for _ in range(args.rounds):
                     with tempfile.TemporaryDirectory() as name:
-                        found.append(seconds(way, Path(name)))
+                        found.append(seconds(way, Path(name), args.steps))
             finally:
                 for process in busy:
                     process.kill()

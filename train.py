@@ -220,8 +220,7 @@ def unlabeled_pass(
     # it may wait for the others. All take part in the sum of the counts.
     if chosen:
         with model.autocast(config, device):
-            names = (config.no_object_unlabeled, labeler.calibration.confusion)
-            loss_u, counts, _ = net(strong, targets, *names)
+            loss_u, counts, _ = net(strong, targets, config.no_object_unlabeled)
     total_counts = distributed.all_sum(counts)
     if chosen:
         objective = losses.total(loss_u, counts, total_counts, distributed.world_size())

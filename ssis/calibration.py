@@ -54,16 +54,6 @@ thresholds are most likely. A teacher that is sure of wrong classes pays for it.
 (Counting which classes are right would let three disagreements decide.) At 0 the
 correction is off.
 
-*Names.* How often an instance of class k is named j, corrected names included:
-
-$$Q_{kj} = \frac{N_{kj} + \nu \, R_{kj}}{\sum_l N_{kl} + \nu}, \qquad
-  R_{kk} = a, \quad R_{kj} = \frac{1 - a}{C - 1}$$ ssis Eq. (confusion)
-
-with N_kj found instances that pass the thresholds, and a the fraction of all of them
-that is rightly named. A class of few instances is taken to be named about as well as
-all others: R counts as ν of them. The student's loss makes allowance for it
-(`ssis/losses.py`).
-
 Measured when the first teacher is ready, when the burn-in ends, and after each
 evaluation but the last, since the teacher changes. What was measured is printed, and in
 the report. Where the validation part is also the test part, the test's ground truth
@@ -89,8 +79,6 @@ SHARED = 10
 TRIED = torch.arange(LOWEST, 0.995, 0.01)
 GATES = torch.arange(0, 1, 0.05)
 WEIGHTS = torch.arange(11) / 10
-# nu: as how many instances of each class those of all together count.
-PRIOR = 2
 # A gate that no agreement reaches: the refinement is off.
 OFF = 2.0
 # A mask is right from this IoU with the true one on.
@@ -103,22 +91,18 @@ class Calibration:
     Args:
         gate: g, agreement from which SAM's mask is taken, until something is measured.
         trust: w, the weight of the category classifier; None: that of PL-DC Eq. (w).
-
-    Attributes:
-        confusion: (C, C), Q of ssis Eq. (confusion); None until it is measured.
     """
 
     def __init__(self, gate: float, trust: float | None = None):
-        self.gate, self.trust, self.confusion = gate, trust, None
+        self.gate, self.trust = gate, trust
 
     def state_dict(self) -> dict:
         """What a checkpoint must keep."""
-        return dict(gate=self.gate, trust=self.trust, confusion=self.confusion)
+        return dict(gate=self.gate, trust=self.trust)
 
     def load_state_dict(self, state: dict) -> None:
         """Take up what `state_dict` gave."""
         self.gate, self.trust = state["gate"], state["trust"]
-        self.confusion = state.get("confusion")
 
 
 @dataclass
@@ -282,28 +266,6 @@ def best_trust(passed: Instances) -> float:
     return WEIGHTS[torch.stack(likelihood).argmax()].item()
 
 
-def confusion(found: Instances, w: float) -> Tensor:
-    """Q of ssis Eq. (confusion), (C, C): how often each true class gets each name.
-
-    Args:
-        found: the instances that pass the thresholds and lie on a true one.
-        w: the weight of the category classifier.
-    """
-    classes = found.distribution.shape[1]
-    # PL-DC Eq. (DICC), where the category classifier has an opinion.
-    teacher = found.distribution / found.distribution.sum(dim=1, keepdim=True)
-    asked = found.opinion.sum(dim=1) > 0
-    mixed = torch.where(asked[:, None], w * found.opinion + (1 - w) * teacher, teacher)
-    pairs = (found.true_labels - 1) * classes + mixed.argmax(dim=1)
-    counted = pairs.bincount(minlength=classes**2).view(classes, classes)
-    # As if one more was right: with nothing found, nothing is known to be wrong.
-    right = (counted.trace() + 1) / (len(found) + 1)
-    usual = torch.full((classes, classes), (1 - right) / max(classes - 1, 1))
-    usual.fill_diagonal_(right if classes > 1 else 1.0)
-    # ssis Eq. (confusion)
-    return (counted + PRIOR * usual) / (counted.sum(dim=1, keepdim=True) + PRIOR)
-
-
 def calibrate(labeler, seen: Instances, images: int, instances: Tensor) -> dict:
     """Set thresholds, gate and trust by what was seen.
 
@@ -321,11 +283,9 @@ def calibrate(labeler, seen: Instances, images: int, instances: Tensor) -> dict:
     mask_row = torch.full_like(of_class, of_mask)
     labeler.thresholds.values.copy_(torch.stack([of_class, mask_row]))
     measured.gate, measured.trust = best_gate(passed), best_trust(passed)
-    found = passed[passed.true_labels > 0]
-    names = confusion(found, measured.trust)
-    measured.confusion = names.to(labeler.thresholds.values.device)
 
     # What the stages are worth now, beside what was decided.
+    found = passed[passed.true_labels > 0]
     differ = found[found.opinion.sum(dim=1) > 0]
     differ = differ[differ.opinion.argmax(dim=1) + 1 != differ.labels]
     by_classifier = differ.opinion.argmax(dim=1) + 1 == differ.true_labels
@@ -349,5 +309,4 @@ def calibrate(labeler, seen: Instances, images: int, instances: Tensor) -> dict:
         classifier_right=by_classifier.sum().item(),
         teacher_right=(differ.labels == differ.true_labels).sum().item(),
         trust=round(measured.trust, 4),
-        confusion=[[round(q, 4) for q in row] for row in names.tolist()],
     )

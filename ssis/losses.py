@@ -42,20 +42,6 @@ But Mask R-CNN *samples* its background, at least three for each foreground prop
 while Mask2Former takes all of its hundred queries, so the same number is another weight
 here (docs/differences.md).
 
-*Names that may be wrong (this project's).* With `--filter calibrated` it is known how
-often an instance of class k is named j: Q_kj (`ssis/calibration.py`). A student that is
-taught a wrong name as if it were right hands it back to the teacher. So the student's
-probabilities p_k that the instance *is* of class k are turned into probabilities of how
-it is *named*, and those are compared with the pseudo-label j:
-
-$$L_{\mathrm{class}} = -\log \sum_{k=1}^{C} p_k \, Q_{kj}$$ ssis Eq. (forward)
-
-If half of the monocytes are named eosinophils, a pseudo-label "eosinophil" is content
-with a monocyte as well, and the labeled images decide which it is. If all names are
-right, Q is the identity, and this is cross-entropy. (Known as forward correction:
-Patrini et al., arXiv 1609.03683; with Q measured on trusted data: Hendrycks et al.,
-arXiv 1802.05300.)
-
 *Averaging.* Each loss is a mean over n things: sampled anchors, sampled proposals, or
 foreground proposals; of the two weighted ones n is the sum of the weights. n differs
 between processes: one with many instances has more foreground proposals. DDP takes the
@@ -104,25 +90,6 @@ def weighted_mean(each: Tensor, labels: Tensor, no_object: float) -> tuple:
     weights = torch.where(labels > 0, 1.0, no_object)  # (n,)
     count = weights.sum()
     return (weights * each).sum() / count.clamp(min=1e-6), count
-
-
-def class_loss(logits: Tensor, labels: Tensor, confusion: Tensor | None) -> Tensor:
-    """Cross-entropy of the classes, of names that may be wrong.
-
-    Args:
-        logits: (n, C + 1) of the sampled proposals.
-        labels: (n,) int64; 0 is background.
-        confusion: (C, C), Q of ssis Eq. (confusion); None: all names are right.
-
-    Returns:
-        (n,) losses.
-    """
-    log_p = F.log_softmax(logits.float(), dim=1)
-    if confusion is not None:
-        # ssis Eq. (forward): background stays what it is.
-        named = (log_p[:, 1:, None] + confusion.log()).logsumexp(dim=1)
-        log_p = torch.cat([log_p[:, :1], named], dim=1)
-    return F.nll_loss(log_p, labels, reduction="none")
 
 
 def certainty(mask_probs: Tensor) -> Tensor:

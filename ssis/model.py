@@ -206,12 +206,10 @@ class WeightedRoIHeads(RoIHeads):
 
     Attributes:
         no_object: w_0 of GD Eq. (no object), set by `MaskRCNN.forward`.
-        confusion: (C, C), Q of ssis Eq. (confusion), or None; set there too.
         weight: the sum of the weights of the proposals drawn last, a scalar.
     """
 
     no_object = 1.0
-    confusion = None
 
     def forward(self, features, proposals, image_shapes, targets=None):
         """Losses of the second stage, in torchvision's form.
@@ -243,7 +241,7 @@ class WeightedRoIHeads(RoIHeads):
         _, loss_box_reg = fastrcnn_loss(logits, deltas, labels, regression)
         # torchvision's loss of the classes, but with a weight of background.
         classes = torch.cat(labels)
-        each = losses.class_loss(logits, classes, self.confusion)
+        each = F.cross_entropy(logits, classes, reduction="none")
         loss_classifier, self.weight = losses.weighted_mean(
             each, classes, self.no_object
         )
@@ -328,13 +326,11 @@ class MaskRCNN(mask_rcnn.MaskRCNN):
         images: list[Tensor],
         targets: list[dict] | None = None,
         no_object: float = 1.0,
-        confusion: torch.Tensor | None = None,
     ):
         if not self.training:
             return super().forward(images, targets)
         # torchvision calls the losses itself, without room for an argument more.
         self.rpn.no_object = self.roi_heads.no_object = no_object
-        self.roi_heads.confusion = confusion
         # torchvision's own five lines, written out because they do not return features.
         # First stage: boxes that may hold an object. Second stage: which class, and
         # which pixels. To the second stage proposals are constants: no gradient flows

@@ -60,23 +60,30 @@ def draw_split(
     for index in order:
         for label in dataset.present_labels(index):
             holders.setdefault(label, []).append(index)
-    # Roboflow's versions of a photo are drawn together: with one labeled, the others
-    # are no unlabeled images any more.
-    names = [dataset.files[index] for index in order]
-    photos = map(version_of, names) if any(map(is_version, names)) else order
-    together: dict = {}
-    of = {i: together.setdefault(p, []) for i, p in zip(order, photos, strict=True)}
-    for index, versions in of.items():
-        versions.append(index)
+    versions = together(dataset, order)
     chosen: set[int] = set()
     for label in sorted(holders, key=lambda label: (len(holders[label]), label)):
         if len(chosen) < count and not chosen & set(holders[label]):
-            chosen.update(of[holders[label][0]])
+            chosen.update(versions[holders[label][0]])
     # The rest of the budget is uniform.
     for index in order:
         if len(chosen) < count:
-            chosen.update(of[index])
+            chosen.update(versions[index])
     return sorted(chosen), coverage(dataset, list(chosen))
+
+
+def together(dataset: Dataset, order: list[int]) -> dict[int, list[int]]:
+    """For each image those that are drawn with it: itself, or all versions of a photo.
+
+    If one of Roboflow's augmented versions is labeled, the others are no unlabeled
+    images any more.
+    """
+    names = [dataset.files[index] for index in order]
+    photos = map(version_of, names) if any(map(is_version, names)) else order
+    of_photo: dict = {}
+    for index, photo in zip(order, photos, strict=True):
+        of_photo.setdefault(photo, []).append(index)
+    return {index: versions for versions in of_photo.values() for index in versions}
 
 
 def how_many(labeled: str, total: int) -> int:

@@ -124,7 +124,8 @@ def test_cityscapes_instances_and_groups(tmp_path, capsys):
     assert dataset.image(0).shape == (3, 32, 64) and len(dataset.names) == 8
     said = capsys.readouterr().out
     assert (
-        "train: 4 images (the official part has 2975), 8 instances of 8 classes, 4 crowds" in said
+        "train: 4 images (the official part has 2975), 8 instances of 1 of 8 classes, 4 crowds"
+        in said
     )
     # A second time there is nothing to do.
     before = (out / "instances_train.json").stat().st_mtime_ns
@@ -302,7 +303,9 @@ def test_ones_own_json_is_divided(tmp_path, capsys, coco_folder):
     assert set().union(*(parts[0].present_labels(i) for i in range(2))) == {1, 2}
     assert sum(len(part.labels) for part in parts) == len(whole["annotations"])
     assert parts[0].names == parts[1].names
-    assert "ready: train.py --preset custom" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "ready: train.py --preset photos --data " in said
+    assert "or --preset custom --data " in said and "no image to judge" not in said
     for share, said in [
         ("100%", "leaves no image to train on"),
         ("no", "--val no: must be a share"),

@@ -134,23 +134,6 @@ def test_trust_by_hand():
 
 
 @fast
-def test_confusion_by_hand():
-    """Three of class 1, one of which the classifier renames; one of class 2, rightly named."""
-    teacher = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.2, 0.6]])
-    opinion = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    columns = dict(true_labels=[1, 1, 1, 2], distribution=teacher, opinion=opinion)
-    a = (3 + 1) / (4 + 1)
-    expected = [[(2 + 2 * a) / 5, (1 + 2 * (1 - a)) / 5], [2 * (1 - a) / 3, (1 + 2 * a) / 3]]
-    q = calibration.confusion(seen(**columns), 0.5)
-    assert q.tolist() == [pytest.approx(row) for row in expected]
-    # The teacher's own names, and nothing found: then nothing is known to be wrong.
-    assert calibration.confusion(seen(**columns), 0.0).tolist() == torch.eye(2).tolist()
-    assert calibration.confusion(seen(labels=[1])[[]], 0.5).tolist() == torch.eye(2).tolist()
-    one_class = seen(labels=[1], distribution=[[0.4]], opinion=[[0.0]])
-    assert calibration.confusion(one_class, 0.0).tolist() == [[1.0]]
-
-
-@fast
 def test_what_is_measured_is_put_to_use():
     """Thresholds into PL-DC's, gate and trust beside them; and the numbers of the report."""
     labeler = SimpleNamespace(
@@ -177,8 +160,6 @@ def test_what_is_measured_is_put_to_use():
     again = calibration.Calibration(1.0)
     again.load_state_dict(labeler.calibration.state_dict())
     assert (again.gate, again.trust) == (0.0, 0.5)
-    assert torch.equal(again.confusion, labeler.calibration.confusion)
-    assert measured["confusion"][0][0] == pytest.approx(again.confusion[0, 0].item(), abs=1e-4)
 
 
 @fast

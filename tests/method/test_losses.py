@@ -80,27 +80,6 @@ def test_with_weights_of_background_two_processes_still_equal_one():
     torch.testing.assert_close(found, whole)
 
 
-def test_the_loss_of_a_name_that_may_be_wrong_by_hand():
-    """Background 0.2, class 1 0.5, class 2 0.3; half of class 1 is named 2."""
-    logits = torch.tensor([[0.2, 0.5, 0.3]]).repeat(3, 1).log().requires_grad_()
-    q = torch.tensor([[0.5, 0.5], [0.0, 1.0]])
-    losses_of = losses.class_loss(logits, torch.tensor([0, 1, 2]), q)
-    expected = [-math.log(p) for p in (0.2, 0.5 * 0.5, 0.5 * 0.5 + 0.3)]
-    assert losses_of.tolist() == pytest.approx(expected)
-    losses_of.sum().backward()
-    # p minus what it would be if one knew the name: class 1 is hardly pushed away by a "2".
-    posterior = [0.0, 0.25 / 0.55, 0.3 / 0.55]
-    expected = [p - q for p, q in zip((0.2, 0.5, 0.3), posterior, strict=True)]
-    assert logits.grad[2].tolist() == pytest.approx(expected)
-
-
-def test_if_all_names_are_right_the_loss_is_cross_entropy():
-    logits, labels = torch.randn(7, 4), torch.tensor([0, 1, 2, 3, 0, 1, 3])
-    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    for q in (None, torch.eye(3)):
-        assert torch.allclose(losses.class_loss(logits, labels, q), expected)
-
-
 def test_certainty_by_hand():
     """PL-DC Eq. (PMUA): nothing known at one half, everything at 0 and 1."""
     p = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0])

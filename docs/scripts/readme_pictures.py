@@ -45,7 +45,6 @@ def stages(run: Path, wanted: list[int]) -> None:
 
     rows = []
     for index in wanted:
-        item = streams.audit[streams.audit.indices.tolist().index(index)]
         item = data.Stream(train_set, [index], config.view_size, 0, True)[0]
         image, target = item["image"], item["target"]
         made = train.pseudo_labels(labeler, [image], [item], config, step, audit.PREDICTED)

@@ -60,6 +60,7 @@ def test_every_option_in_the_documents_exists():
         "--size",
         "--score",
         "--threads",
+        "--ways",
     }
     for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
         found = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", path.read_text(encoding="utf-8")))

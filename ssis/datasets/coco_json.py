@@ -266,10 +266,10 @@ def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
 
     They have no annotations and never will: sizes are left unknown. Files that the
     dataset lists already, or of which it lists versions (Roboflow's), are passed over,
-    since the labeled and the unlabeled images
-    often share a folder; so are those of the datasets in `apart`, on which the model is
-    to be judged and which it must not have seen, even without labels. Their copies
-    count too, also versions of them and pictures compressed anew (`copies.leaks`).
+    since the labeled and the unlabeled images often share a folder; so are those of the
+    datasets in `apart`, on which the model is to be judged and which it must not have
+    seen, even without labels. Their copies count too, also versions of them and
+    pictures compressed anew (`copies.leaks`).
 
     Raises:
         UserError: no such folder, or no image in it.

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools import mask as mask_utils
 from PIL import ImageDraw
+from pycocotools import mask as mask_utils
 from segment_anything import SamPredictor
 from tqdm import tqdm
 

@@ -73,16 +73,14 @@ def divide(args: argparse.Namespace, out: Path) -> dict[str, dict]:
             f"{changed} of {len(raw['images'])} images found by the last part of a name"
             ", the others by their names"
         )
-    beside = Path(source).parent
-    for image in raw["images"][:1]:
-        name = file_names.safe_name(image["file_name"], source)
-        if not (args.root / name).exists() and (beside / name).exists():
-            raise UserError(
-                f"{name}: not in {args.root}, but beside {source}; give --root {beside}"
-            )
     # Until SAM has drawn them, boxes stand for masks: all else is checked first.
     boxes = masks_from_boxes.outlined(raw, source) if args.masks_from_boxes else []
     dataset = coco_json.read(raw, source, str(args.root), None)
+    name, beside = dataset.files[0], Path(source).parent
+    if not (args.root / name).exists() and (beside / name).exists():
+        raise UserError(
+            f"{name}: not in {args.root}, but beside {source}; give --root {beside}"
+        )
     dataset.check_files()
     try:
         count = split.how_many(args.val, len(dataset))

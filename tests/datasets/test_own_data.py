@@ -272,6 +272,11 @@ def test_images_beside_the_json(tmp_path):
     command = ["own", "--json", str(source), "--root", str(empty), "--out", str(tmp_path / "o")]
     with pytest.raises(UserError, match=r"a.png: not in .*empty, but beside .*; give --root "):
         prepare.run(command)
+    # What is no record is told by the reader, here too.
+    for spoiled in ([3], [dict(id=1)], []):
+        source.write_text(json.dumps(dict(json.loads(source.read_text()), images=spoiled)))
+        with pytest.raises(UserError, match=r"not COCO format|file_name|lists no image|not listed"):
+            prepare.run(command)
 
 
 # ---------------------------------------------------------------------------- names

@@ -40,6 +40,9 @@ TINY = [
     "4",
     "--warmup-steps",
     "2",
+    # After a few steps every one of a hundred detections is a guess, and masks take long.
+    "--max-detections",
+    "10",
 ]
 
 
@@ -128,6 +131,8 @@ def arguments(folder) -> list[str]:
         "32",
         "--long-side",
         "64",
+        "--max-detections",
+        "10",
         *(
             x
             for p in parts

@@ -24,6 +24,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ from ssis.report import ap, pictures
 
 # Long side of an overlay, pixels: about that of a screen.
 LARGEST = 2048
+# Images that are named as those to correct first.
+NAMED = 10
 
 
 def find_images(given: list[str], out: Path) -> dict[str, Path]:
@@ -103,7 +106,7 @@ def save_masks(folder: Path, detections: list[dict], names: list[str]) -> None:
         )
 
 
-def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> int:
+def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> tuple:
     """Predict, draw and write, image by image.
 
     Args:
@@ -114,7 +117,7 @@ def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> i
         args: `score`, `masks`.
 
     Returns:
-        The number of images that were read.
+        The number of images that were read, and the names of the least sure ones.
     """
     device = next(net.parameters()).device
     records, results = [], []
@@ -150,7 +153,20 @@ def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> i
     finally:
         # Also after Ctrl-C: the images so far are not lost.
         save(out, names, records, results)
-    return len(records)
+    return len(records), least_sure(records, results)
+
+
+def least_sure(records: list[dict], results: list[dict]) -> list[str]:
+    """The names of the images whose instances have the lowest mean score, lowest first.
+
+    An image in which nothing was found is none of them: it may be empty.
+    """
+    scores: dict[int, list[float]] = {}
+    for result in results:
+        scores.setdefault(result["image_id"], []).append(result["score"])
+    order = sorted(scores, key=lambda number: mean(scores[number]))
+    # Images are numbered from 1.
+    return [records[number - 1]["file_name"] for number in order[:NAMED]]
 
 
 def save(out: Path, names: list[str], records: list[dict], results: list[dict]) -> None:
@@ -204,10 +220,12 @@ def run(argv: list[str] | None) -> None:
     if args.max_detections:
         model.set_detections(net, args.max_detections)
     _, _, device = distributed.start(args.device)
-    count = predict(net.to(device), names, files, args.out, args)
+    count, unsure = predict(net.to(device), names, files, args.out, args)
     if not count:
         raise UserError("none of the images could be read")
     print(f"{who} of {args.checkpoint}: {count} of {len(files)} images, in {args.out}/")
+    if len(unsure) > 1:
+        print(f"least sure, so worth correcting first: {', '.join(unsure)}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -69,7 +69,7 @@ def small(shapes_folder, tmp_path, monkeypatch, kernel) -> str:
     """Settings of a small walk."""
     flags = "--pretrain-steps 25 --warmup-steps 5 --labeled 20 --labeled-batch 4 --eval-every 99"
     # Views of half the size: points and masks must find their way to the original and back.
-    flags += " --short-side-min 48 --short-side 48 --long-side 48"
+    flags += " --short-side-min 48 --short-side 48 --long-side 48 --max-detections 10"
     for part in ("train", "val", "test"):
         flags += f" --{part}-json {shapes_folder}/instances_{part}.json"
         flags += f" --{part}-images {shapes_folder}/{part}"
@@ -116,6 +116,7 @@ def test_your_photos_from_two_paths_to_a_verdict(tmp_path, monkeypatch, kernel):
         monkeypatch.delenv(name, raising=False)
     flags = "--model small --backbone-weights none --correction none --device cpu"
     flags += " --short-side-min 48 --short-side 48 --long-side 48 --warmup-steps 1"
+    flags += " --max-detections 10"
     flags += " --pretrain-steps 4 --burnin-steps 1 --mutual-steps 2 --eval-every 99"
     monkeypatch.setenv("PHOTOS_FLAGS", flags + " --labeled-batch 2 --unlabeled-batch 2")
     text, shown = executed("your_photos.ipynb")

@@ -75,6 +75,7 @@ def test_every_format_of_an_image_gives_the_same_answer(trained, tmp_path, capsy
     predict.main([str(trained), str(folder), "--out", str(out), "--score", "0.1", "--masks"])
     said = capsys.readouterr()
     assert "8 of 9 images" in said.out
+    assert "least sure, so worth correcting first: " in said.out
     assert said.err.count("skipped") == 1 and "broken.jpg" in said.err
     detections = results(out)
     assert len(detections) == 8 and "broken.jpg" not in detections
@@ -104,6 +105,18 @@ def test_the_output_is_no_input_and_names_stay_apart(tmp_path):
     assert sorted(everything) == ["one/a.png", "two/A.png", "two/a-2.png"]
     given = [str(tmp_path / "one"), str(tmp_path / "two" / "a.png"), str(tmp_path / "one/a.png")]
     assert list(predict.find_images(given, out)) == ["a.png", "a-2.png"]
+
+
+@pytest.mark.fast
+def test_the_least_sure_images_are_named_first():
+    records = [dict(id=k, file_name=f"{k}.png") for k in (1, 2, 3)]
+    scores = [(3, 0.6), (3, 0.8), (1, 0.9), (1, 0.7)]
+    found = [dict(image_id=image, score=score) for image, score in scores]
+    # By the mean, 0.7 and 0.8; there is nothing in image 2.
+    assert predict.least_sure(records, found) == ["3.png", "1.png"]
+    records = [dict(id=k, file_name=f"{k}.png") for k in range(1, 13)]
+    found = [dict(image_id=k, score=1 - k / 100) for k in range(1, 13)]
+    assert predict.least_sure(records, found) == [f"{k}.png" for k in range(12, 2, -1)]
 
 
 def test_of_two_instances_in_one_place_the_surer_one_is_on_top():

@@ -24,7 +24,8 @@ from ssis.tools import study
 SHORT = (
     "--preset custom --method guided-distillation --pretrain-steps 4 --burnin-steps 2 "
     "--mutual-steps 2 --labeled-batch 2 --unlabeled-batch 2 --tau-class 0.05 --labeled 8 "
-    "--short-side-min 48 --short-side 48 --eval-every 100 --audit-images 4 --checkpoint-every 1"
+    "--short-side-min 48 --short-side 48 --eval-every 100 --audit-images 4 --checkpoint-every 1 "
+    "--max-detections 10"
 )
 SMALL = study.Study(
     "A title", "A text.", {"plain": "", "+ uncertainty": "--uncertainty"}, (0,), SHORT, data=True

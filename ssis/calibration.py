@@ -43,8 +43,8 @@ gain is taken, if the gain is more than twice its standard error; otherwise the
 refinement is off.
 
 *Trust.* The category classifier's weight in PL-DC Eq. (DICC) starts at one half and
-falls to 0, whether it knows better than the teacher or not. Here it is measured, as
-long as the run goes on:
+falls to 0, whether it knows better than the teacher or not. Here it is measured, again
+and again during the run:
 
 $$w = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 1\}} \;
   \sum_n \log p_{y_n}(w)$$ ssis Eq. (trust)

@@ -1,8 +1,8 @@
 r"""PL-DC, category level: CLIP as the category classifier (optional, needs open_clip).
 
-CLIP has seen a billion images with captions, so it can name things that a teacher
-trained on a few hundred images cannot. But it was never trained to find or outline
-anything. So the teacher's mask says where, and CLIP says what:
+CLIP was trained on some billion images with captions, so it can name things that a
+teacher trained on a few hundred images cannot. But it was never trained to find or
+outline anything. So the teacher's mask says where, and CLIP says what:
 
 1. CLIP's convolutional image tower turns the view, at the size that it has, into a
    feature map of stride 32;
@@ -38,9 +38,9 @@ Differences from the released code:
 * a small mask may cover the center of no cell, and then nothing of it is left on the
   map. There, CLIP classifies a vector of zeros. Here it has no opinion;
 * a cell is foreground where the mask probability is above 0.5, not where the logit is
-  above 0. This is the same for a pixel, but the map's cells lie between pixels, and
-  the mean of probabilities may be on the other side than that of logits. SAM's masks
-  and the teacher's come as probabilities;
+  above 0. This is the same for a pixel, but the map's cells lie between pixels, and the
+  mean of the probabilities and that of the logits may lie on different sides of it.
+  SAM's masks and the teacher's come as probabilities;
 * there, descriptions are put into a template: "a photo of {description}" for a sentence
   that ends with a period, otherwise "a photo of a {description}.". Here the JSON file
   has whole prompts, and `TEMPLATES` are for bare class names.

@@ -321,9 +321,10 @@ class Config:
     )
     filter: str = setting(
         "adaptive",
-        "what keeps a pseudo-label: class score (GD), score times mask quality, both "
-        "apart, both with a threshold for each class (PL-DC), or three-way: what lies "
-        "between T_min and that is left to the correction (this project's reading); "
+        "what keeps a pseudo-label. score: class score (GD); coupled: class score "
+        "times mask quality; dual: a threshold for each of the two (PL-DC); adaptive: "
+        "thresholds of each class (PL-DC); three-way: as adaptive, but the correction "
+        "decides between T_min and the threshold (this project's reading); "
         "calibrated: thresholds of foreground and mask, SAM's gate and the weight of "
         "the correction are measured on the validation images (this project's)",
         choices=("score", "coupled", "dual", "adaptive", "three-way", "calibrated"),
@@ -333,8 +334,8 @@ class Config:
     )
     tau_class: float = setting(
         0.7,
-        "class quality that is required (GD 0.7, PL-DC 0.85); of coupled, the "
-        "product; adaptive has its own",
+        "required class quality (GD 0.7, PL-DC 0.85); with coupled, the required "
+        "product; adaptive has thresholds of its own",
         valid="from 0 to 1",
         scope=LATER,
     )
@@ -470,9 +471,9 @@ class Config:
     )
     refine: str = setting(
         "agreement",
-        "SAM redraws the masks of pseudo-labels (S4M); of its candidates the one with "
-        "the highest predicted IoU (S4M), or which agrees best with the teacher's mask "
-        "(this project's)",
+        "SAM redraws the masks of pseudo-labels (S4M). iou: its candidate with the "
+        "highest predicted IoU (S4M); agreement: the one that agrees best with the "
+        "teacher's mask (this project's)",
         choices=("none", "iou", "agreement"),
         scope=LATER,
         part=True,
@@ -510,8 +511,8 @@ class Config:
     )
     arp: str = setting(
         "unlabeled",
-        "paste instances between images: of pseudo-labeled ones (S4M), of labeled ones "
-        "(with S4M's distillation after pretraining alone), or of both",
+        "paste instances between images: pseudo-labeled ones (S4M), labeled ones "
+        "(only after pretraining, if S4M's distillation is on), or both",
         choices=("none", "unlabeled", "labeled", "both"),
         scope=LATER,
         part=True,

@@ -13,7 +13,8 @@ the built-in data it helps either way (docs/results.md).
     where       at its own coordinates, centers of the images on each other; with
                 `arp_jitter`, as S4M on COCO, each instance by itself at a random place
                 and a random scale (0.8 to 1.2)
-    how         a pixel is that of the pasted instances' union M, or what was there:
+    how         in M, the union of the pasted instances, their pixels replace those
+                below; elsewhere the image stays as it was:
 
 $$x = M \odot x_{\mathrm{above}} + (1 - M) \odot x_{\mathrm{below}}$$ S4M Eq. (ARP)
 

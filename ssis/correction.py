@@ -15,12 +15,13 @@ code. Not divided, they would sum to less than 1, and the category classifier wo
 decide more often than w says.
 
 The label becomes argmax p, the class quality max p. The weight of the category
-classifier falls as the teacher becomes better:
+classifier falls on a fixed schedule, because the teacher becomes better:
 
 $$w(t) = \frac{1}{4} \left(\cos \pi \frac{t - t_{\mathrm{burn}}}
   {t_{\mathrm{max}} - t_{\mathrm{burn}}} + 1\right)$$ PL-DC Eq. (w)
 
-from one half, until the end of the burn-in, to 0 at the end of the run.
+It is one half until the end of the burn-in, and falls from there to 0 at the end of the
+run.
 
 Why a mixture and not a vote? In a mixture the confidence of each side counts. And the
 weight falls on purpose: an opinion that never changes would in the end hold back a

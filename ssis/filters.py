@@ -81,8 +81,8 @@ All rules also ask for a mask of more than `min_area` pixels.
 What a missing pseudo-label teaches: to Mask R-CNN, an anchor or proposal that matches
 no instance *is* background, so a dropped object is trained as background, at the weight
 `no_object_unlabeled` (`ssis/losses.py`). An image without any pseudo-label is left out
-of the step, as in PL-DC, or all of it is trained as background, as in Guided
-Distillation and S4M (`empty_images`).
+of the step (PL-DC does so if no image on its GPU has one), or the whole image is
+trained as background, as in Guided Distillation and S4M (`empty_images`).
 
 Chain: 7 of 19. Read next: `ssis/sam.py`, which redraws the masks of what is kept.
 """

@@ -2,8 +2,8 @@ r"""AdamW and its learning rate.
 
 All three papers: AdamW at 1e-4. GD and S4M have weight decay 0.05, and a tenth of the
 learning rate for the pretrained backbone, whose features need to change least; PL-DC
-has weight decay 1e-4 and a frozen backbone. What the presets have for Mask R-CNN, and
-whose recipes it follows, says `ssis/presets.py`.
+has weight decay 1e-4 and a frozen backbone. `ssis/presets.py` says what the presets
+have for Mask R-CNN, and whose recipes they follow.
 
 The learning rate rises over the first W steps. How it falls (`--lr-schedule`), with t
 of T steps of a part of the run done:

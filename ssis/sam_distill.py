@@ -1,7 +1,7 @@
 r"""S4M: structural distillation (SD) from SAM into the teacher.
 
 While the first teacher is trained, on the labeled images, its feature map learns SAM's
-*layout*: locations that are alike to SAM (because they lie on one object) shall be
+*layout*: locations that look alike to SAM (because they lie on one object) should look
 alike to the teacher. Of each feature map F only the self-similarity is compared,
 
 $$C(i, j) = \cos(F_i, F_j)$$ S4M Eq. (similarity)

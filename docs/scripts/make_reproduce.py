@@ -88,8 +88,8 @@ result. All other differences: [differences.md](differences.md).
 
 **What each paper reports.** Guided Distillation and S4M: the student at its best checkpoint by
 validation AP; COCO's AP on COCO, Cityscapes' own evaluator on Cityscapes. PL-DC: COCO's AP on
-both, of which checkpoint its code does not say (it evaluates both networks while it trains, and
-the teacher alone afterwards). Its column "supervised" is a Mask2Former trained apart, not its own
+both datasets. Its code does not say which checkpoint is reported (it evaluates both networks while
+it trains, and only the teacher afterwards). Its column "supervised" is a Mask2Former trained apart, not its own
 first teacher, which has had 20,000 steps. Here the last checkpoint is evaluated, student and
 teacher, by COCO's AP.
 
@@ -113,9 +113,9 @@ H100 = """## One H100, and eight
 **An estimate, from one measurement**: on one H100 at 800 pixels in bf16 ([raw](results/gpu.txt)) a
 supervised step on four images takes 130 ms, of which the GPU computes for 52: 13 ms an image. A
 plain step on eight images, four of which a teacher has looked at, takes 199 ms, the GPU 117: 3 ms
-for a look. The rest is the host, which sends some thousand small operations for each image: 33 ms
-an image, whoever gets it. So the host sets the pace, and the table has its time: 33 ms for each
-image that student or teacher gets, 14 ms more an unlabeled image for SAM's decoder. Some
+for a look. The GPU waits for the host, which sends it some thousand small operations for each
+image. So the host sets the pace, and the table has its time: 33 ms for each image that student or
+teacher gets, and 14 ms more for each unlabeled image for SAM's decoder. Some
 of what the host does is done once for a batch, whatever its size (in the plain step 17 ms an image
 are enough), and operations and waits have become fewer since ([raw](results/operations.txt)): both
 make this an upper bound. Eight GPUs share the batch, so a step has an eighth of the

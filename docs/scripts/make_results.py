@@ -60,7 +60,7 @@ LEARNT = """## What was learned
   {ladder[all labels]}: `full` closes {gap} % of the gap (seeds {gap_seeds}). On MS COCO with 1 % of
   the labels, the better of the two papers closes 39 % of its gap. This project's own parts add
   nothing on these drawings: the two rows lie within the spread of the seeds.
-* **Classes are what is lost, more than masks.** With right classes on Guided Distillation's
+* **Wrong classes cost more AP than imprecise masks.** With right classes on Guided Distillation's
   pseudo-labels its AP would be {ladder[oracle: classes]}, with right masks {ladder[oracle: masks]},
   with both {ladder[oracle: both]}. Each part alone on top of Guided Distillation: category
   correction {ladder[+ category correction]}, refinement {ladder[+ refinement by SAM]}, copy-paste
@@ -92,17 +92,17 @@ LEARNT = """## What was learned
   On the validation part, the first teacher's detections become about as good as `full` at its end
   if they are only renamed, without any training, by class means of the backbone's ImageNet features
   (docs/log.md): the unlabeled images are how these names get into the student. Where ImageNet does
-  not know the things, expect less. Pasting labeled images into each other, a strong augmentation
-  elsewhere, costs supervised training half of its AP here: with the same seed, it has
-  {animals[supervised, copy-paste]} with pasting and 28.3 without.
+  not know the things, expect less. Pasting instances from one labeled image onto another, a strong
+  augmentation elsewhere, costs supervised training half of its AP here:
+  {animals[supervised, copy-paste]} with pasting and 28.3 without, with the same seed.
 * **On blood cells `full` loses.** 4 classes that look alike, 20 of 180 images labeled: supervised
   {wbc_supervised}, `full` {wbc_full}, and both lose to the first teachers, {wbc_first}, after half
   of the steps: with 20 labels more training makes the names worse, with or without unlabeled
   images. With seed 0 one monocyte and four eosinophils are labeled; the teacher and ImageNet's
   class means both name monocytes eosinophils, and teaching that costs the class nearly all of its
   AP. On the 40 images of the validation part, with two other draws, `full` was 13 and 15 AP above
-  supervised training (docs/log.md): settings chosen on so few images say little. The run tells: its
-  verdict names the loss.
+  supervised training (docs/log.md): settings chosen on so few images say little. The run itself
+  says so: its verdict states the difference.
 * **On nuclei nothing beats supervised training.** Nuclei, one seed, 5 % of the labels: supervised
   {nuclei[5% supervised]}, Guided Distillation {nuclei[5% guided-distillation]}, PL-DC
   {nuclei[5% pl-dc]}, S4M {nuclei[5% s4m]}, both {nuclei[5% full]}; 10 %: {nuclei[10% supervised]},
@@ -144,8 +144,8 @@ differ by up to 2 AP, so smaller differences are none.
 README = """{table}
 
 Mask AP on the test images, in percent: mean ± standard deviation (number of seeds).
-The minutes are those of the fastest run, on one of two CPU cores. All runs in a row take the same
-number of steps, in the first two rows a third more than the quick run above. Shapes and signs are
+The minutes are those of the fastest run with unlabeled images, on one CPU core. All runs of one row
+take the same number of steps; in the first two rows that is a third more than in the quick run. Shapes and signs are
 drawn images; no setting was chosen on signs. The bundled tiny SAM was trained on other drawings.
 {real} start from ImageNet features and do not use SAM. Unlabeled images do not always help: on
 blood cells they lowered AP, and on nuclei they brought no gain ([results](docs/results.md))."""

@@ -167,9 +167,10 @@ table(
 # the step calls too) without training on them. We look for an image with all of this: at least two
 # pseudo-labels, a candidate that the filter drops, a class that is corrected rightly (here alone,
 # and in section 15, the ground truth is looked at), a mask that SAM redraws, one whose redrawing
-# the gate refuses, and a partner for copy-paste; of several images that with the most right ones in
-# the end. So the image is *chosen*, and does not say how often each of these things happens; the
-# table does. The walk then takes that batch as if it were the first one of the burn-in.
+# the gate refuses, and a partner for copy-paste. Of several such images it is the one with the most
+# right pseudo-labels in the end. So the image is *chosen*, and does not say how often each of these
+# things happens; the table does. The walk then takes that batch as if it were the first one of the
+# burn-in.
 
 # %%
 BATCHES = 8

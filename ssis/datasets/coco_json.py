@@ -299,8 +299,8 @@ def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
     names = [name for k, name in enumerate(names) if k not in found]
     if not names:
         raise UserError(
-            f"{folder}: no image in it that is not in {dataset.source} already, or a "
-            f"copy of a validation or test image ({', '.join(images.IMAGE_TYPES)})"
+            f"{folder}: no new image in it ({', '.join(images.IMAGE_TYPES)}); those of "
+            f"{dataset.source} and copies of validation or test images do not count"
         )
     start = len(dataset)
     dataset.files += names

@@ -155,8 +155,8 @@ def check_same_run(
         )
     if "random" not in saved:
         raise UserError(
-            f"{path}: is a model alone, to be used, not to go on from; give the "
-            "pretrained.pt of its run"
+            f"{path}: holds a model alone, without what a run needs to go on; "
+            "give the pretrained.pt of its run"
         )
     if first_teacher and saved["step"] != saved["config"]["pretrain_steps"]:
         raise UserError(

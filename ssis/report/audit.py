@@ -6,8 +6,8 @@ compared with the ground truth:
 
     pseudo_per_image    kept instances, against labeled_per_image, the density to expect
     box_precision       fraction of them that lie on an instance (box IoU >= 0.5)
-    class_accuracy      fraction of those that have its class
-    mask_iou            mean mask IoU of those with it
+    class_accuracy      fraction of the found ones that have their class
+    mask_iou            mean mask IoU of the found ones
     recall              fraction of the instances that some pseudo-label lies on
 
 Fractions are in [0, 1]; a fraction of nothing is None.

@@ -177,7 +177,7 @@ def test_an_unlabeled_folder_without_images(tmp_path, capsys):
     write_coco(tmp_path)
     (tmp_path / "empty").mkdir()
     options = ["--unlabeled-images", tmp_path / "empty"]
-    assert "no image in it" in error_of(capsys, train.main, [*arguments(tmp_path), *options])
+    assert "no new image in it" in error_of(capsys, train.main, [*arguments(tmp_path), *options])
 
 
 @pytest.mark.parametrize(

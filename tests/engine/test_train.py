@@ -180,7 +180,7 @@ def test_a_model_alone_is_no_first_teacher(whole, tmp_path, capsys):
     alone = checkpoint.load(folder / "best.pt")
     checkpoint.save(tmp_path / "best.pt", dict(alone, step=4))
     given = [*arguments, "--pretrained", tmp_path / "best.pt", "--output", tmp_path / "a"]
-    assert "is a model alone, to be used" in error_of(capsys, train.main, given)
+    assert "holds a model alone" in error_of(capsys, train.main, given)
 
 
 def test_a_damaged_neighbor_is_no_error_of_this_run(whole, tmp_path):

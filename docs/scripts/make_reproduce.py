@@ -89,9 +89,9 @@ result. All other differences: [differences.md](differences.md).
 **What each paper reports.** Guided Distillation and S4M: the student at its best checkpoint by
 validation AP; COCO's AP on COCO, Cityscapes' own evaluator on Cityscapes. PL-DC: COCO's AP on
 both datasets. Its code does not say which checkpoint is reported (it evaluates both networks while
-it trains, and only the teacher afterwards). Its column "supervised" is a Mask2Former trained apart, not its own
-first teacher, which has had 20,000 steps. Here the last checkpoint is evaluated, student and
-teacher, by COCO's AP.
+it trains, and only the teacher afterwards). Its column "supervised" is a Mask2Former trained apart,
+not its own first teacher, which has had 20,000 steps. Here the last checkpoint is evaluated,
+student and teacher, by COCO's AP.
 
 **Four processes**, as S4M: copy-paste needs two unlabeled images in a process, and S4M's twelve
 are three in each of four. With one image in a process the run is refused, in one line.

@@ -197,7 +197,12 @@ def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list
         (key, f"only {audit[key]:.0%} {what}", mend)
         for key, least, what, mend in (
             ("box_precision", 0.8, "of the pseudo-labels lie on an instance", "raise"),
-            ("class_accuracy", 0.8, "of the found ones have their class", "label more, or raise"),
+            (
+                "class_accuracy",
+                0.8,
+                "of the found ones are named rightly",
+                "label more, or raise",
+            ),
             (
                 "recall",
                 0.3,

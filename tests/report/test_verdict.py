@@ -116,14 +116,14 @@ def test_stages_and_advice():
     advice = verdict.advice(plain, audit, STAGES, 1.0)
     assert advice == [
         "give --refine none, or --filter calibrated",
-        "only 70% of the found ones have their class, only 20% of the instances have a pseudo-label: "
-        "pretrain longer, or label more",
+        "only 70% of the found ones are named rightly, "
+        "only 20% of the instances have a pseudo-label: pretrain longer, or label more",
     ]
     few = dict(audit, class_accuracy=0.9)
     wrong = dict(audit, recall=0.5)
     assert [verdict.advice(plain, one, STAGES, 1.0)[1] for one in (few, wrong)] == [
         "only 20% of the instances have a pseudo-label: pretrain longer, or lower --tau-class",
-        "only 70% of the found ones have their class: label more, or raise --tau-class",
+        "only 70% of the found ones are named rightly: label more, or raise --tau-class",
     ]
     # A calibrated run has switched off what is worse, and has no threshold to set.
     for one in (few, wrong):

@@ -15,7 +15,7 @@ keeps it alive (progress, files, resuming, evaluation) in `ssis/engine/session.p
 
 B = images in this process's batch, N = instances, C = classes.
 
-Chain: 1 of 19. Read next: `ssis/data.py`, where the batches come from.
+Chain: 1 of 20. Read next: `ssis/data.py`, where the batches come from.
 """
 
 import torch
@@ -37,7 +37,7 @@ def train(config: Config) -> None:
     pretrain_end, burnin_end, total = config.stage_ends
     with open_session(config, rank, world_size, device) as session:
         parts = (session.train_set, rank, world_size, device, session.val_set)
-        made = build(config, *parts, session.detections)
+        made = build(config, *parts, session.detections, session.annotated)
         student, labeler, structure, optimizer, schedule, scaler = made
         teacher, thresholds, classifier, *_ = labeler
         # The student without DDP's wrapper: for the teacher, which follows it, and to look at.
@@ -61,13 +61,11 @@ def train(config: Config) -> None:
                 session.save("pretrained.pt")
                 # GD: teacher := student, frozen during the burn-in.
                 teacher.load_state_dict(net.state_dict())
-                # PL-DC: the thresholds start from the class frequencies, and the category
-                # classifier gets its memory, as this teacher sees the labeled instances.
+                # PL-DC: thresholds start from the class frequencies, the memory is filled.
                 thresholds.start(session.class_frequency)
                 correction.fill(*filling)
                 if config.burnin_init == "fresh":
-                    # GD: a new student, which is not biased towards its own teacher. What the
-                    # optimizer remembers of gradients was another network's.
+                    # GD: a new student, not biased towards its own teacher; AdamW forgets.
                     model.start_afresh(net, config.seed, *model_of(config))
                     optimizer.state.clear()
             if step == burnin_end:
@@ -202,6 +200,8 @@ def unlabeled_pass(
         # PL-DC Eq. (adapt): the thresholds follow what the teacher predicts.
         labeler.thresholds.update(stages["predicted"])
     pseudo = stages["final"]
+    if labeler.alignment:
+        labeler.alignment.update(pseudo)
     del stages  # soft masks of every stage: at 1024 pixels gigabytes
     # 2. An image without a pseudo-label is left out (PL-DC): the teacher may just not have been
     #    sure. Or it is trained as background (GD, S4M), as what is missing in the others is.
@@ -273,6 +273,9 @@ def pseudo_labels(
         weight = correction.weight(step, *config.stage_ends[1:], labeler.calibration.trust)
         latest = correction.correct(latest, weak, labeler.classifier, weight)
         stages["corrected"] = latest
+    # Ours: no class may crowd out another.
+    if labeler.alignment:
+        latest = stages["aligned"] = [labeler.alignment(labels) for labels in latest]
     # Our reading of the AAAI version: the correction decides on what was ambiguous.
     if config.filter == "three-way":
         pairs = zip(latest, kept, strict=True)

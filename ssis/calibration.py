@@ -46,20 +46,21 @@ refinement is off.
 falls to 0, whether it knows better than the teacher or not. Here it is measured, again
 and again during the run:
 
-$$w = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 1\}} \;
+$$w = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 0.5\}} \;
   \sum_n \log p_{y_n}(w)$$ ssis Eq. (trust)
 
 the weight with which the true classes y_n of the found instances that pass the
-thresholds are most likely. A teacher that is sure of wrong classes pays for it.
-(Counting which classes are right would let three disagreements decide.) At 0 the
-correction is off.
+thresholds are most likely. (Counting which classes are right would let three
+disagreements decide.) At 0 the correction is off. It is one half at most, as in PL-DC:
+a teacher that is sure of a few wrong classes makes a classifier that is never sure look
+better than it is, and at weights near 1 that one would decide alone (docs/log.md).
 
 Measured when the first teacher is ready, when the burn-in ends, and after each
 evaluation but the last, since the teacher changes. What was measured is printed, and in
 the report. Where the validation part is also the test part, the test's ground truth
 decides what is kept: the run then says so.
 
-Chain: 13 of 19. Read next: `ssis/losses.py`, what the student learns from all this.
+Chain: 14 of 20. Read next: `ssis/losses.py`, what the student learns from all this.
 """
 
 from collections.abc import Iterable
@@ -78,7 +79,7 @@ SHARED = 10
 # The thresholds and gates that are tried, and the weights of the category classifier.
 TRIED = torch.arange(LOWEST, 0.995, 0.01)
 GATES = torch.arange(0, 1, 0.05)
-WEIGHTS = torch.arange(11) / 10
+WEIGHTS = torch.arange(6) / 10
 # A gate that no agreement reaches: the refinement is off.
 OFF = 2.0
 # A mask is right from this IoU with the true one on.

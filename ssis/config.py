@@ -18,7 +18,7 @@ What is known of a field stands with it: its reason, its choices or range, and
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
 
-Chain: 18 of 19. Read next: `ssis/presets.py`, the settings of papers and datasets.
+Chain: 19 of 20. Read next: `ssis/presets.py`, the settings of papers and datasets.
 """
 
 import argparse
@@ -407,6 +407,13 @@ class Config:
         "",
         "JSON for clip: class name -> list of prompts; empty: a photo of a <name>",
         scope=LATER,
+    )
+    align: bool = setting(
+        False,
+        "pseudo-labels keep the class shares of the annotated images (this project's)",
+        scope=LATER,
+        part=True,
+        absent=False,
     )
     uncertainty: bool = setting(
         True,

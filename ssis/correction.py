@@ -46,7 +46,7 @@ embeddings of described class names. For photographs of things that have names.
 *imagenet* (`ssis/imagenet.py`). Class means of the features of the ImageNet backbone
 that the run starts from, as it was downloaded. For photographs on a CPU.
 
-Chain: 10 of 19. Read next: `ssis/clip.py`, the paper's own category classifier.
+Chain: 10 of 20. Read next: `ssis/clip.py`, the paper's own category classifier.
 """
 
 import dataclasses

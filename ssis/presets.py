@@ -5,7 +5,7 @@ Plain dicts over the fields of `config.Config`, whose defaults are the preset `s
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
 
-Chain: 19 of 19. Read next: back to `train.py`.
+Chain: 20 of 20. Read next: back to `train.py`.
 """
 
 # The parts that a method switches on or off. Guided Distillation has none of them.
@@ -227,7 +227,9 @@ FULL = dict(PL_DC_FILTER, empty_images="skip")
 # Smaller steps, and half of the weight, for what the teacher may have wrong.
 PHOTOS_CAREFUL = dict(tau_class=0.9, lr_after=0.3, unsup_weight=0.5)
 # What is pasted covers what was there, where one animal fills a photograph.
-PHOTOS_CALIBRATED = dict(filter="calibrated", correction="imagenet", arp="none")
+PHOTOS_CALIBRATED = dict(
+    filter="calibrated", correction="imagenet", align=True, arp="none"
+)
 
 # What `--preset photos` switches off where SAM's weights are not given.
 WITHOUT_SAM = dict(structure_weight=0.0, refine="none", refine_calibrate=False)

@@ -32,6 +32,7 @@ PARTS = {
     "S4M: structural distillation": "ssis/sam_distill.py",
     "ours: calibration on validation images": "ssis/calibration.py",
     "ours: ImageNet's class means": "ssis/imagenet.py",
+    "ours: alignment of class shares": "ssis/alignment.py",
 }
 ROOMS = {
     "datasets": "reading and making data",

@@ -167,12 +167,8 @@ class Dataset:
         counts = singles[self.first[1:]] - singles[self.first[:-1]]
         return int(counts[indices].max(initial=0))
 
-    def class_shares(self, indices: list[int]) -> Tensor:
-        """Fraction of each class among the instances of the images in `indices`.
-
-        Returns:
-            (C,) float32 with sum 1, or all 0 where there is no instance.
-        """
+    def class_counts(self, indices: list[int]) -> Tensor:
+        """How many instances of each class the images in `indices` have: (C,) int64."""
         labels = [
             self.labels[self.first[i] : self.first[i + 1]][
                 ~self.crowd[self.first[i] : self.first[i + 1]]
@@ -180,7 +176,16 @@ class Dataset:
             for i in indices
         ]
         counts = np.bincount(np.concatenate(labels), minlength=len(self.names) + 1)[1:]
-        return torch.from_numpy(counts / max(counts.sum(), 1)).float()
+        return torch.from_numpy(counts)
+
+    def class_shares(self, indices: list[int]) -> Tensor:
+        """Fraction of each class among the instances of the images in `indices`.
+
+        Returns:
+            (C,) float32 with sum 1, or all 0 where there is no instance.
+        """
+        counts = self.class_counts(indices)
+        return (counts / counts.sum().clamp(min=1)).float()
 
     def coco(self, indices: list[int]) -> COCO:
         """The ground truth of the images in `indices` as pycocotools' object.

@@ -13,6 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from ssis import correction, distributed, filters, model, optimizer, sam, sam_distill
+from ssis.alignment import Alignment
 from ssis.calibration import Calibration
 from ssis.clip import Clip
 from ssis.config import Config
@@ -25,13 +26,15 @@ class Labeler(NamedTuple):
     """All that has a say in a pseudo-label.
 
     teacher: GD's; thresholds: PL-DC, instance level; classifier: PL-DC, category level,
-    or None; embeddings: S4M, SAM's view of the training images, or None; calibration:
-    what was measured on the validation images, and val_embeddings: SAM's view of those.
+    or None; alignment: of the class shares, or None; embeddings: S4M, SAM's view of the
+    training images, or None; calibration: what was measured on the validation images,
+    and val_embeddings: SAM's view of those.
     """
 
     teacher: model.MaskRCNN
     thresholds: filters.Thresholds
     classifier: correction.CategoryClassifier | None
+    alignment: Alignment | None
     embeddings: sam.Embeddings | None
     calibration: Calibration
     val_embeddings: sam.Embeddings | None
@@ -45,8 +48,12 @@ def build(
     device: torch.device,
     val_set=None,
     detections: int = 100,
+    annotated: torch.Tensor | None = None,
 ) -> tuple:
-    """New student, `Labeler`, structure or None, optimizer, schedule and scaler."""
+    """New student, `Labeler`, structure or None, optimizer, schedule and scaler.
+
+    `annotated`: (C,) instances of each class, for the alignment; None: all alike.
+    """
     names = train_set.names
     # The same seed on all processes: the same first weights.
     torch.manual_seed(config.seed)
@@ -65,6 +72,10 @@ def build(
         config.clip_model, config.descriptions, device,
         (config.backbone, config.backbone_weights),
     )  # fmt: skip
+    alignment = None
+    if config.align:
+        counts = torch.zeros(len(names)) if annotated is None else annotated
+        alignment = Alignment(counts).to(device)
     # S4M asks SAM about training images; the calibration about validation images too.
     embeddings = val_embeddings = structure = None
     if config.uses_sam:
@@ -101,7 +112,13 @@ def build(
     # Until something is measured, the gate is the setting's, and the trust PL-DC's.
     measured = Calibration(config.refine_gate)
     labeler = Labeler(
-        teacher, thresholds, classifier, embeddings, measured, val_embeddings
+        teacher,
+        thresholds,
+        classifier,
+        alignment,
+        embeddings,
+        measured,
+        val_embeddings,
     )
     return student, labeler, structure, optim, schedule, scaler
 

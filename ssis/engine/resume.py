@@ -110,7 +110,7 @@ def restore(
     check_same_run(path, saved, state, config, names, first_teacher)
     # PL-DC's memory in a first teacher's checkpoint would be another method's; the
     # burn-in starts it anew.
-    own = ("thresholds", "classifier", "calibration")
+    own = ("thresholds", "classifier", "alignment", "calibration")
     for name in (*own, "optimizer", "schedule", "scaler"):
         older = name == "calibration" and name not in saved
         if state[name] and not older and not (first_teacher and name in own):

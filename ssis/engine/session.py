@@ -59,6 +59,7 @@ class Session:
         train_set, val_set, test_set: the parts of the data.
         streams: `data.Streams`.
         class_frequency: (C,) fraction of each class among the labeled instances.
+        annotated: (C,) instances of each class whose ground truth makes pseudo-labels.
         labeled, unlabeled: iterators over this process's batches, after `restore`.
         stopped: a signal has ended the run before its last step.
         evaluation_due: whether the step just made ends with an evaluation.
@@ -103,6 +104,11 @@ class Session:
         )
         self.detections = config.max_detections or self.detections_for(labeled)
         self.class_frequency = self.train_set.class_shares(labeled)
+        self.annotated = self.train_set.class_counts(labeled)
+        if config.filter == "calibrated":
+            # Their ground truth decides on the thresholds, too.
+            everything = range(len(self.val_set))
+            self.annotated = self.annotated + self.val_set.class_counts(everything)
         self.per_image = self.train_set.instances_per_image(labeled)
         self.watch = audit.Watch(
             self.train_set.names, config.filter, self.per_image, self.class_frequency

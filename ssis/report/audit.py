@@ -14,8 +14,8 @@ Fractions are in [0, 1]; a fraction of nothing is None.
 
 These are computed for every stage of `train.pseudo_labels`: all that the teacher
 predicts (from class score 0.3 on, or from the filter's lowest), what the filter keeps,
-the same with masks redrawn by SAM, and with classes corrected. So each part shows what
-it does and what it costs.
+the same with masks redrawn by SAM, with classes corrected, and with class shares
+aligned. So each part shows what it does and what it costs.
 
 A pseudo-label and an instance are matched one to one, best class quality first, as
 COCO does, but regardless of the class: the class is what is being audited.

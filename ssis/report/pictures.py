@@ -172,6 +172,7 @@ TITLES = dict(
     kept="kept by the filter",
     refined="masks redrawn by SAM",
     corrected="classes corrected",
+    aligned="class shares aligned",
     oracle="replaced by the ground truth",
 )
 

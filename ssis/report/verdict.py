@@ -155,6 +155,7 @@ def stages(audit: dict | None, calibration: dict | None) -> list[str]:
     for stage, key, what in (
         ("refined", "mask_iou", "SAM's masks"),
         ("corrected", "class_accuracy", "the category correction"),
+        ("aligned", "class_accuracy", "the alignment of class shares"),
     ):
         if audit and (moved := change(audit, stage, key)):
             word = "better" if moved[1] > moved[0] else "WORSE"
@@ -187,12 +188,14 @@ def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list
     lines, stages, audit = [], stages or {}, audit or {}
     calibrated = config.filter == "calibrated"
     for stage, key, flags in (
-        ("refined", "mask_iou", "--refine none"),
-        ("corrected", "class_accuracy", "--correction none"),
+        ("refined", "mask_iou", "--refine none, or --filter calibrated"),
+        ("corrected", "class_accuracy", "--correction none, or --filter calibrated"),
+        ("aligned", "class_accuracy", "--no-align"),
     ):
         moved = change(stages, stage, key)
-        if moved and moved[1] < moved[0] and not calibrated:
-            lines.append(f"give {flags}, or --filter calibrated")
+        # What is measured is off where it is worse; the alignment is not measured.
+        if moved and moved[1] < moved[0] and not (calibrated and stage != "aligned"):
+            lines.append(f"give {flags}")
     low = [
         (key, f"only {audit[key]:.0%} {what}", mend)
         for key, least, what, mend in (

@@ -116,18 +116,18 @@ def test_gate_by_hand():
 
 @fast
 def test_trust_by_hand():
-    """Where the true classes are most likely: all, none, or between, of two that disagree."""
+    """Where the true classes are most likely: one half at most, none, or between."""
     teacher = torch.tensor([[0.8, 0.2], [0.9, 0.1], [0.6, 0.4]])
     opinion = torch.tensor([[0.1, 0.9], [0.1, 0.9], [0.1, 0.9]])
     of = dict(distribution=teacher, opinion=opinion)
-    assert calibration.best_trust(seen(true_labels=[2, 2, 2], **of)) == 1.0
+    assert calibration.best_trust(seen(true_labels=[2, 2, 2], **of)) == 0.5
     assert calibration.best_trust(seen(true_labels=[1, 1, 1], **of)) == 0.0
     # One right each: (0.2 + 0.7 w)(0.9 - 0.8 w) is largest at w = 0.42.
     assert calibration.best_trust(seen(true_labels=[2, 1, 0], **of)) == pytest.approx(0.4)
     # A teacher that gives the true class no chance at all pays most of it.
     sure = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     of = dict(distribution=sure, opinion=torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
-    assert calibration.best_trust(seen(true_labels=[1, 2], **of)) == 1.0
+    assert calibration.best_trust(seen(true_labels=[1, 2], **of)) == 0.5
     # The scale is no probability of background: 0.3 : 0.1 counts as 0.75 : 0.25.
     half = dict(distribution=[[0.3, 0.1]], opinion=[[0.7, 0.3]], true_labels=[1])
     assert calibration.best_trust(seen(**half)) == 0.0
@@ -181,7 +181,7 @@ def test_a_calibrated_run_resumes_bit_identical(
     monkeypatch.setattr(calibration, "TRIED", torch.arange(0.02, 0.995, 0.01))
     monkeypatch.setattr(calibration, "GATES", torch.zeros(1))
     given = [*TINY, *dataset_of(shapes_folder), "--method", "full", "--filter", "calibrated"]
-    given += ["--arp", "both", "--lr-after", "0.5"]
+    given += ["--arp", "both", "--lr-after", "0.5", "--align"]
     if classifier == "imagenet":
         timm = pytest.importorskip("timm", reason="timm is not installed")
         weights = tmp_path / "weights.pth"
@@ -206,7 +206,7 @@ def test_a_calibrated_run_resumes_bit_identical(
     one, two = summaries
     assert one["mask_ap"] == two["mask_ap"] and one["calibration"] == two["calibration"]
     ends = [checkpoint.load(str(tmp_path / name / "checkpoint.pt")) for name in ("once", "often")]
-    for part in ("student", "teacher", "classifier", "thresholds"):
+    for part in ("student", "teacher", "classifier", "thresholds", "alignment"):
         assert ends[0][part].keys() == ends[1][part].keys() and ends[0][part]
         assert all(torch.equal(v, ends[1][part][k]) for k, v in ends[0][part].items()), part
     assert ends[0]["classifier"]["seen"].sum() > 8
@@ -221,6 +221,20 @@ def test_a_calibrated_run_resumes_bit_identical(
     assert one["audit"]["pseudo_per_image"] > 0
     stages = one["audit_stages"]["end of burn-in"]
     assert list(stages)[:2] == ["predicted", "kept"] and stages["kept"]["pseudo_per_image"] > 0
+    assert list(stages)[-2:] == ["aligned", "final"]
+    # It is expected as it is annotated, on the labeled and on the validation images, and
+    # after eight steps more than nothing was named.
+    kept = ends[0]["alignment"]
+    files = (shapes_folder / f"instances_{part}.json" for part in ("train", "val"))
+    truths = [json.loads(file.read_text()) for file in files]
+    chosen = json.loads((tmp_path / "once" / "labeled.json").read_text())["labeled"]
+    ids = {i["id"] for i in truths[0]["images"] if i["file_name"] in chosen}
+    records = [a for a in truths[0]["annotations"] if a["image_id"] in ids]
+    records += truths[1]["annotations"]
+    order = sorted(c["id"] for c in truths[0]["categories"])
+    counts = torch.tensor([1.0 + sum(a["category_id"] == k for a in records) for k in order])
+    torch.testing.assert_close(kept["shares"], counts / counts.sum())
+    assert not torch.equal(kept["named"], kept["shares"])
     assert "Calibration on the validation images" in (tmp_path / "once/report.html").read_text()
 
 

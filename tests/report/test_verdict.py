@@ -130,6 +130,13 @@ def test_stages_and_advice():
         (line,) = verdict.advice(calibrated, one, STAGES, 1.0)
         assert line.endswith("the thresholds by hand (--filter dual)")
     assert verdict.advice(plain, None, None, 1.0) == []
+    # Class shares are not switched off by what is measured.
+    shares = dict(STAGES, aligned=dict(mask_iou=0.7, class_accuracy=0.75))
+    right = dict(audit, class_accuracy=0.9, recall=0.9)
+    assert verdict.advice(calibrated, right, shares, 1.0) == ["give --no-align"]
+    assert verdict.stages(shares, None)[2] == (
+        "the alignment of class shares made the pseudo-labels WORSE (class accuracy 0.85 -> 0.75)"
+    )
     assert "--unsup-weight" in verdict.advice(plain, None, None, -1.0)[0]
 
 

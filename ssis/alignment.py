@@ -1,32 +1,31 @@
-r"""Category level: pseudo-labels keep the class shares of the annotated images.
+r"""Category level: class shares of pseudo-labels are drawn to those of the annotation.
 
 *This project's; neither paper has it. Known as distribution alignment (ReMixMatch,
 Berthelot et al., arXiv 1911.09785).*
 
 A teacher that mistakes one class for another teaches the student to, and follows it
-later: a class that is named too often is named more and more often, and in the end the
-rarer one is gone. No threshold sees it, for the teacher is sure. But it is known how
-often each class is to be expected: about as often as in the annotated images. So the
-class distribution of a pseudo-label is multiplied by what its classes have too little,
-and divided by its sum:
+later: a class that is named too often is named more and more often, until the rarer one
+may be gone. No threshold sees it, for the teacher is sure. But it is known how often
+each class is to be expected: about as often as in the annotated images. So the class
+distribution of a pseudo-label is multiplied by what its classes have too little, and
+divided by its sum:
 
-$$\tilde{p}_k = \frac{p_k \, s_k / m_k}{\sum_l p_l \, s_l / m_l}$$ ssis Eq. (alignment)
+$$\tilde{p}_k = \frac{p_k \, s_k / m_k}{\sum_{k'} p_{k'} \, s_{k'} / m_{k'}}$$ ssis Eq. (alignment)
 
-with s_k the share of class k among the annotated instances, and m_k what it has among
-the pseudo-labels of the last hundred steps or so, a running mean of all p:
+with s_k the share of class k among the annotated instances, and m_k the share that it
+has among the latest pseudo-labels, a running mean of all p over some fifty steps:
 
-$$m \leftarrow a \, m + (1 - a) \, \bar{p}, \qquad a = 0.99$$ ssis Eq. (shares)
+$$m_k \leftarrow a \, m_k + (1 - a) \, \bar{p}_k, \qquad a = 0.98$$ ssis Eq. (shares)
 
 The label becomes the argmax, the class quality the maximum. So a class that is named
-too often loses those pseudo-labels that are doubtful anyway; where the teacher is sure,
-the label stays.
+too often loses those pseudo-labels that are the most doubtful. No class is multiplied
+by more than ten, however seldom it is named.
 
 The annotated instances are the labeled ones and, with `--filter calibrated`, those of
-the validation images, for twenty labeled images alone may have a class four times as
-often as the others do. It is assumed that the unlabeled images have the classes as
-often as the annotated ones, and that the filter keeps all classes alike, as the
-calibrated one does, which asks only whether something is there. Where that is not so,
-`--no-align`.
+the validation images: by chance, twenty labeled images may have a class four times as
+often as all images do. It is assumed that the unlabeled images have the classes as
+often as the annotated ones, and that the filter keeps about the same part of each
+class. Where that is not so, `--no-align`.
 
 Chain: 13 of 20. Read next: `ssis/calibration.py`, which measures all of these.
 """
@@ -39,11 +38,8 @@ from torch import Tensor, nn
 from ssis import distributed
 from ssis.teacher import PseudoLabels
 
-# a: how slowly m follows.
-DECAY = 0.99
-# Less than this no m_k is taken to be: a class that is hardly ever named would be
-# multiplied by anything.
-LEAST = 0.01
+# a: how slowly m follows. And what a class is multiplied by at most.
+DECAY, MOST = 0.98, 10
 
 
 class Alignment(nn.Module):
@@ -55,10 +51,10 @@ class Alignment(nn.Module):
 
     def __init__(self, annotated: Tensor):
         super().__init__()
-        # One more of each: a class of which there is none is rare, not impossible.
-        counts = annotated.float() + 1
+        # One more in all: a class of which there is none is rare, not impossible.
+        counts = annotated.float() + 1 / len(annotated)
         self.register_buffer("shares", counts / counts.sum())
-        # Until something was named, nothing is named too often.
+        # m: until something was named, nothing is named too often.
         self.register_buffer("named", self.shares.clone())
 
     @torch.no_grad()
@@ -81,7 +77,8 @@ class Alignment(nn.Module):
         takes.
         """
         # ssis Eq. (alignment)
-        p = over_foreground(pseudo) * self.shares / self.named.clamp(min=LEAST)
+        factor = (self.shares / self.named.clamp(min=1e-30)).clamp(max=MOST)
+        p = over_foreground(pseudo) * factor
         quality, index = (p / p.sum(dim=1, keepdim=True).clamp(min=1e-30)).max(dim=1)
         return dataclasses.replace(pseudo, labels=index + 1, class_quality=quality)
 

@@ -52,8 +52,9 @@ $$w = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 0.5\}} \;
 the weight with which the true classes y_n of the found instances that pass the
 thresholds are most likely. (Counting which classes are right would let three
 disagreements decide.) At 0 the correction is off. It is one half at most, as in PL-DC:
-a teacher that is sure of a few wrong classes makes a classifier that is never sure look
-better than it is, and at weights near 1 that one would decide alone (docs/log.md).
+a teacher that is sure of a few wrong classes makes a classifier that is less sure look
+better than it is, and at weights near 1 that one would decide alone. So it was on blood
+cells (docs/log.md).
 
 Measured when the first teacher is ready, when the burn-in ends, and after each
 evaluation but the last, since the teacher changes. What was measured is printed, and in

@@ -410,7 +410,8 @@ class Config:
     )
     align: bool = setting(
         False,
-        "pseudo-labels keep the class shares of the annotated images (this project's)",
+        "draw the class shares of the pseudo-labels to those of the annotated images "
+        "(this project's)",
         scope=LATER,
         part=True,
         absent=False,

@@ -52,7 +52,8 @@ $$T^{\mathrm{class}}_{\mathrm{min}} \le c, \;
   T^{\mathrm{mask}}_{\mathrm{min}} \le m, \;
   \max_k p_k \ge T^{\mathrm{class}}_k$$ ssis Eq. (ambiguous)
 
-  with p of PL-DC Eq. (DICC) and k its argmax.
+  with p of PL-DC Eq. (DICC), or with `--align` of ssis Eq. (alignment), and k its
+  argmax.
 
 * `calibrated`, this project's: PL-DC decouples the class from the mask; this rule also
   decouples *that* something is there from *what* it is. A teacher of few images finds

@@ -50,7 +50,7 @@ REAL = dict(
     # the backbone at the full rate, its stem and first stage frozen, and no clipping,
     # or MMDetection's limit of 35 (docs/differences.md names them). Mask2Former's own
     # limit of 0.01 is far below the gradient norms of a Mask R-CNN, and would scale
-    # every step down.
+    # the gradients of every step down.
     lr=1e-4,
     weight_decay=0.05,
     backbone_lr_factor=1.0,

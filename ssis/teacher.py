@@ -117,7 +117,8 @@ class PseudoLabels:
         masks: (N, H, W) bool, `mask_probs > 0.5`.
         distribution: (N, C) float32, probabilities of the C classes. What is missing to
             a sum of 1 is the probability of background, until the category classifier's
-            distribution is mixed in (`correction.fuse`), which has no background.
+            distribution is mixed in (`correction.fuse`), which has no background. The
+            alignment (`ssis/alignment.py`) changes label and class quality alone.
         features: (N, D, 7, 7) float32, the network's feature map in each predicted box.
         mask_logits: (N, 1, 28, 28) float32, the mask head's output in this box; where
             a logit passes 17, its probability is rounded to 1.

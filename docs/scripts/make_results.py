@@ -144,8 +144,8 @@ differ by up to 2 AP, so smaller differences are none.
 README = """{table}
 
 Mask AP on the test images, in percent: mean ± standard deviation (number of seeds).
-The minutes are those of the fastest run with unlabeled images, on one CPU core. All runs of one row
-take the same number of steps; in the first two rows that is a third more than in the quick run.
+The minutes are those of the fastest run with unlabeled images, on one CPU core. Runs of one row
+take the same number of steps (in the first two rows a third more than the quick run).
 Shapes and signs are drawn images; no setting was chosen on signs. The bundled tiny SAM was trained
 on other drawings. {real} start from ImageNet features and do not use SAM. Unlabeled images do not
 always help: on blood cells they lowered AP, and on nuclei they brought no gain

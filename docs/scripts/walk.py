@@ -942,7 +942,7 @@ table(
 #
 # ssis Eq. (gate)
 #
-# $$w = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 1\}} \;
+# $$w = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 0.5\}} \;
 #   \sum_n \log p_{y_n}(w)$$
 #
 # ssis Eq. (trust)
@@ -960,8 +960,8 @@ print(f"gate {gate:.2f}" if gate < calibration.OFF else "SAM is not asked", f"; 
 # *In this run* 85 % of what the teacher predicts above 0.3 lies on an instance, and 88 % of the
 # instances are found, so hardly anything needs to be dropped: what is wrong are masks and classes.
 # SAM's masks are better than the teacher's on the whole, and best without a gate; the true classes
-# are most likely with nearly all of the weight on the category classifier. That is what the method
-# assumes, and `calibrated` finds it by itself. On photographs it is otherwise (docs/log.md).
+# are most likely with the largest weight that is tried. That is what the method assumes, and
+# `calibrated` finds it by itself. On photographs it is otherwise (docs/log.md).
 #
 # ## What to do with it
 #

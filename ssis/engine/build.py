@@ -26,18 +26,18 @@ class Labeler(NamedTuple):
     """All that has a say in a pseudo-label.
 
     teacher: GD's; thresholds: PL-DC, instance level; classifier: PL-DC, category level,
-    or None; alignment: of the class shares, or None; embeddings: S4M, SAM's view of the
-    training images, or None; calibration: what was measured on the validation images,
-    and val_embeddings: SAM's view of those.
+    or None; embeddings: S4M, SAM's view of the training images, or None; calibration:
+    what was measured on the validation images, and val_embeddings: SAM's view of those;
+    alignment: of the class shares, or None.
     """
 
     teacher: model.MaskRCNN
     thresholds: filters.Thresholds
     classifier: correction.CategoryClassifier | None
-    alignment: Alignment | None
     embeddings: sam.Embeddings | None
     calibration: Calibration
     val_embeddings: sam.Embeddings | None
+    alignment: Alignment | None
 
 
 def build(
@@ -115,10 +115,10 @@ def build(
         teacher,
         thresholds,
         classifier,
-        alignment,
         embeddings,
         measured,
         val_embeddings,
+        alignment,
     )
     return student, labeler, structure, optim, schedule, scaler
 

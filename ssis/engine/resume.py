@@ -1,11 +1,11 @@
 r"""What a checkpoint holds, and how a run goes on from it.
 
 *Exactly*: it holds all that the next step depends on: student, teacher, optimizer,
-schedule, loss scaler, the memory of PL-DC's levels, the step (from which the data
-streams follow, see `ssis/data.py`) and the states of the random generators. On a CPU a
-resumed run ends bit-identical, except for best.pt: an evaluation that a stop cuts off
-is not made up, so its models are no candidates. With `--pretrained` the evaluations of
-the other run are none either.
+schedule, loss scaler, what the pseudo-labels' levels remember, the step (from which the
+data streams follow, see `ssis/data.py`) and the states of the random generators. On a
+CPU a resumed run ends bit-identical, except for best.pt: an evaluation that a stop cuts
+off is not made up, so its models are no candidates. With `--pretrained` the evaluations
+of the other run are none either.
 
 Read next: `ssis/io/checkpoint.py`, how it is written and read.
 """

@@ -283,7 +283,7 @@ def table(summary: dict, folder: Path) -> str:
         lines.append(
             "this is the validation part, there is no other: settings chosen on it, "
             "and the model `best`, look better than they are"
-            + ("; so do the calibrated thresholds" if summary["calibration"] else "")
+            + ("; so does what is calibrated" if summary["calibration"] else "")
         )
     if summary.get("verdict"):
         verdict = summary["verdict"]

@@ -1,9 +1,9 @@
 r"""Pictures: pseudo-labels, predictions.
 
 A number says how many pseudo-labels are right; a picture says what is wrong with the
-others. Every evaluation writes `pseudo_<step>.png`, a strip for each of some
-unlabeled images: the image, all that the teacher predicts, what the filter keeps, the
-masks that SAM drew, the corrected classes, the uncertainty of the masks, the image
+others. Every evaluation writes `pseudo_<step>.png`, a strip for each of some unlabeled
+images: the image, all that the teacher predicts, what the filter keeps, the masks that
+SAM drew, the corrected and aligned classes, the uncertainty of the masks, the image
 after copy-paste, and the ground truth that training never sees. The end of a run writes
 `predictions.png` (the teacher on test images beside the ground truth), `best.png` and
 `worst.png` (where it did best and worst). Masks are drawn by torchvision, grids by

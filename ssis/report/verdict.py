@@ -8,9 +8,10 @@ times; each time both models' AP is computed on the same drawn images (a *paired
 bootstrap*), and 95 % of the differences lie in the interval. It says how sure the
 difference is for these two models, not what another seed would give.
 
-Then, stage by stage, whether filter, SAM and category classifier made the pseudo-labels
-better or worse, measured on unlabeled images whose ground truth is hidden from training
-(`ssis/report/audit.py`), or else on the validation images (`ssis/calibration.py`).
+Then, stage by stage, whether SAM, category classifier and alignment made the
+pseudo-labels better or worse, measured on unlabeled images whose ground truth is hidden
+from training (`ssis/report/audit.py`), or else on the validation images
+(`ssis/calibration.py`).
 
 Read next: `ssis/report/page.py`, where it stands at the top.
 """
@@ -193,7 +194,7 @@ def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list
         ("aligned", "class_accuracy", "--no-align"),
     ):
         moved = change(stages, stage, key)
-        # What is measured is off where it is worse; the alignment is not measured.
+        # What is measured switches itself off; the alignment is not measured.
         if moved and moved[1] < moved[0] and not (calibrated and stage != "aligned"):
             lines.append(f"give {flags}")
     low = [

@@ -14,7 +14,8 @@ cannot be read is named and skipped. Written into `--out`:
                           can load it
     masks/<name>/*.png    with --masks: each instance, 0 and 255, in the image's frame
 
-Masks and boxes are in the frame of the original, upright.
+Masks and boxes are in the frame of the original, upright. The last line that is printed
+names up to ten images, those with the lowest mean score of what was found.
 
 Read next: `evaluate.py`, which compares such results with the ground truth.
 """

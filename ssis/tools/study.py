@@ -281,7 +281,8 @@ STUDIES = {
     "animals": Study(
         title="Photographs: animals of 6 classes, 38 of 378 images labeled",
         text="Photographs of COCO and Open Images, 160 pixels, EfficientNet-Lite0 with "
-        "ImageNet weights." + PHOTO_TEXT,
+        "ImageNet weights. Made before class shares were aligned and the weight of the "
+        "correction was one half at most (2026-11-27, docs/log.md)." + PHOTO_TEXT,
         rows=PHOTO_ROWS,
         seeds=(0, 1, 2),
         common=f"{PHOTOS} --labeled 38",

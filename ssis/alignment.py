@@ -10,7 +10,8 @@ each class is to be expected: about as often as in the annotated images. So the 
 distribution of a pseudo-label is multiplied by what its classes have too little, and
 divided by its sum:
 
-$$\tilde{p}_k = \frac{p_k \, s_k / m_k}{\sum_{k'} p_{k'} \, s_{k'} / m_{k'}}$$ ssis Eq. (alignment)
+$$\tilde{p}_k = \frac{p_k \, s_k / m_k}{\sum_{k'} p_{k'} \, s_{k'} / m_{k'}}$$
+ssis Eq. (alignment)
 
 with s_k the share of class k among the annotated instances, and m_k the share that it
 has among the latest pseudo-labels, a running mean of all p over some fifty steps:

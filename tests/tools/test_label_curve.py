@@ -30,7 +30,8 @@ def flags_of(shapes_folder) -> list[str]:
 def test_the_curve_of_two_runs(shapes_folder, tmp_path, capsys):
     # The order is not the user's: from few to many.
     arguments = ["--labeled", "100%", "50%", "--output", str(tmp_path), *flags_of(shapes_folder)]
-    arguments += ["--pretrain-steps", "24", "--warmup-steps", "8"]
+    # After so few steps it takes a hundred guesses to find something.
+    arguments += ["--pretrain-steps", "24", "--warmup-steps", "8", "--max-detections", "100"]
     label_curve.main(arguments)
     out = capsys.readouterr().out
     content = json.loads((tmp_path / "label_curve.json").read_text())

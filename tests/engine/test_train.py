@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,7 +226,7 @@ def test_distillation_sees_the_images_that_sam_saw(whole, few, tmp_path, monkeyp
 FULL = ["--method", "full", "--tau-min", "0.02", "--tau-max", "0.1", "--refine-gate", "0"]
 FULL += ["--tau-mask-min", "0.02", "--tau-mask-max", "0.1"]
 FULL += ["--refine-calibrate", "--arp", "both", "--structure-queries", "8"]
-FULL += ["--structure-weight", "1"]
+FULL += ["--structure-weight", "1", "--align"]
 # And the papers' views, batches and weights.
 FULL += "--crop-height 64 --crop-width 80 --scale-min 0.8 --scale-max 1.5 --weak-color".split()
 FULL += "--labeled-view both --strong-erasing --pretrain-batch 3 --repeat-threshold 10".split()
@@ -266,9 +267,18 @@ def test_both_papers_resume_bit_identical(whole, few, tmp_path, monkeypatch):
     # Class and mask thresholds start alike, and part as soon as they follow the teacher.
     assert (one["thresholds"]["values"][0] != one["thresholds"]["values"][1]).any()
     assert one["classifier"]["seen"].sum() > 0
+    # With this filter the shares are those of the labeled images alone.
+    assert same(one["alignment"], two["alignment"])
+    labeled = json.loads((tmp_path / "once" / "labeled.json").read_text())["labeled"]
+    truth = json.loads(Path(arguments[arguments.index("--train-json") + 1]).read_text())
+    ids = {image["id"] for image in truth["images"] if image["file_name"] in labeled}
+    shown = [a["category_id"] for a in truth["annotations"] if a["image_id"] in ids]
+    order = sorted(category["id"] for category in truth["categories"])
+    counts = torch.tensor([shown.count(k) + 1 / 6 for k in order])
+    torch.testing.assert_close(one["alignment"]["shares"], counts / counts.sum())
     summary = json.loads((tmp_path / "once" / "summary.json").read_text())
     stages = summary["audit_stages"]["end of burn-in"]
-    assert list(stages) == ["predicted", "kept", "refined", "corrected", "final"]
+    assert list(stages) == ["predicted", "kept", "refined", "corrected", "aligned", "final"]
     assert stages["predicted"]["pseudo_per_image"] >= stages["kept"]["pseudo_per_image"] > 0
     assert summary["audit_stages"]["end"]["final"] == summary["audit"]
     metrics = (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()

@@ -20,7 +20,8 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 import train
-from ssis import augment, correction, data, distributed, filters, imagenet, model, teacher
+from ssis import alignment, augment, correction, data, distributed, filters, imagenet, model
+from ssis import teacher
 from ssis.config import Config
 from ssis.datasets import coco_json
 from ssis.engine.build import build
@@ -145,13 +146,18 @@ def main(out: str, folder: str) -> None:
     thresholds = filters.Thresholds(6, (0.05, 0.9), (0.05, 0.9), 0.99)
     thresholds.start(torch.full((6,), 1 / 6))
     views = [item["image"] for item in chosen][mine]
-    thresholds.update(teacher.predict(labeler.teacher, views, 0.05))
+    predicted = teacher.predict(labeler.teacher, views, 0.05)
+    thresholds.update(predicted)
+    # This project's class shares.
+    shares = alignment.Alignment(torch.ones(6))
+    shares.update(predicted)
     classifier = correction.Prototypes(6, net.backbone.out_channels, 64)
     classifier.learn(labeler.teacher, [labeled[k] for k in range(4)][mine])
     # This project's class means, of the colors themselves.
     means = imagenet.ClassMeans(Colors(), [0.0] * 3, [1.0] * 3, 6, "cpu")
     means.learn(labeler.teacher, [labeled[k] for k in range(4)][mine])
     known = (thresholds.values, classifier.bank, classifier.seen, means.sums, means.seen)
+    known += (shares.named,)
     remembered = distributed.gather(known)
     if rank == 0:
         torch.save(

@@ -63,6 +63,7 @@ def test_processes_without_pseudo_labels_among_them_agree_with_one(
             torch.testing.assert_close(ours, single, atol=1e-5, rtol=1e-5)
     assert one["remembered"][0][2].sum() > 4 and (one["remembered"][0][0] != start).any()
     assert one["remembered"][0][4].sum() > 4 and one["remembered"][0][3].any()
+    assert (one["remembered"][0][5] - 1 / 6).abs().max() > 1e-4
     # And training did something: a teacher that lags is not the student.
     name = "roi_heads.mask_predictor.mask_fcn_logits.weight"
     lag = (one["student"][name] - one["teacher"][name]).abs().max()

@@ -23,12 +23,12 @@ too often loses those pseudo-labels that are the most doubtful. No class is mult
 by more than ten, however seldom it is named.
 
 The annotated instances are the labeled ones and, with `--filter calibrated`, those of
-the validation images: by chance, twenty labeled images may have a class four times as
+the validation images: by chance, twenty labeled images may have a class three times as
 often as all images do. It is assumed that the unlabeled images have the classes as
 often as the annotated ones, and that the filter keeps about the same part of each
 class. Where that is not so, `--no-align`.
 
-Chain: 13 of 20. Read next: `ssis/calibration.py`, which measures all of these.
+Chain: 13 of 20. Read next: `ssis/calibration.py`, which measures what can be measured.
 """
 
 import dataclasses

@@ -295,6 +295,10 @@ def calibrate(labeler, seen: Instances, images: int, instances: Tensor) -> dict:
     def mean(values: Tensor) -> float | None:
         return round(values.float().mean().item(), 4) if len(values) else None
 
+    shares = {}
+    if aligned := labeler.alignment:
+        of = dict(annotated_shares=aligned.shares, named_shares=aligned.named)
+        shares = {k: [round(x, 4) for x in v.tolist()] for k, v in of.items()}
     return dict(
         images=images,
         found_thresholds=[round(t, 4) for t in of_class.tolist()],
@@ -311,4 +315,5 @@ def calibrate(labeler, seen: Instances, images: int, instances: Tensor) -> dict:
         classifier_right=by_classifier.sum().item(),
         teacher_right=(differ.labels == differ.true_labels).sum().item(),
         trust=round(measured.trust, 4),
+        **shares,
     )

@@ -241,6 +241,15 @@ def calibration_line(measured: dict, names: list[str], refined: bool) -> str:
             f" in {measured['classifier_right']}, the teacher in "
             f"{measured['teacher_right']}, weight {measured['trust']:.1f}"
         )
+    if named := measured.get("named_shares"):
+        annotated = measured["annotated_shares"]
+        k = max(range(len(named)), key=lambda k: abs(named[k] - annotated[k]))
+        # Before the first pseudo-label they are the same.
+        if named[k] != annotated[k]:
+            line += (
+                f"; class shares: {names[k]} is the farthest off, {named[k]:.0%} of "
+                f"the pseudo-labels, {annotated[k]:.0%} of what is annotated"
+            )
     return line
 
 

@@ -194,7 +194,7 @@ def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list
         ("aligned", "class_accuracy", "--no-align"),
     ):
         moved = change(stages, stage, key)
-        # What is measured switches itself off; the alignment is not measured.
+        # What is measured is off where it looked worse; the alignment is not measured.
         if moved and moved[1] < moved[0] and not (calibrated and stage != "aligned"):
             lines.append(f"give {flags}")
     low = [
@@ -204,7 +204,7 @@ def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list
             (
                 "class_accuracy",
                 0.8,
-                "of the found ones are named rightly",
+                "of those on an instance are named rightly",
                 "label more, or raise",
             ),
             (
@@ -223,8 +223,9 @@ def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list
     else:
         thresholds = FLAGS[config.filter]
         lines += [f"{fact}: {mend} {thresholds}" for _, fact, mend in low]
-    if gain < 0 and not lines:
-        lines.append("lower --unsup-weight; best.pt is the best on the validation part")
+    if gain < 0:
+        lines += [] if lines else ["lower --unsup-weight"]
+        lines.append("use best.pt, the best model on the validation part")
     return lines
 
 

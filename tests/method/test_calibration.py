@@ -10,7 +10,9 @@ from helpers import TINY, dataset_of
 
 import train
 from ssis import calibration, correction, filters, presets
+from ssis.alignment import Alignment
 from ssis.calibration import GATES, OFF, SHARED, TRIED, Instances
+from ssis.engine import run_folder
 from ssis.io import checkpoint
 
 fast = pytest.mark.fast
@@ -139,6 +141,7 @@ def test_what_is_measured_is_put_to_use():
     labeler = SimpleNamespace(
         thresholds=filters.Thresholds(2, (0.5, 0.9), (0.5, 0.9), 0.99),
         calibration=calibration.Calibration(0.5),
+        alignment=Alignment(torch.tensor([29, 9])),
     )
     columns = dict(
         labels=[1] * 20, foreground=[0.95] * 20, true_labels=[1] * 18 + [2, 0],
@@ -157,6 +160,16 @@ def test_what_is_measured_is_put_to_use():
     # Two found ones are disputed: one is of class 1, one of class 2.
     disputed = ("disagreements", "classifier_right", "teacher_right")
     assert [measured[key] for key in disputed] == [2, 1, 1]
+    # Class shares are said as soon as something was named.
+    measured["step"] = 7
+    line = run_folder.calibration_line(measured, ["cat", "dog"], True)
+    assert "class shares" not in line
+    labeler.alignment.named.copy_(torch.tensor([0.9, 0.1]))
+    measured = calibration.calibrate(labeler, seen(**columns), 10, torch.tensor([30, 8]))
+    line = run_folder.calibration_line(dict(measured, step=7), ["cat", "dog"], True)
+    # 29.5 and 9.5 of 39.
+    said = "cat is the farthest off, 90% of the pseudo-labels, 76% of what is annotated"
+    assert line.endswith(said)
     again = calibration.Calibration(1.0)
     again.load_state_dict(labeler.calibration.state_dict())
     assert (again.gate, again.trust) == (0.0, 0.5)

@@ -116,14 +116,14 @@ def test_stages_and_advice():
     advice = verdict.advice(plain, audit, STAGES, 1.0)
     assert advice == [
         "give --refine none, or --filter calibrated",
-        "only 70% of the found ones are named rightly, "
+        "only 70% of those on an instance are named rightly, "
         "only 20% of the instances have a pseudo-label: pretrain longer, or label more",
     ]
     few = dict(audit, class_accuracy=0.9)
     wrong = dict(audit, recall=0.5)
     assert [verdict.advice(plain, one, STAGES, 1.0)[1] for one in (few, wrong)] == [
         "only 20% of the instances have a pseudo-label: pretrain longer, or lower --tau-class",
-        "only 70% of the found ones are named rightly: label more, or raise --tau-class",
+        "only 70% of those on an instance are named rightly: label more, or raise --tau-class",
     ]
     # A calibrated run has switched off what is worse, and has no threshold to set.
     for one in (few, wrong):
@@ -137,7 +137,10 @@ def test_stages_and_advice():
     assert verdict.stages(shares, None)[2] == (
         "the alignment of class shares made the pseudo-labels WORSE (class accuracy 0.85 -> 0.75)"
     )
-    assert "--unsup-weight" in verdict.advice(plain, None, None, -1.0)[0]
+    best = "use best.pt, the best model on the validation part"
+    assert verdict.advice(plain, None, None, -1.0) == ["lower --unsup-weight", best]
+    # Also where something else is to be changed.
+    assert verdict.advice(calibrated, right, shares, -1.0) == ["give --no-align", best]
 
 
 def test_a_supervised_run_beside_it_is_found(tmp_path):

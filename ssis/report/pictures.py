@@ -6,15 +6,14 @@ images: the image, all that the teacher predicts, what the filter keeps, the mas
 SAM drew, the corrected and aligned classes, the uncertainty of the masks, the image
 after copy-paste, and the ground truth that training never sees. The end of a run writes
 `predictions.png` (the teacher on test images beside the ground truth), `best.png` and
-`worst.png` (where it did best and worst). Masks are drawn by torchvision, grids by
-matplotlib.
+`worst.png` (where it did best and worst). Masks are drawn by torchvision, and put
+side by side by Pillow.
 
 Read next: `ssis/report/page.py`, which puts them on a page.
 """
 
 from pathlib import Path
 
-import matplotlib
 import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as mask_utils
@@ -26,10 +25,6 @@ from torchvision.utils import draw_segmentation_masks
 from ssis import augment, losses
 from ssis.report import audit
 from ssis.io.files import writing
-
-# No window: the pictures are files, also on a machine without a display.
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 # Colors that stay apart for color-blind readers (Okabe and Ito, 2008), one by class.
 COLORS = [
@@ -119,28 +114,24 @@ def plain(image: Tensor) -> Image.Image:
 
 def grid(rows: list[list[tuple[Image.Image, str]]], titles: list[str], path) -> None:
     """Write pictures in rows under column titles, each with a note below it, or ""."""
+    gap, line = 8, 28  # pixels between two pictures, and for a line of text
     # Rows of landscape photographs need less height than a square tile's.
-    heights = [max(tile.height for tile, _ in row) / TILE for row in rows]
-    figure, axes = plt.subplots(
-        len(rows),
-        len(titles),
-        figsize=(2.75 * len(titles), 2.65 * sum(heights) + 0.25 * len(rows) + 0.3),
-        height_ratios=heights,
-        layout="constrained",
-        squeeze=False,
-    )
-    for row, places in zip(rows, axes, strict=True):
-        for (picture, note), axis in zip(row, places, strict=True):
-            axis.imshow(picture, interpolation="nearest")
-            axis.set_xlabel(note)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-    for title, axis in zip(titles, axes[0], strict=True):
-        axis.set_title(title)
+    heights = [max(picture.height for picture, _ in row) for row in rows]
+    size = (gap + len(titles) * (TILE + gap), line + sum(heights) + line * len(rows))
+    sheet = Image.new("RGB", size, "white")
+    pen, style = ImageDraw.Draw(sheet), dict(fill="black", anchor="mm", font_size=14)
+    lefts = [gap + column * (TILE + gap) for column in range(len(titles))]
+    for left, title in zip(lefts, titles, strict=True):
+        pen.text((left + TILE / 2, line / 2), title, **style)
+    top = line
+    for row, height in zip(rows, heights, strict=True):
+        for left, (picture, note) in zip(lefts, row, strict=True):
+            inset = (TILE - picture.width) // 2, (height - picture.height) // 2
+            sheet.paste(picture, (left + inset[0], top + inset[1]))
+            pen.text((left + TILE / 2, top + height + 9), note, **style)
+        top += height + line
     with writing(path):
-        figure.savefig(path, dpi=100)
-    plt.close(figure)
+        sheet.save(path)
 
 
 def uncertainty(image: Tensor, mask_probs: Tensor) -> Image.Image:

@@ -119,16 +119,17 @@ def grid(rows: list[list[tuple[Image.Image, str]]], titles: list[str], path) -> 
     heights = [max(picture.height for picture, _ in row) for row in rows]
     size = (gap + len(titles) * (TILE + gap), line + sum(heights) + line * len(rows))
     sheet = Image.new("RGB", size, "white")
-    pen, style = ImageDraw.Draw(sheet), dict(fill="black", anchor="mm", font_size=14)
+    pen, style = ImageDraw.Draw(sheet), dict(fill="black", font_size=14)
     lefts = [gap + column * (TILE + gap) for column in range(len(titles))]
     for left, title in zip(lefts, titles, strict=True):
-        pen.text((left + TILE / 2, line / 2), title, **style)
+        pen.text((left + TILE / 2, line / 2), title, anchor="mm", **style)
     top = line
     for row, height in zip(rows, heights, strict=True):
         for left, (picture, note) in zip(lefts, row, strict=True):
             inset = (TILE - picture.width) // 2, (height - picture.height) // 2
             sheet.paste(picture, (left + inset[0], top + inset[1]))
-            pen.text((left + TILE / 2, top + height + 9), note, **style)
+            # From the left: beside the name of a file there is room.
+            pen.text((left, top + height + 9), note, anchor="lm", **style)
         top += height + line
     with writing(path):
         sheet.save(path)

@@ -568,11 +568,15 @@ def describe(job: Job, process: subprocess.Popen, record: dict | None) -> str:
 
 
 def overview() -> str:
-    """A line for each study: its name, how many results it has, its title."""
+    """A line for each study: its name, how many results it has, its title.
+
+    A dataset's folder is taken to have the name of its study.
+    """
     lines = []
     for name, study in STUDIES.items():
-        done, total = len(current(name)), len(study.runs)
-        lines.append(f"{name:<10} {done:>3} of {total:>3} runs   {study.title}")
+        there, listed = load(name), jobs(name, name if study.data else "")
+        done = sum(any(matches(job, record) for record in there) for job in listed)
+        lines.append(f"{name:<10} {done:>3} of {len(listed):>3} runs   {study.title}")
     return "\n".join(lines)
 
 

@@ -266,7 +266,7 @@ STUDIES = {
         seeds=(0, 1, 2),
         common=f"{NUCLEI} --labeled 10%",
         data=True,
-        once=("all labels",),
+        once=("supervised, copy-paste", "all labels"),
         judged=True,
     ),
     "animals": Study(

@@ -9,6 +9,7 @@ Read next: `ssis/tools/prepare_own.py`, which goes on with them.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from segment_anything import SamPredictor
 from tqdm import tqdm
 
 from ssis import UserError, sam
+from ssis.datasets import rle
 from ssis.datasets.coco_json import as_number
 from ssis.datasets.dataset import Dataset
-from ssis.io.files import writing
+from ssis.io.files import write_text, writing
 from ssis.report import pictures
 
 
@@ -61,7 +63,7 @@ def draw(records: list[dict], dataset: Dataset, args: argparse.Namespace, out: P
         records: of `outlined`; `segmentation` is replaced.
         dataset: what the JSON holds, checked.
         args: `masks_from_boxes` (weights) and `sam` (their kind).
-        out: the pictures go to its folder `masks_from_boxes`.
+        out: pictures and masks go to its folder `masks_from_boxes`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -74,29 +76,47 @@ def draw(records: list[dict], dataset: Dataset, args: argparse.Namespace, out: P
         of_image.setdefault(as_number(record["image_id"]), []).append(record)
     label = {as_number(c): k for k, c in enumerate(dataset.category_ids, 1)}
     for index in tqdm(range(len(dataset)), unit="image", desc="masks from boxes"):
-        mine, masks = of_image.get(as_number(dataset.image_ids[index]), []), []
+        mine = of_image.get(as_number(dataset.image_ids[index]), [])
         if not mine:
             continue
-        pixels = dataset.image(index)
-        predictor.set_image(pixels.permute(1, 2, 0).numpy())
-        for record in mine:
-            x, y, width, height = map(float, record["bbox"])
-            box = np.array([x, y, x + width, y + height])
-            masks.append(predictor.predict(box=box, multimask_output=False)[0][0])
-            rle = mask_utils.encode(np.asfortranarray(masks[-1], np.uint8))
-            rle["counts"] = rle["counts"].decode()
-            area = int(masks[-1].sum())
-            record.update(segmentation=rle, area=area, mask_from_box=True)
-        labels = torch.tensor([label[as_number(r["category_id"])] for r in mine])
-        target = out / "masks_from_boxes" / f"{dataset.files[index]}.png"
-        with writing(target, "--out"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shown = (pixels / 255, torch.from_numpy(np.stack(masks)), labels)
-            picture = pictures.overlay(*shown, dataset.names, side=800)
-            for x, y, width, height in (r["bbox"] for r in mine):
-                # What SAM was asked: the box.
-                box = np.array([x, y, x + width, y + height], float)
-                box *= picture.width / pixels.shape[2]
-                ImageDraw.Draw(picture).rectangle(box.tolist(), outline="white")
-            picture.save(target)
+        # What was drawn before, in the same boxes by the same SAM, before a kill or in
+        # an earlier round, is not drawn again.
+        asked = [args.sam, Path(args.masks_from_boxes).name, [r["bbox"] for r in mine]]
+        drawn = out / "masks_from_boxes" / f"{dataset.files[index]}.json"
+        known = json.loads(drawn.read_text()) if drawn.exists() else {}
+        if known.get("asked") != asked:
+            labels = [label[as_number(r["category_id"])] for r in mine]
+            image = dataset.image(index)
+            masks = answers(predictor, image, asked[-1])
+            with writing(drawn, "--out"):
+                drawn.parent.mkdir(parents=True, exist_ok=True)
+                picture = pictures.overlay(
+                    image / 255, masks, torch.tensor(labels), dataset.names, side=800
+                )
+                for box in corners(asked[-1]) * (picture.width / image.shape[2]):
+                    # What SAM was asked.
+                    ImageDraw.Draw(picture).rectangle(box.tolist(), outline="white")
+                picture.save(drawn.with_suffix(".png"))
+                rles = [rle.encode(mask) for mask in masks.numpy()]
+                known = dict(asked=asked, masks=rles)
+                write_text(drawn, json.dumps(known))
+        for record, mask in zip(mine, known["masks"], strict=True):
+            area = int(mask_utils.area(mask))
+            record.update(segmentation=mask, area=area, mask_from_box=True)
     print(f"{len(records)} masks drawn; look at them: {out / 'masks_from_boxes'}")
+
+
+def answers(predictor: SamPredictor, image: torch.Tensor, boxes: list) -> torch.Tensor:
+    """SAM's masks (N, H, W) bool, of an image (3, H, W) uint8, in boxes x, y, w, h."""
+    predictor.set_image(image.permute(1, 2, 0).numpy())
+    masks = [
+        predictor.predict(box=box, multimask_output=False)[0][0]
+        for box in corners(boxes)
+    ]
+    return torch.from_numpy(np.stack(masks))
+
+
+def corners(boxes: list) -> np.ndarray:
+    """COCO's boxes x, y, width, height as (N, 4) of xyxy."""
+    x, y, width, height = np.array(boxes, float).T
+    return np.stack([x, y, x + width, y + height], axis=1)

@@ -18,7 +18,7 @@ from test_annotation_tools import POLYGONS, label_studio, labelme2coco, roboflow
 from ssis import UserError, sam
 from ssis.datasets import coco_json, copies, file_names, split
 from ssis.io.images import read_image
-from ssis.tools import prepare
+from ssis.tools import masks_from_boxes, prepare
 
 pytestmark = pytest.mark.fast
 
@@ -465,6 +465,34 @@ def test_masks_from_boxes_are_what_sam_answers(tmp_path, capsys):
         assert (mask_utils.decode(record["segmentation"]) == mask).all()
         assert record["mask_from_box"] is True
         assert (tmp_path / "out" / "masks_from_boxes" / f"{name}.png").exists()
+
+
+def test_masks_that_are_drawn_are_not_drawn_again(tmp_path, monkeypatch):
+    """After a kill between two images, and with one box corrected since."""
+    raw = boxes_alone(tmp_path)
+    flags = ("--val", "1", "--masks-from-boxes", str(ROOT / "ssis" / "tiny_sam.pt"))
+    asked, answers = [], masks_from_boxes.answers
+
+    def seen(predictor, image, boxes):
+        asked.append(boxes)
+        if stop == len(asked):
+            raise KeyboardInterrupt
+        return answers(predictor, image, boxes)
+
+    monkeypatch.setattr(masks_from_boxes, "answers", seen)
+    stop = 2
+    with pytest.raises(KeyboardInterrupt):
+        own(tmp_path, *flags, "--sam", "tiny")
+    parts = own(tmp_path, *flags, "--sam", "tiny")
+    assert len(asked) == 3 and asked[1] == asked[2]
+    files = [tmp_path / "out" / f"instances_{part}.json" for part in parts]
+    made = [file.read_text() for file in files]
+    own(tmp_path, *flags, "--sam", "tiny")
+    assert len(asked) == 3 and made == [file.read_text() for file in files]
+    raw["annotations"][1]["bbox"] = [4, 4, 30, 30]
+    (tmp_path / "coco.json").write_text(json.dumps(raw))
+    own(tmp_path, *flags, "--sam", "tiny")
+    assert asked[3:] == [[[4, 4, 30, 30]]]
 
 
 def exif(orientation: int) -> Image.Exif:

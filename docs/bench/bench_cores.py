@@ -11,10 +11,13 @@ end:
     sleep     one process, threads do not spin (OMP_WAIT_POLICY=PASSIVE)
     one       one process of one thread (OMP_NUM_THREADS=1)
     two       two processes of one thread each (torchrun --nproc_per_node 2)
+    huge      the same, tensors in huge pages (THP_MEM_ALLOC_ENABLE=1, PyTorch's)
+    keep      the same, glibc keeps what is freed (MALLOC_TRIM_THRESHOLD_ and others)
+    both      the same, huge and keep
 
-For each the seconds of a supervised step and of a step of `full`, and both relative to the first
-row. After so few steps the teacher is sure of nothing: no pseudo-label is kept, so
-this is the cheapest step of `full`.
+For each the seconds of a supervised step and of a step of `full`, both relative to the first
+row, and the memory of all its processes at their peaks (Linux alone). After so few steps the
+teacher is sure of nothing: no pseudo-label is kept, so this is the cheapest step of `full`.
 """
 
 import argparse
@@ -33,17 +36,37 @@ sys.path.insert(0, str(ROOT))
 from ssis.datasets import shapes  # noqa: E402
 
 DATA = ROOT / "data" / "shapes"
+TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+HUGE = dict(THP_MEM_ALLOC_ENABLE="1")
+KEEP = dict(
+    MALLOC_TRIM_THRESHOLD_="2000000000", MALLOC_MMAP_THRESHOLD_="1000000000",
+    MALLOC_TOP_PAD_="100000000",
+)  # fmt: skip
 WAYS = dict(
     usual=([], {}),
     short=([], dict(GOMP_SPINCOUNT="10000")),
     sleep=([], dict(OMP_WAIT_POLICY="PASSIVE")),
     one=([], dict(OMP_NUM_THREADS="1")),
-    two=(["-m", "torch.distributed.run", "--nproc_per_node", "2"], dict(OMP_NUM_THREADS="1")),
+    two=(TWO, dict(OMP_NUM_THREADS="1")),
+    huge=(TWO, dict(OMP_NUM_THREADS="1", **HUGE)),
+    keep=(TWO, dict(OMP_NUM_THREADS="1", **KEEP)),
+    both=(TWO, dict(OMP_NUM_THREADS="1", **HUGE, **KEEP)),
 )
 
 
-def seconds(way: str, folder: Path, steps: int) -> list[float]:
-    """Seconds a step of both stages."""
+def peak(pid: int) -> float:
+    """GiB of a process and all that it has started, each at its peak; 0 but on Linux."""
+    total = 0.0
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            total += float(line.split()[1]) / 2**20 if line.startswith("VmHWM") else 0
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            total += sum(map(peak, map(int, (task / "children").read_text().split())))
+    return total
+
+
+def measure(way: str, folder: Path, steps: int) -> list[float]:
+    """Seconds a step of both stages, and GiB."""
     launcher, variables = WAYS[way]
     flags = f"--pretrain-steps {steps} --burnin-steps 0 --mutual-steps {steps}".split()
     flags += ["--eval-every", "1000", "--audit-images", "8", "--output", str(folder / "run")]
@@ -70,13 +93,14 @@ def seconds(way: str, folder: Path, steps: int) -> list[float]:
             for line in path.read_text().splitlines():
                 seen.setdefault(json.loads(line)["step"], time.perf_counter())
         time.sleep(0.02)
+    memory = peak(run.pid)
     run.terminate()
     run.wait()
     # Steps are written in tens: the first ten of a stage warm up.
     return [
         (seen[end] - seen[begin]) / (end - begin)
         for begin, end in ((10, steps), (steps + 10, 2 * steps))
-    ]
+    ] + [memory]
 
 
 def main() -> None:
@@ -89,7 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     first = None
     print(f"{os.cpu_count()} cores")
-    print("| | neighbors | supervised | full | relative |\n|---|---|---|---|---|")
+    print("| | neighbors | supervised | full | relative | GiB |\n" + "|---" * 6 + "|")
     for count in args.neighbors:
         for way in args.ways:
             busy = [
@@ -99,16 +123,15 @@ def main() -> None:
                 found = []
                 for _ in range(args.rounds):
                     with tempfile.TemporaryDirectory() as name:
-                        found.append(seconds(way, Path(name), args.steps))
+                        found.append(measure(way, Path(name), args.steps))
             finally:
                 for process in busy:
                     process.kill()
             best = [min(times) for times in zip(*found, strict=True)]
             first = first or best
-            relative = ", ".join(f"{a / b:.2f}" for a, b in zip(best, first, strict=True))
-            print(
-                f"| {way} | {count} | {best[0]:.2f} s | {best[1]:.2f} s | {relative} |", flush=True
-            )
+            relative = ", ".join(f"{a / b:.2f}" for a, b in zip(best[:2], first[:2], strict=True))
+            times = f"{best[0]:.3f} s | {best[1]:.3f} s"
+            print(f"| {way} | {count} | {times} | {relative} | {best[2]:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

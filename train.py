@@ -101,9 +101,9 @@ def train(config: Config) -> None:
                 items = (session.audit_items(), session.drawn_items())
                 session.evaluate(*who, *(stages(some, step + 1) for some in items))
         if not session.stopped:
-            # The table: AP of the first teacher, and of student and teacher after all.
+            # The table: AP of first teacher, student and teacher; pseudo-labels of the last step.
             who = (net, teacher if total > pretrain_end else None)
-            session.finish(*who, stages(session.audit_items(), total))
+            session.finish(*who, stages(session.audit_items(), total - 1))
     distributed.stop()
 
 

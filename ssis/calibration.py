@@ -119,7 +119,9 @@ class Instances:
         agreement: (N,) in [0, 1], of SAM's mask with the teacher's.
         refined_iou: (N,) in [0, 1], of SAM's mask with the true one.
         distribution: (N, C), the teacher's.
-        opinion: (N, C), the category classifier's; all 0 where it has none.
+        opinion: (N, C), the category classifier's under the teacher's mask; all 0 where
+            it has none.
+        refined_opinion: (N, C), the same under SAM's mask.
     """
 
     labels: Tensor
@@ -131,6 +133,7 @@ class Instances:
     refined_iou: Tensor
     distribution: Tensor
     opinion: Tensor
+    refined_opinion: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -168,9 +171,11 @@ def look(labeler, items: Iterable[dict], config) -> tuple[Instances, int, Tensor
             how = (config.refine, config.refine_points, config.refine_sampling)
             how += (0.0, False, config.min_area)
             refined = refine.refine(predicted, labeler.val_embeddings, item, *how)
-        opinion = torch.zeros_like(predicted.distribution)
+        opinion = refined_opinion = torch.zeros_like(predicted.distribution)
         if labeler.classifier:
-            opinion = labeler.classifier(image, refined)
+            opinion = refined_opinion = labeler.classifier(image, predicted)
+            if config.refine != "none":
+                refined_opinion = labeler.classifier(image, refined)
         partner = data.match(predicted.boxes, target["boxes"])
         found = partner >= 0
         # An image without instances has no true mask to be compared with.
@@ -183,7 +188,7 @@ def look(labeler, items: Iterable[dict], config) -> tuple[Instances, int, Tensor
         columns = (predicted.labels, foreground(predicted), predicted.mask_quality)
         columns += (labels, data.mask_iou(masks, true))
         columns += (data.mask_iou(masks, redrawn), data.mask_iou(redrawn, true))
-        columns += (predicted.distribution, opinion)
+        columns += (predicted.distribution, opinion, refined_opinion)
         parts.append([column.cpu() for column in columns])
         images += 1
         instances += torch.bincount(target["labels"] - 1, minlength=classes)
@@ -284,7 +289,11 @@ def calibrate(labeler, seen: Instances, images: int, instances: Tensor) -> dict:
     passed = passed[passed.mask_quality >= of_mask]
     mask_row = torch.full_like(of_class, of_mask)
     labeler.thresholds.values.copy_(torch.stack([of_class, mask_row]))
-    measured.gate, measured.trust = best_gate(passed), best_trust(passed)
+    measured.gate = best_gate(passed)
+    # The classifier will see SAM's mask where it is taken, and else the teacher's.
+    taken = (passed.agreement >= measured.gate)[:, None]
+    passed.opinion = torch.where(taken, passed.refined_opinion, passed.opinion)
+    measured.trust = best_trust(passed)
 
     # What the stages are worth now, beside what was decided.
     found = passed[passed.true_labels > 0]

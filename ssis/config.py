@@ -934,13 +934,15 @@ def differences(
     """
     ignored = not_in_result() if ignored is None else ignored
     now, before = completed(dataclasses.asdict(config)), completed(saved)
-    # Of `arp` a first teacher depends on this alone.
+    # Of `arp` a first teacher depends on this alone; where it pastes, also on how.
     pasted = {
         r["arp"] in ("labeled", "both") and not r["structure_weight"]
         for r in (now, before)
     }
     if len(pasted) > 1:
         ignored = ignored - {"arp"}
+    elif True in pasted:
+        ignored = ignored - {"arp_jitter", "arp_min_area"}
     return [
         f"{flag(name)} was {before[name]}, is {value}"
         for name, value in now.items()

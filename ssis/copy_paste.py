@@ -105,13 +105,9 @@ def fill_up(image: Tensor, target: dict, size: tuple[int, int]) -> tuple[Tensor,
     if "mask_weights" in target:
         # There is certainly no instance in the gray: its largest weight, as in `paste`.
         weights = target["mask_weights"]
-        most = weights.amax(dim=(1, 2), keepdim=True) if len(weights) else weights
+        most = weights.amax(dim=(1, 2), keepdim=True)
         outside = pad(torch.zeros_like(weights), room, value=1.0).bool()
-        filled["mask_weights"] = (
-            torch.where(outside, most, pad(weights, room))
-            if len(weights)
-            else pad(weights, room)
-        )
+        filled["mask_weights"] = torch.where(outside, most, pad(weights, room))
     return pad(image, room, value=0.5), filled
 
 
@@ -222,7 +218,7 @@ def paste(
         # weight of their instance.
         number = torch.arange(len(weights), device=weights.device)[:, None, None]
         sure = torch.where(number < len(source["labels"]), ~visible, pasted)
-        most = weights.amax(dim=(1, 2), keepdim=True) if len(weights) else 1.0
+        most = weights.amax(dim=(1, 2), keepdim=True)
         both["mask_weights"] = torch.where(sure, most, weights)
     # A sliver of an instance is no good example of its class.
     area = stack.flatten(1).sum(dim=1)

@@ -179,10 +179,12 @@ def among_seen(logits: Tensor, seen: Tensor, distribution: Tensor) -> Tensor:
     Returns:
         (N, C); rows sum to 1, or are all zero as long as no class was seen.
     """
-    # A class that was never seen keeps the teacher's probability: there is nothing to
-    # compare with. The other classes divide the rest among them.
+    # A class that was never seen keeps the teacher's probability, over the foreground
+    # alone as in `fuse`: there is nothing to compare with. The other classes divide the
+    # rest among them.
     unseen = seen == 0
     kept = distribution * unseen
+    kept = kept / distribution.sum(dim=1, keepdim=True).clamp(min=1e-30)
     others = logits.masked_fill(unseen, -torch.inf).softmax(dim=1)
     mixed = kept + (1 - kept.sum(dim=1, keepdim=True)) * others
     # No opinion with an empty memory.
@@ -200,7 +202,7 @@ def correct(
     Args:
         pseudo: of each image.
         images: the weak views, (3, H, W) float in [0, 1] each.
-        classifier: `Prototypes` or `clip.Clip`.
+        classifier: `Prototypes`, `clip.Clip` or `imagenet.ClassMeans`.
         w: weight of its opinion, of `weight`.
     """
     # Image by image: an opinion depends on nothing but the image and its instances.

@@ -2,8 +2,9 @@ r"""Targets and streams: what the model is trained on, and in which order.
 
 *Targets* are torchvision's dicts: `boxes` (N, 4) float32, xyxy in absolute pixels with
 `x2 > x1` and `y2 > y1`; `labels` (N,) int64, 1..C, since 0 is background; `masks`
-(N, H, W) uint8. A box is always the box of its mask. Targets made of pseudo-labels may
-have `mask_weights` (N, H, W) float in [0, 1] as well.
+(N, H, W) uint8. A box is the box of its mask; a pseudo-label has the predicted box,
+until SAM or pasting changes its mask. Targets made of pseudo-labels may have
+`mask_weights` (N, H, W) float in [0, 1] as well.
 
 *The batches are a pure function of the seed and the step.* Item k of a stream decides
 which image it is and the seed of its augmentation. So a resumed run needs nothing but

@@ -65,7 +65,8 @@ $$T^{\mathrm{class}}_{\mathrm{min}} \le c, \;
 $$o = \sum_k P(k), \qquad
   o \ge T^{\mathrm{found}}_k \;\wedge\; m \ge T^{\mathrm{mask}}_k$$ ssis Eq. (found)
 
-  The thresholds are measured on the validation images (`ssis/calibration.py`). Of
+  Candidates are predictions with a class quality above 0.3, before o is asked for. The
+  thresholds are measured on the validation images (`ssis/calibration.py`). Of
   candidates that overlap, whatever their classes, that with the highest o stays.
 
 With a single class n / N is 1, so the thresholds start at T_max: a teacher that is less
@@ -210,7 +211,7 @@ def keep(
     elif rule in ("adaptive", "calibrated"):
         if rule == "calibrated":
             # ssis Eq. (found): one candidate for each object, and whether it is one.
-            predictions = objects(predictions)
+            predictions = objects(predictions[area(predictions) > min_area])
             c, m = foreground(predictions), predictions.mask_quality
         # PL-DC Eq. (adaptive): each instance against the thresholds of its own class.
         own_class, own_mask = thresholds.values[:, predictions.labels - 1]

@@ -583,10 +583,11 @@ def start_afresh(net: MaskRCNN, seed: int, kind: str, *settings) -> None:
         kind, settings: of `build`, but the number of classes.
     """
     # In a fork of the random state: all draws of the run that follow are the same as
-    # without the fresh start. seed + 1, or the weights would be those of the first net.
-    # They are drawn on the CPU; no GPU's generator is touched.
+    # without the fresh start. Far from all seeds of a study, or the weights would be
+    # the first ones of this run or of another. They are drawn on the CPU; no GPU's
+    # generator is touched.
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed + 1)
+        torch.default_generator.manual_seed(seed + 10**6)
         num_classes = net.roi_heads.box_predictor.cls_score.out_features
         fresh = build(kind, num_classes, *settings)
     net.load_state_dict(fresh.state_dict())

@@ -84,7 +84,7 @@ def lr_factor(
         after: factor of all rates after pretraining.
 
     Returns:
-        A factor in [0, 1].
+        A factor in [0, max(1, after)].
 
     Raises:
         ValueError: an unknown schedule.

@@ -162,7 +162,7 @@ def refine(
             decides the points.
         rule: of `choose`.
         points: K, prompts of each instance.
-        sampling: of `sample_points`.
+        sampling: of `point_weights`.
         gate, calibrate, min_area: of `apply_gate`.
     """
     if not len(pseudo):

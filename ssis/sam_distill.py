@@ -91,9 +91,10 @@ def query_points(
         (inside, count // 2 - on_edge),
         (anywhere, count - count // 2),
     ):
-        # Without an object, or without an edge, these points lie anywhere too.
-        weights = (weights if weights.any() else anywhere)[::step, ::step]
+        weights = weights[::step, ::step]
         if number:
+            # Without an object, or without an edge, these points lie anywhere too.
+            weights = weights if weights.any() else anywhere[::step, ::step]
             index = torch.multinomial(
                 weights.flatten(), number, True, generator=generator
             )

@@ -185,7 +185,10 @@ def mask_quality(mask_probs: Tensor) -> Tensor:
 
 
 def paste(
-    small: Tensor, boxes: Tensor, size: tuple[int, int], shift: float = 0.5
+    small: Tensor,
+    boxes: Tensor,
+    size: tuple[int, int],
+    shift: tuple[float, float] = (0.5, 0.5),
 ) -> Tensor:
     """Masks of the mask head, put into their boxes in a frame.
 
@@ -200,7 +203,8 @@ def paste(
         small: (N, 1, M, M) float in [0, 1]; M = 28.
         boxes: (N, 4) in the frame.
         size: height and width of the frame.
-        shift: half a pixel of the frame that the model saw, in pixels of this frame.
+        shift: half a pixel of the frame that the model saw, in pixels of this frame:
+            down and across.
 
     Returns:
         (N, H, W) float32 in [0, 1], 0 outside the boxes.
@@ -216,7 +220,10 @@ def paste(
 
 
 def paste_parts(
-    small: Tensor, boxes: Tensor, size: tuple[int, int], shift: float = 0.5
+    small: Tensor,
+    boxes: Tensor,
+    size: tuple[int, int],
+    shift: tuple[float, float] = (0.5, 0.5),
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """`paste`, one mask at a time and within its box alone.
 
@@ -239,8 +246,8 @@ def paste_parts(
     # its right one, as `grid_sample` counts.
     x = torch.arange(width, device=boxes.device) + 0.5
     y = torch.arange(height, device=boxes.device) + 0.5
-    across = 2 * (x - shift - x1) / (x2 - x1) - 1  # (N, W)
-    down = 2 * (y - shift - y1) / (y2 - y1) - 1  # (N, H)
+    across = 2 * (x - shift[1] - x1) / (x2 - x1) - 1  # (N, W)
+    down = 2 * (y - shift[0] - y1) / (y2 - y1) - 1  # (N, H)
     # A pixel whose center is outside of the box is 0, whatever is sampled.
     within = (x >= x1) & (x <= x2), (y >= y1) & (y <= y2)
     # The whole pixels that a box touches, cut at the frame; none for a box outside.

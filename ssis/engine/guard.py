@@ -8,7 +8,7 @@ scale fits; only a loss that is itself not finite counts there.
 
 What a skipped step leaves behind: nothing in the weights, the optimizer or BatchNorm's
 statistics; `skipped` in `metrics.jsonl`. What the third leaves: `nonfinite_0.pt` (one
-for each process with a bad batch) with the batch, the loss table and the weights.
+for each process with a suspect batch) with the batch, the loss table and the weights.
 
 Read next: `ssis/engine/signals.py`, the other way in which a run can end early.
 """
@@ -76,11 +76,11 @@ class Guard:
             return True
         self.in_a_row += 1
         names = [self.files[item["index"]] for item in items]
-        if self.in_a_row == LIMIT and bad:
-            self.dump(step, row, items, names)
-        everywhere = distributed.gather((bad, names))
+        mine, everywhere = bad, distributed.gather((bad, names))
         # All batches, when every loss is finite and only the gradient is not.
         bad = sorted({name for part, _ in everywhere for name in part})
+        if self.in_a_row == LIMIT and (mine or not bad):
+            self.dump(step, row, items, names)
         suspects = [n for part, names in everywhere if part or not bad for n in names]
         words = (
             f"step {step}: {', '.join(bad) or 'the gradient'} is not finite (images "

@@ -158,7 +158,7 @@ def check_same_run(
             f"{path}: holds a model alone, without what a run needs to go on; "
             "give the pretrained.pt of its run"
         )
-    if first_teacher and saved["step"] != saved["config"]["pretrain_steps"]:
+    if first_teacher and saved["step"] != from_saved(saved["config"]).stage_ends[0]:
         raise UserError(
             f"--pretrained {path}: was saved after step {saved['step']}, not at "
             "the end of pretraining; give the pretrained.pt of that run"

@@ -46,7 +46,7 @@ NUMBERS = (
 )
 
 
-# Images in a batch; detections of an image that COCO counts.
+# Images in a batch; detections of an image and class that COCO counts.
 BATCH, USUAL = 8, 100
 
 
@@ -109,7 +109,8 @@ def detect_instances(
         down, across = (a / b for a, b in zip(frame, view.shape[-2:], strict=True))
         # On the CPU: a GPU would be asked for each of a hundred small masks.
         boxes = output.boxes.cpu() * torch.tensor([across, down, across, down])
-        rles = encode(output.masks.cpu(), boxes, frame, 0.5 * down)
+        half = 0.5 * down, 0.5 * across
+        rles = encode(output.masks.cpu(), boxes, frame, half)
         boxes[:, 2:] -= boxes[:, :2]
         columns = (output.labels.tolist(), output.scores.tolist(), boxes.tolist(), rles)
         names = ("category_id", "score", "bbox", "segmentation")
@@ -120,7 +121,10 @@ def detect_instances(
 
 
 def encode(
-    masks: Tensor, boxes: Tensor, frame: tuple[int, int], shift: float
+    masks: Tensor,
+    boxes: Tensor,
+    frame: tuple[int, int],
+    shift: tuple[float, float],
 ) -> list[dict]:
     """Masks of the mask head as RLEs in a frame; arguments as for `teacher.paste`.
 
@@ -161,8 +165,9 @@ def average_precision(
             mask IoU it has min(mask IoU, boundary IoU), where the boundary of a mask
             is what lies within 2 % of the image diagonal of its outline. A large
             object's mask IoU hardly notices a ragged outline; this does.
-        limit: detections of an image that count, 100 at least. With more than COCO's,
-            which would cut off what a crowded image holds, COCO's is there as "AP@100".
+        limit: detections of an image and class that count, 100 at least. With more than
+            COCO's, which would cut off what a crowded image holds, COCO's is there as
+            "AP@100".
 
     Returns:
         {"AP": .., .., "ARl": ..} and a list of C numbers; None where the ground truth
@@ -275,7 +280,7 @@ def numbers_of(dataset, results: list[dict], limit: int) -> dict:
 
     Args:
         dataset, results: as there.
-        limit: detections of an image that count, as many as the model gives.
+        limit: detections of an image and class that count, as many as the model gives.
     """
     report, truth = {}, dataset.coco(range(len(dataset)))
     for name, kind in (("mask", "segm"), ("box", "bbox")):

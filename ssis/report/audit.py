@@ -17,8 +17,8 @@ predicts (from class score 0.3 on, or from the filter's lowest), what the filter
 the same with masks redrawn by SAM, with classes corrected, and with class shares
 aligned. So each part shows what it does and what it costs.
 
-A pseudo-label and an instance are matched one to one, best class quality first, as
-COCO does, but regardless of the class: the class is what is being audited.
+A pseudo-label and an instance are matched one to one, in the order of the teacher's
+score, as COCO does, but regardless of the class: the class is what is being audited.
 
 Read next: `ssis/report/pictures.py`, which draws the same stages.
 """

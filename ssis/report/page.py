@@ -178,7 +178,7 @@ def results(summary: dict) -> str:
         f"({summary['test_images']} images). pretrained: the first teacher, which has "
         "seen labeled images only. APs, APm, APl: instances under 32², under 96² and "
         "larger, in pixels."
-        + (" AP@100: of 100 detections an image, as COCO." if crowded else "")
+        + (" AP@100: of 100 detections an image and class, as COCO." if crowded else "")
         + "</p>"
     )
     keys = ["pseudo_per_image", "box_precision", "class_accuracy", "mask_iou", "recall"]

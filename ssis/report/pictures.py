@@ -165,6 +165,7 @@ TITLES = dict(
     refined="masks redrawn by SAM",
     corrected="classes corrected",
     aligned="class shares aligned",
+    decided="confirmed (three-way)",
     oracle="replaced by the ground truth",
 )
 

@@ -44,7 +44,7 @@ def evaluated(ground_truth: COCO, results: list[dict], limit: int = USUAL) -> CO
     Args:
         ground_truth: of `Dataset.coco`.
         results: of `ap.predictions`.
-        limit: detections of an image that count.
+        limit: detections of an image and class that count.
     """
     keys = ("image_id", "category_id", "score", "segmentation")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -99,7 +99,7 @@ def paired_interval(
     Args:
         ground_truth: of `Dataset.coco`.
         before, after: results of the two models, of `ap.predictions`.
-        limit: detections of an image that count.
+        limit: detections of an image and class that count.
         seed: of the drawing.
 
     Returns:
@@ -129,7 +129,7 @@ def compare(
         before, after: numbers and results of the other model and of the final teacher,
             of `ap.evaluate`.
         ground_truth: of `Dataset.coco`.
-        limit: detections of an image that count.
+        limit: detections of an image and class that count.
 
     Returns:
         name, ap (of the other), gain and interval, in percent, and words.
@@ -184,7 +184,7 @@ def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list
         gain: over the first teacher, AP.
 
     Returns:
-        None is needed by a run whose gain is certain (`verdict`).
+        Lines; `verdict` asks for none where the gain is certain.
     """
     lines, stages, audit = [], stages or {}, audit or {}
     calibrated = config.filter == "calibrated"
@@ -279,7 +279,7 @@ def verdict(
         others: name, numbers and results of what it is compared with, the first
             teacher first.
         test_set: `datasets.dataset.Dataset`.
-        limit: detections of an image that count.
+        limit: detections of an image and class that count.
 
     Returns:
         sentence, compared (of `compare`), stages and advice.

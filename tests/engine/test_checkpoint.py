@@ -1,10 +1,12 @@
 """Saving: atomic under a real failure of writing, refusing what is not a checkpoint, going
 back to the one before a damaged one."""
 
+import dataclasses
 import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -183,3 +185,12 @@ def test_an_older_checkpoint_is_read_and_its_run_cannot_go_on(tmp_path):
     saved = checkpoint.load(tmp_path / "c.pt")
     with pytest.raises(UserError, match=r"of an older version.*give another --output"):
         resume.check_same_run(tmp_path / "c.pt", saved, {}, config.Config(), ["a"], False)
+
+
+def test_half_of_a_supervised_run_is_no_first_teacher():
+    """Its learning rate would have fallen later, although the number of steps is the same."""
+    supervised = dataclasses.asdict(config.parse(["--method", "supervised"]))
+    now = config.parse([])
+    saved = dict(format=2, random=[], step=now.pretrain_steps, config=supervised)
+    with pytest.raises(UserError, match=r"saved after step \d+, not at the end of pretraining"):
+        resume.check_same_run(Path("a.pt"), saved, {}, now, ["thing"], True)

@@ -12,7 +12,7 @@ from conftest import write_coco
 from helpers import arguments, error_of
 
 import train
-from ssis import losses
+from ssis import UserError, losses
 from ssis.engine import guard
 from ssis.io import checkpoint
 
@@ -105,3 +105,15 @@ def test_with_a_loss_scaler_the_gradient_is_its_business(tmp_path, scaled, capsy
     assert not watch.allows(infinite, dict(wrong), items, 2)
     assert watch.allows(torch.tensor(1.0), dict(finite), items, 3)
     assert capsys.readouterr().err.count("the step is skipped") == 2 - scaled
+
+
+def test_the_batch_is_kept_where_only_the_gradient_is_infinite(tmp_path, capsys):
+    watch = guard.Guard(torch.nn.Linear(2, 2), ["a.png"], tmp_path, False, 0)
+    row, items = dict(loss=torch.tensor([1.0, 1.0])), [dict(index=0, image=torch.ones(3, 4, 4))]
+    watch.begin()
+    for step in (1, 2):
+        assert not watch.allows(torch.tensor(float("inf")), dict(row), items, step)
+    with pytest.raises(UserError, match=r"the gradient is not finite.*nonfinite_"):
+        watch.allows(torch.tensor(float("inf")), dict(row), items, 3)
+    dump = torch.load(tmp_path / "nonfinite_0.pt", weights_only=True)
+    assert dump["images"] == ["a.png"] and dump["batch"][0]["image"].shape == (3, 4, 4)

@@ -28,7 +28,9 @@ def seen(**columns) -> Instances:
         refined_iou=torch.full((n,), 0.8), distribution=torch.tensor([[1.0, 0.0]]).repeat(n, 1),
         opinion=torch.zeros(n, 2),
     )  # fmt: skip
-    return Instances(**{**usual, **{k: torch.as_tensor(v) for k, v in columns.items()}})
+    columns = {**usual, **{k: torch.as_tensor(v) for k, v in columns.items()}}
+    # Where nothing else is said, the category classifier says the same of SAM's mask.
+    return Instances(**dict(refined_opinion=columns["opinion"]) | columns)
 
 
 @fast
@@ -173,6 +175,24 @@ def test_what_is_measured_is_put_to_use():
     again = calibration.Calibration(1.0)
     again.load_state_dict(labeler.calibration.state_dict())
     assert (again.gate, again.trust) == (0.0, 0.5)
+
+
+@fast
+@pytest.mark.parametrize(("refined", "trust"), [(0.9, 0.5), (0.7, 0.0)])
+def test_the_classifier_is_trusted_for_the_masks_that_it_will_see(refined, trust):
+    """Right under SAM's masks, wrong under the teacher's: SAM's better masks are taken."""
+    labeler = SimpleNamespace(
+        thresholds=filters.Thresholds(2, (0.5, 0.9), (0.5, 0.9), 0.99),
+        calibration=calibration.Calibration(0.5), alignment=None,
+    )  # fmt: skip
+    columns = dict(
+        true_labels=[2] * 20, distribution=[[0.7, 0.3]] * 20, opinion=[[0.9, 0.1]] * 20,
+        refined_opinion=[[0.1, 0.9]] * 20, refined_iou=[refined] * 20,
+    )  # fmt: skip
+    measured = calibration.calibrate(labeler, seen(**columns), 10, torch.tensor([0, 20]))
+    assert (measured["gate"] < calibration.OFF) == (refined > 0.8)
+    assert measured["trust"] == labeler.calibration.trust == trust
+    assert measured["classifier_right"] == (20 if refined > 0.8 else 0)
 
 
 @fast

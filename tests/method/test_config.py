@@ -288,6 +288,13 @@ def test_a_first_teacher_depends_on_what_is_pasted_into_labeled_images():
         now = config.parse(["--arp", arp])
         found = config.differences(now, saved, config.after_pretraining(now))
         assert found == ([] if same else [f"--arp was labeled, is {arp}"])
+    # And on how it is pasted.
+    now = config.parse(["--arp", "both", "--arp-min-area", "0.00572"])
+    said = ["--arp-min-area was 0.00286, is 0.00572"]
+    assert config.differences(now, saved, config.after_pretraining(now)) == said
+    now = config.parse(["--arp", "none", "--arp-min-area", "0.00572"])
+    nothing = dict(saved, arp="unlabeled")
+    assert config.differences(now, nothing, config.after_pretraining(now)) == []
     # With S4M's distillation nothing is pasted while pretraining.
     distilled = dict(saved, structure_weight=1.0)
     now = "--arp none --structure-weight 1 --structure-boundary 0"

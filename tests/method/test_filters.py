@@ -72,6 +72,16 @@ def test_the_calibrated_rule_asks_whether_something_is_there_whatever_it_is():
     assert len(kept_by(found[:0], "calibrated", thresholds=thresholds)) == 0
 
 
+def test_what_is_too_small_suppresses_nothing():
+    """The surest candidate for an object has a mask of a few pixels, the second one a whole."""
+    found = made_labels([1, 2], [0.8, 0.7], [0.9, 0.9], [[0.95, 0, 0], [0, 0.9, 0]])
+    thresholds = filters.Thresholds(3, *RANGES, 0.99)
+    thresholds.values.fill_(0.6)
+    assert kept_by(found, "calibrated", thresholds=thresholds).labels.tolist() == [1]
+    found.masks[0, 5:] = found.masks[0, :, 9:] = False  # five pixels are left
+    assert kept_by(found, "calibrated", thresholds=thresholds).labels.tolist() == [2]
+
+
 def test_few_pixels_are_dropped_whatever_the_scores():
     found = made_labels(labels=[1, 1], class_quality=[1.0, 1.0], mask_quality=[1.0, 1.0])
     found.masks[0] = False

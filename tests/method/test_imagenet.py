@@ -54,13 +54,14 @@ def test_an_instance_has_the_class_whose_mean_it_resembles():
     classifier.learn(None, [item(image, [left, right], [1, 3]), item(image, [], [])])
     opinion = classifier(image, pseudo_at([right, left]))
     assert torch.allclose(opinion.sum(dim=1), torch.ones(2))
-    # Class 2 was never seen and keeps the teacher's probability; the others share the rest.
-    assert opinion[:, 1].tolist() == pytest.approx([0.2, 0.2])
-    assert opinion[:, 2].tolist() == pytest.approx([0.8, 0.0], abs=1e-4)
+    # Class 2 was never seen and keeps the teacher's probability, which is 0.2 of 0.9 without
+    # background; the others share the rest.
+    assert opinion[:, 1].tolist() == pytest.approx([2 / 9, 2 / 9])
+    assert opinion[:, 2].tolist() == pytest.approx([7 / 9, 0.0], abs=1e-4)
     # A yellow one is as near to red as to green: half of the rest each.
     yellow = painted((0, 0, 40, 40, [0.7, 0.7, 0.0]))
     assert classifier(yellow, pseudo_at([left])).tolist()[0] == pytest.approx(
-        [0.4, 0.2, 0.4], abs=0.01
+        [3.5 / 9, 2 / 9, 3.5 / 9], abs=0.01
     )
     classifier.forget()
     assert not classifier(image, pseudo_at([left])).any()

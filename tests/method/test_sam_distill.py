@@ -210,6 +210,10 @@ def test_query_points_lie_where_they_should():
     points = sam_distill.query_points(large, 40, 0.0, generator)
     x, y = (points - 0.5).long().unbind(1)
     assert large[0, y[:20], x[:20]].all() and x.max() > 2100
+    # Of what is left of it nothing has an object any more: anywhere.
+    large[:] = 0
+    large[0, 1001, 501:900] = 1
+    assert sam_distill.query_points(large, 40, 0.0, generator).shape == (40, 2)
     # No object: anywhere.
     assert sam_distill.query_points(masks[:0], 20, 0.5, generator).shape == (20, 2)
 

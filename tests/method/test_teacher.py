@@ -114,7 +114,7 @@ def test_a_true_mask_made_a_target_and_pasted_again_is_itself():
         box = box + torch.randn(1, 4, generator=generator)
         target = project_masks_on_boxes(disc[None].float(), box, torch.tensor([0]), 28)
         pasted = dict(
-            ours=teacher.paste(target[:, None], box, (96, 96), 0.5)[0],
+            ours=teacher.paste(target[:, None], box, (96, 96))[0],
             torchvision=paste_masks_in_image(target[:, None], box, (96, 96))[0, 0],
         )
         for who, soft in pasted.items():
@@ -168,7 +168,7 @@ def test_mask_quality_by_hand():
 
 def test_masks_pasted_within_their_boxes_are_those_pasted_in_the_whole_frame():
     """The form without a loop, over all pixels of the frame, is the oracle."""
-    height, width, shift = 23, 31, 0.5
+    height, width, shift = 23, 31, (0.5, 2.0)
     boxes = torch.tensor(
         [
             [3.2, 4.7, 20.1, 15.3],
@@ -182,8 +182,8 @@ def test_masks_pasted_within_their_boxes_are_those_pasted_in_the_whole_frame():
     small = torch.rand(len(boxes), 1, 28, 28)
     x, y = torch.arange(width)[None] + 0.5, torch.arange(height)[None] + 0.5
     x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
-    across = 2 * (x - shift - x1) / (x2 - x1) - 1
-    down = 2 * (y - shift - y1) / (y2 - y1) - 1
+    across = 2 * (x - shift[1] - x1) / (x2 - x1) - 1
+    down = 2 * (y - shift[0] - y1) / (y2 - y1) - 1
     grid = torch.stack(torch.broadcast_tensors(across[:, None], down[:, :, None]), dim=3)
     soft = F.grid_sample(small, grid, padding_mode="border", align_corners=False)[:, 0]
     inside = ((x >= x1) & (x <= x2))[:, None] & ((y >= y1) & (y <= y2))[:, :, None]

@@ -152,6 +152,14 @@ def test_predictions_lie_in_the_original_frame(shapes_folder):
     assert max(r["bbox"][0] + r["bbox"][2] for r in results) > 60
 
 
+def test_a_strip_has_other_scales_down_and_across(monkeypatch):
+    """Half a pixel of the view, by which masks are moved: 40 x 2000 pixels in 16 x 160."""
+    net, seen = model.build_small(7, 96, 160).eval(), []
+    monkeypatch.setattr(ap, "encode", lambda *given: seen.append(given[2:]) or [{}] * len(given[0]))
+    ap.detect_instances(net, [torch.zeros(3, 40, 2000, dtype=torch.uint8)], "cpu", 0.0)
+    assert seen == [((40, 2000), (0.5 * 40 / 16, 0.5 * 2000 / 160))]
+
+
 FREED_BETWEEN_BLOCKS_IN_USE = """
 import torch
 from ssis.report import ap

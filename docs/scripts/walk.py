@@ -935,17 +935,23 @@ table(
 
 # %% [markdown]
 # *Gate and trust*, over what passes these thresholds: what a gate would gain in mask IoU, and how
-# likely the true classes are with each weight of the category classifier.
+# likely the true classes are with each weight of the category classifier. A weight above one half
+# has to be earned where the two disagree.
 #
 # $$G(g) = \frac{1}{N} \sum_{n : a_n \ge g}
 #   (\mathrm{IoU}^{SAM}_n - \mathrm{IoU}^T_n)$$
 #
 # ssis Eq. (gate)
 #
-# $$w = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, 0.5\}} \;
+# $$w = \mathrm{argmax}_{w \in \{0, 0.1, \ldots, w_{\mathrm{max}}\}} \;
 #   \sum_n \log p_{y_n}(w)$$
 #
 # ssis Eq. (trust)
+#
+# $$w_{\mathrm{max}} = 1 \;\mathrm{if}\; R_c - R_t > 2 \sqrt{R_c + R_t}, \;
+#   \mathrm{else}\; \tfrac{1}{2}$$
+#
+# ssis Eq. (overrule)
 
 # %%
 passed = seen[seen.foreground >= measured[seen.labels - 1]]
@@ -953,15 +959,21 @@ gain = passed.refined_iou - passed.mask_iou
 rows = [(g, (gain * (passed.agreement >= g)).sum().item() / max(1, len(gain)))
         for g in (0.0, 0.25, 0.5, 0.75, 0.9)]  # fmt: skip
 table("g  G(g)", rows)
-gate, trust = calibration.best_gate(passed), calibration.best_trust(passed)
+gate = calibration.best_gate(passed)
+taken = (passed.agreement >= gate)[:, None]
+passed.opinion = torch.where(taken, passed.refined_opinion, passed.opinion)
+trust = calibration.best_trust(passed)
+disagree, ours, theirs = calibration.disputed(passed[passed.true_labels > 0])
+print(f"{disagree} named otherwise by the classifier: it is right in {ours}, the teacher in {theirs}")
 print(f"gate {gate:.2f}" if gate < calibration.OFF else "SAM is not asked", f"; w = {trust:.1f}")
 
 # %% [markdown]
 # *In this run* 85 % of what the teacher predicts above 0.3 lies on an instance, and 88 % of the
 # instances are found, so hardly anything needs to be dropped: what is wrong are masks and classes.
 # SAM's masks are better than the teacher's on the whole, and best without a gate; the true classes
-# are most likely with the largest weight that is tried. That is what the method assumes, and
-# `calibrated` finds it by itself. On photographs it is otherwise (docs/log.md).
+# are most likely with a large weight of the category classifier, which the disputed instances
+# allow. That is what the method assumes, and `calibrated` finds it by itself. On photographs it is
+# otherwise (docs/log.md).
 #
 # ## What to do with it
 #

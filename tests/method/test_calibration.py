@@ -178,7 +178,26 @@ def test_what_is_measured_is_put_to_use():
 
 
 @fast
-@pytest.mark.parametrize(("refined", "trust"), [(0.9, 0.5), (0.7, 0.0)])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "most"), [(4, 0, 0.5), (5, 0, 1.0), (10, 3, 0.5), (11, 3, 1.0), (3, 11, 0.4)]
+)
+def test_to_overrule_the_teacher_has_to_be_earned(ours, theirs, most):
+    """The teacher is sure, the classifier less so, and its weight would be 1 in any case."""
+    count = ours + theirs
+    of = dict(
+        labels=[1] * count, distribution=[[1.0, 0.0]] * count, opinion=[[0.45, 0.55]] * count,
+        true_labels=[2] * ours + [1] * theirs,
+    )  # fmt: skip
+    assert calibration.best_trust(seen(**of)) == pytest.approx(most)
+    # Agreement counts for nothing, however often it is right.
+    agreed = seen(
+        **of | dict(true_labels=[2] * count, distribution=[[0.0, 1.0]] * count, labels=[2] * count)
+    )
+    assert calibration.disputed(agreed) == (0, 0, 0)
+
+
+@fast
+@pytest.mark.parametrize(("refined", "trust"), [(0.9, 1.0), (0.7, 0.0)])
 def test_the_classifier_is_trusted_for_the_masks_that_it_will_see(refined, trust):
     """Right under SAM's masks, wrong under the teacher's: SAM's better masks are taken."""
     labeler = SimpleNamespace(

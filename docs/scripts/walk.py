@@ -964,7 +964,8 @@ taken = (passed.agreement >= gate)[:, None]
 passed.opinion = torch.where(taken, passed.refined_opinion, passed.opinion)
 trust = calibration.best_trust(passed)
 disagree, ours, theirs = calibration.disputed(passed[passed.true_labels > 0])
-print(f"{disagree} named otherwise by the classifier: it is right in {ours}, the teacher in {theirs}")
+print(f"{disagree} named otherwise by the classifier: it is right in {ours}, "
+      f"the teacher in {theirs}")  # fmt: skip
 print(f"gate {gate:.2f}" if gate < calibration.OFF else "SAM is not asked", f"; w = {trust:.1f}")
 
 # %% [markdown]

@@ -71,7 +71,8 @@ $$o = \sum_k P(k), \qquad
 
 With a single class n / N is 1, so the thresholds start at T_max: a teacher that is less
 confident keeps nothing at first (the run warns). Lower `--tau-max`, or take
-`--filter dual`.
+`--filter dual`. The rule `three-way` then keeps all that is ambiguous, since after
+the correction there is no other class to be in doubt.
 
 Differences from the released code: it averages all of the 100 best predictions, most of
 them background, so the thresholds sink; each process has its own; a resumed run starts

@@ -61,6 +61,7 @@ def test_every_option_in_the_documents_exists():
         "--score",
         "--threads",
         "--ways",
+        "--neighbors",
     }
     for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
         found = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", path.read_text(encoding="utf-8")))

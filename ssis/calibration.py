@@ -60,8 +60,8 @@ $$w_{\mathrm{max}} = 1 \;\mathrm{if}\; R_c - R_t > 2 \sqrt{R_c + R_t}, \;
   \mathrm{else}\; \tfrac{1}{2}$$ ssis Eq. (overrule)
 
 with R_c and R_t how often the classifier and the teacher are right there. On
-photographs of animals it is 17 to 3, on blood cells 2 to 6 (docs/log.md). One half is
-where PL-DC starts.
+photographs of animals it is 17 to 3, on blood cells 2 to 6 (one run of each;
+docs/results/log-overrule.txt). One half is where PL-DC starts.
 
 Measured when the first teacher is ready, when the burn-in ends, and after each
 evaluation but the last, since the teacher changes. What was measured is printed, and in
@@ -285,7 +285,7 @@ def best_trust(passed: Instances) -> float:
     # ssis Eq. (overrule)
     _, ours, theirs = disputed(found)
     most = 1 if ours - theirs > 2 * (ours + theirs) ** 0.5 else 0.5
-    weights = WEIGHTS[most >= WEIGHTS]
+    weights = WEIGHTS[WEIGHTS <= most]
     # ssis Eq. (trust): PL-DC Eq. (DICC) with each of the weights.
     mixed = [w * found.opinion + (1 - w) * teacher for w in weights]
     true = (torch.arange(len(found)), found.true_labels - 1)

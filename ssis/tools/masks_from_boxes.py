@@ -71,7 +71,7 @@ def draw(records: list[dict], dataset: Dataset, args: argparse.Namespace, out: P
     except UserError as error:
         said = str(error).replace("--sam-checkpoint", "--masks-from-boxes")
         raise UserError(said.split(", or give --method")[0]) from error
-    predictor, of_image = SamPredictor(segmenter.net), {}
+    predictor, of_image, new = SamPredictor(segmenter.net), {}, 0
     for record in records:
         of_image.setdefault(as_number(record["image_id"]), []).append(record)
     label = {as_number(c): k for k, c in enumerate(dataset.category_ids, 1)}
@@ -100,10 +100,12 @@ def draw(records: list[dict], dataset: Dataset, args: argparse.Namespace, out: P
                 rles = [rle.encode(mask) for mask in masks.numpy()]
                 known = dict(asked=asked, masks=rles)
                 write_text(drawn, json.dumps(known))
+            new += len(mine)
         for record, mask in zip(mine, known["masks"], strict=True):
             area = int(mask_utils.area(mask))
             record.update(segmentation=mask, area=area, mask_from_box=True)
-    print(f"{len(records)} masks drawn; look at them: {out / 'masks_from_boxes'}")
+    before = f", {len(records) - new} there already" if new < len(records) else ""
+    print(f"{new} masks drawn{before}; look at them: {out / 'masks_from_boxes'}")
 
 
 def answers(predictor: SamPredictor, image: torch.Tensor, boxes: list) -> torch.Tensor:

@@ -467,7 +467,7 @@ def test_masks_from_boxes_are_what_sam_answers(tmp_path, capsys):
         assert (tmp_path / "out" / "masks_from_boxes" / f"{name}.png").exists()
 
 
-def test_masks_that_are_drawn_are_not_drawn_again(tmp_path, monkeypatch):
+def test_masks_that_are_drawn_are_not_drawn_again(tmp_path, monkeypatch, capsys):
     """After a kill between two images, and with one box corrected since."""
     raw = boxes_alone(tmp_path)
     flags = ("--val", "1", "--masks-from-boxes", str(ROOT / "ssis" / "tiny_sam.pt"))
@@ -493,6 +493,7 @@ def test_masks_that_are_drawn_are_not_drawn_again(tmp_path, monkeypatch):
     (tmp_path / "coco.json").write_text(json.dumps(raw))
     own(tmp_path, *flags, "--sam", "tiny")
     assert asked[3:] == [[[4, 4, 30, 30]]]
+    assert "1 masks drawn, 1 there already; look" in capsys.readouterr().out
 
 
 def exif(orientation: int) -> Image.Exif:

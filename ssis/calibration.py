@@ -278,14 +278,18 @@ def disputed(found: Instances) -> tuple[int, int, int]:
     return len(differ), by_classifier.sum().item(), by_teacher.sum().item()
 
 
+def largest_trust(by_classifier: int, by_teacher: int) -> float:
+    """w_max, given R_c and R_t."""
+    # ssis Eq. (overrule)
+    deviation = (by_classifier + by_teacher) ** 0.5
+    return 1.0 if by_classifier - by_teacher > 2 * deviation else 0.5
+
+
 def best_trust(passed: Instances) -> float:
     """w of ssis Eq. (trust)."""
     found = passed[(passed.true_labels > 0) & (passed.opinion.sum(dim=1) > 0)]
     teacher = found.distribution / found.distribution.sum(dim=1, keepdim=True)
-    # ssis Eq. (overrule)
-    _, ours, theirs = disputed(found)
-    most = 1 if ours - theirs > 2 * (ours + theirs) ** 0.5 else 0.5
-    weights = WEIGHTS[WEIGHTS <= most]
+    weights = WEIGHTS[WEIGHTS <= largest_trust(*disputed(found)[1:])]
     # ssis Eq. (trust): PL-DC Eq. (DICC) with each of the weights.
     mixed = [w * found.opinion + (1 - w) * teacher for w in weights]
     true = (torch.arange(len(found)), found.true_labels - 1)

@@ -29,6 +29,7 @@ except ImportError:  # Windows, where folders are not locked
     fcntl = None
 
 from ssis import UserError
+from ssis.calibration import largest_trust
 from ssis.config import Config, differences, save
 from ssis.io import checkpoint
 from ssis.io.files import write_text, writing
@@ -236,11 +237,13 @@ def calibration_line(measured: dict, names: list[str], refined: bool) -> str:
             f"{measured['refined_iou']:.2f}, {taken}"
         )
     if measured["disagreements"]:
+        right = measured["classifier_right"], measured["teacher_right"]
         line += (
             f"; category classifier: of {measured['disagreements']} disagreements right"
-            f" in {measured['classifier_right']}, the teacher in "
-            f"{measured['teacher_right']}, weight {measured['trust']:.1f}"
+            f" in {right[0]}, the teacher in {right[1]}, weight {measured['trust']:.1f}"
         )
+        if measured["trust"] == largest_trust(*right) < 1:
+            line += " (no more, for it is not clearly the better one)"
     if named := measured.get("named_shares"):
         annotated = measured["annotated_shares"]
         k = max(range(len(named)), key=lambda k: abs(named[k] - annotated[k]))

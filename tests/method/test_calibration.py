@@ -189,6 +189,15 @@ def test_to_overrule_the_teacher_has_to_be_earned(ours, theirs, most):
         true_labels=[2] * ours + [1] * theirs,
     )  # fmt: skip
     assert calibration.best_trust(seen(**of)) == pytest.approx(most)
+    # Said where the limit is what decides.
+    measured = dict(
+        step=7, images=10, found_thresholds=[0.5], precision=None, disagreements=count,
+        classifier_right=ours, teacher_right=theirs, trust=most,
+    )  # fmt: skip
+    line = run_folder.calibration_line(measured, ["cat"], False)
+    assert line.endswith(
+        f"weight {most:.1f}" + " (no more, for it is not clearly the better one)" * (most == 0.5)
+    )
     # Agreement counts for nothing, however often it is right.
     agreed = seen(
         **of | dict(true_labels=[2] * count, distribution=[[0.0, 1.0]] * count, labels=[2] * count)

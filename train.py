@@ -227,7 +227,7 @@ def unlabeled_pass(
         # GD Eq. (total): the unlabeled part, lambda_u L_unlabeled.
         scaler.scale(config.unsup_weight * objective).backward()
     row = losses.logged(loss_u, counts, "unlabeled/")
-    row["pseudo_per_image"] = torch.tensor([sum(map(len, pseudo)), len(pseudo)], device=device)
+    row["pseudo_per_image"] = losses.entry(sum(map(len, pseudo)), len(pseudo), device)
     return row, [labels.labels for labels in pseudo]
 
 

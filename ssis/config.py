@@ -563,9 +563,9 @@ class Config:
     )
     device: str = setting(
         "auto",
-        "auto takes a GPU where there is one; Apple's (mps) is not supported: this "
-        "code has never run on one",
-        choices=("auto", "cpu", "cuda"),
+        "auto takes a GPU where there is one; Apple's (mps) is refused: this code has "
+        "never run on one",
+        choices=("auto", "cpu", "cuda", "mps"),
         group="Machine",
         scope=PLACE,
     )

@@ -220,9 +220,9 @@ def paste(
         sure = torch.where(number < len(source["labels"]), ~visible, pasted)
         most = weights.amax(dim=(1, 2), keepdim=True)
         both["mask_weights"] = torch.where(sure, most, weights)
-    # A sliver of an instance is no good example of its class.
+    # A sliver of an instance is no good example of its class: it loses its last pixels.
     area = stack.flatten(1).sum(dim=1)
     seen = visible.flatten(1).sum(dim=1) >= VISIBLE * area
-    both = data.instances(both, seen)
+    both["masks"] = both["masks"] * seen[:, None, None]
     # S4M Eq. (ARP). Instances without a visible pixel are dropped by `sanitize`.
     return torch.where(pasted, above, image), data.sanitize(both)

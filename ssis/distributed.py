@@ -35,12 +35,24 @@ from ssis import UserError
 
 
 # Of all programs: training has these flags, the others have --device.
-NO_MEMORY = (
-    "the GPU's memory is full; train with smaller batches (--labeled-batch, "
-    "--unlabeled-batch), smaller views (--short-side, --long-side, --crop-height, "
-    "--crop-width) or --amp (the last checkpoint is kept), evaluate and predict with "
-    "--device cpu"
+SMALLER = (
+    "train with smaller batches (--pretrain-batch, --labeled-batch, "
+    "--unlabeled-batch) or smaller views (--short-side, --long-side, --crop-height, "
+    "--crop-width)"
 )
+NO_MEMORY = (
+    f"the GPU's memory is full; {SMALLER}, or with --amp (the last checkpoint is "
+    "kept); evaluate and predict with --device cpu"
+)
+# What PyTorch says where it is not its code that is wrong, and what we say.
+KNOWN = {
+    "out of memory": NO_MEMORY,
+    "STATUS_ALLOC_FAILED": NO_MEMORY,
+    "can't allocate memory": f"the computer's memory is full; {SMALLER} (the last "
+    "checkpoint is kept)",
+    "does not have a deterministic implementation": "--deterministic: this GPU "
+    "computes one of the operations in a varying way only ({}); leave the flag out",
+}
 
 # How long a process waits for the others. When one dies, torchrun ends the others at
 # once; this limit is for one that hangs. It must be longer than what rank 0 does alone:
@@ -52,15 +64,20 @@ def start(device: str, amp: str = "off") -> tuple[int, int, torch.device]:
     """Join the process group, if torchrun made one.
 
     Args:
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu" or "cuda"; "mps" is refused.
         amp: "off", "bf16" or "fp16".
 
     Returns:
         rank, number of processes, and this process's device.
 
     Raises:
-        UserError: "cuda" where there is none, or bf16 on a GPU that has none.
+        UserError: "cuda" where there is none, "mps", or bf16 on a GPU that has none.
     """
+    if device == "mps":
+        raise UserError(
+            "--device mps: Apple's GPU is not supported, this code has never run on "
+            "one; use --device cpu, or auto"
+        )
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU; use --device cpu, or auto")
     use_gpu = device != "cpu" and torch.cuda.is_available()
@@ -267,8 +284,11 @@ def program(run, argv: list[str] | None) -> None:
         run(argv)
     except UserError as error:
         give_up(error)
-    except torch.OutOfMemoryError:
-        give_up(UserError(NO_MEMORY))
+    except RuntimeError as error:
+        for sign, line in KNOWN.items():
+            if sign in str(error):
+                give_up(UserError(line.format(str(error).split(" ")[0])))
+        raise
     except KeyboardInterrupt:
         said = "stopped; what was saved stays, the same command goes on"
         print(said, file=sys.stderr)

@@ -177,6 +177,16 @@ def logged(
     return row
 
 
+def entry(number: float, count: int, device) -> Tensor:
+    """Two numbers that the host knows, as a value of the loss table: (2,) float32.
+
+    Filled in on the GPU: to copy them there, the host would have to wait for it.
+    """
+    return torch.stack(
+        [torch.full((), float(n), device=device) for n in (number, count)]
+    )
+
+
 def means(table: dict[str, Tensor]) -> dict[str, float]:
     """The loss table of some steps, over all processes.
 

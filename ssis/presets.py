@@ -145,8 +145,8 @@ PRESETS = {
         pretrain_steps=368_750,
         burnin_steps=50_000,
         mutual_steps=318_750,
-        # Of 5,000 images: 2 to 3 % of a run on one GPU (docs/reproduce.md).
-        eval_every=10_000,
+        # Of 5,000 images: at most 4 % of a run, also on eight GPUs (docs/reproduce.md).
+        eval_every=20_000,
     ),
     # Crops of 512 x 1024 of images whose short side is 512 to 2048, which is 1 to 4
     # times what fits into the crop, with distorted colors.

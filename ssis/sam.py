@@ -119,10 +119,19 @@ class SegmentAnything:
         precision = torch.get_float32_matmul_precision()
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        embedding = self.net.image_encoder(frame[None])[0]
-        torch.set_float32_matmul_precision(precision)
+        try:
+            embedding = self.net.image_encoder(frame[None])[0]
+        finally:
+            torch.set_float32_matmul_precision(precision)
         # 16 bits and the CPU: half the size, and no GPU memory for thousands of images.
         return embedding.half().cpu()
+
+    def on_device(self, embedding: Tensor) -> Tensor:
+        """An embedding of `encode` for the decoder: (1, D, cells, cells) float32."""
+        # From pinned memory the GPU fetches it while the host goes on.
+        if self.device.type == "cuda":
+            embedding = embedding.pin_memory()
+        return embedding.to(self.device, non_blocking=True).float()[None]
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width in SAM's frame of an original of this size."""
@@ -180,7 +189,7 @@ class SegmentAnything:
         # `multimask_output`: three masks, since a point on a wheel may mean the wheel,
         # the car or the row of cars.
         low, iou = self.net.mask_decoder(
-            embedding.to(self.device, non_blocking=True).float()[None],
+            self.on_device(embedding),
             self.net.prompt_encoder.get_dense_pe(),
             sparse,
             dense,
@@ -221,7 +230,7 @@ class SegmentAnything:
         tokens = torch.cat([own.expand(len(points), -1, -1), sparse], dim=1)
         # The image's side: the embedding plus the dense part of the prompt, a learned
         # vector that says "no mask was given"; and where each cell is.
-        image = embedding.to(self.device, non_blocking=True).float()[None] + dense
+        image = self.on_device(embedding) + dense
         position = self.net.prompt_encoder.get_dense_pe()
         position = position.expand(len(points), -1, -1, -1)
         # Two-way: the tokens attend to the image, and the image to the tokens. So the

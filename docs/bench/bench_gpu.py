@@ -36,6 +36,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN as TorchvisionMaskRC
 import train
 from ssis import augment, config, correction, data, model, teacher
 from ssis.datasets import parts, split
+from ssis.engine import loader
 from ssis.engine.build import build
 from ssis.engine.guard import Guard
 
@@ -73,8 +74,9 @@ class Side:
         rest = sorted(set(range(len(self.train_set))) - set(labeled))
         size = self.config.view_size
         streams = data.make_streams(self.train_set, labeled, rest, size, 0, "none")
+        shard, pin = data.Shard(BATCH, 0, 3, 0, 1), GPU.type == "cuda"
         self.labeled, self.unlabeled = (
-            [[stream[BATCH * k + i] for i in range(BATCH)] for k in range(3)]
+            list(loader.batches(stream, shard, 0, pin))
             for stream in (streams.labeled, streams.unlabeled)
         )
         self.supervised = method == "supervised"

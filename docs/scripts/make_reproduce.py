@@ -52,6 +52,11 @@ EVALUATED = dict(coco=5_000, cityscapes=500)
 # process for each image that student or teacher gets, and those in which the GPU computes, for an
 # image trained on and one that the teacher looks at.
 HOST, GPU_TRAIN, GPU_LOOK = 0.033, 0.013, 0.003
+# Seconds in which one process computes the AP of a model on COCO's 5,000 images with pycocotools
+# (docs/results/coco-ap.txt). Cityscapes' 500 have a tenth.
+AP = dict(coco=33.8, cityscapes=3.4)
+# GiB of a step: of its larger half, labeled or unlabeled images (docs/results/gpu.txt).
+GIB, GIB_IMAGE, GIB_SAM = 0.4, 0.9, 7
 # SAM's decoder: operations an unlabeled image (docs/results/operations.txt), seconds each.
 DECODER = 450 * 30e-6
 
@@ -121,19 +126,21 @@ and operations and waits have become fewer since ([raw](results/operations.txt))
 an upper bound. Eight GPUs share the batch: a step has an eighth of the images and takes an eighth
 of the time. (S4M's batches of 12 and 4 cannot be shared by eight processes; with 16 images
 instead, a step takes longer than the table says.) Not in it: what SAM's decoder takes of the
-GPU's time, and, on eight, that one process computes the AP while seven wait.
+GPU's time. "Images" are those of the dataset, labeled and unlabeled; PL-DC's student sees each
+labeled one in both views. Memory: 4.0 GiB were measured for a step on four images, 7.6 GiB for
+eight; the table has 0.9 GiB for each image of a step's larger half, by the pixels of its views,
+and 7 GiB for SAM's ViT-H while it encodes. The last columns are the part of evaluation in the
+hours: {evaluated} of both models every 20,000 steps, by 33 ms an image, and then one process
+computes the AP, {ap} s a model with pycocotools, while the others wait. (faster-coco-eval takes a
+third of that, [performance.md](performance.md).)
+
+{head}
+|---|---|---|---|---|---|---|---|---|---|
+{rows}
 
 Beside it, once for all runs: SAM's ViT-H encodes COCO in {encode:.0f} hours on one GPU
-(`python -m ssis sam encode`, 0.15 s an image as on an A100). Evaluation: {evaluated} of both models
-every 10,000 steps, by 33 ms an image; the AP itself is computed by one process while the others
-wait, so install faster-coco-eval, which takes a third of pycocotools' time
-([performance.md](performance.md)). Reading: a worker makes 7 views a second at 640 pixels, a
-process takes 30 at most, so give each `--workers 6`. Memory: 4.0 GiB for a supervised step on
-four images, 7.6 GiB for eight.
-
-| | images a step | ms a step on one | of these the GPU computes | hours on one | on eight |
-|---|---|---|---|---|---|
-{rows}
+(`python -m ssis sam encode`, 0.15 s an image as on an A100). Reading: a worker makes 7 views a
+second at 640 pixels, a process takes 30 at most, so give each `--workers 6`.
 """
 
 OUTRO = """## Tried at full size on a CPU
@@ -218,17 +225,25 @@ def on_h100(dataset: str, method: str) -> str:
     scale, looked = PIXELS[dataset], run.unlabeled_batch
     first = (run.pretrain_batch or run.labeled_batch) * views
     trained = run.labeled_batch * views + looked
-    host = HOST * (trained + looked) + (DECODER * looked if run.uses_sam else 0)
+    parts = (HOST * looked, HOST * trained, DECODER * looked if run.uses_sam else 0)
+    host = sum(parts)
     gpu = scale * (GPU_TRAIN * trained + GPU_LOOK * looked)
     semi = run.burnin_steps + run.mutual_steps
     hours = (semi * max(host, gpu) + run.pretrain_steps * HOST * first) / 3600
-    models = 2 * semi + run.pretrain_steps
-    hours += models / run.eval_every * EVALUATED[dataset] * HOST / 3600
+    models = (2 * semi + run.pretrain_steps) / run.eval_every
+    looks = models * EVALUATED[dataset] * HOST / 3600
+    ap = models * AP[dataset] / 3600
+    one, eight = hours + looks + ap, (hours + looks) / 8 + ap
+    memory = GIB + GIB_IMAGE * scale * max(first, trained - looked, looked)
+    memory += GIB_SAM if run.uses_sam else 0
     name = f"{TITLES[method]}, {dataset.upper() if dataset == 'coco' else 'Cityscapes'}"
-    parts = f"{run.labeled_batch} + {looked}"
+    where = " + ".join(f"{1e3 * part:.0f}" for part in parts)
+    images = run.labeled_batch + looked
     return (
-        f"| {name} | {parts} | {1e3 * host:.0f} | {100 * gpu / host:.0f} % | {hours:.0f} "
-        f"| {hours / 8:.0f} |"
+        f"| {name} | {run.labeled_batch} + {looked} | {1e3 * host:.0f}: {where} "
+        f"| {images / host:.0f} | {100 * gpu / host:.0f} % | {memory:.0f} | {one:.0f} "
+        f"| {eight:.0f} | {100 * (looks + ap) / one:.1f} % "
+        f"| {100 * (looks / 8 + ap) / eight:.1f} % |"
     )
 
 
@@ -250,7 +265,10 @@ def page() -> str:
     )
     h100 = H100.format(
         encode=IMAGES["coco"] * ENCODE / 3600,
-        evaluated="5,000 images of COCO",
+        evaluated="COCO's 5,000 images",
+        ap=AP["coco"],
+        head="| | images a step | ms a step on one: teacher + student + SAM's decoder | images/s "
+        "| the GPU computes in | GiB | hours on one | on eight | evaluation | on eight |",
         rows="\n".join(on_h100(*cell) for cell in PAPER),
     )
     outro = OUTRO.format(measured=MEASURED)

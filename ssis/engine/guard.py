@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ssis import UserError, distributed
+from ssis import UserError, distributed, losses
 
 # So many steps in a row end the run.
 LIMIT = 3
@@ -70,7 +70,7 @@ class Guard:
         bad = [name for name, each in zip(row, good, strict=True) if not each]
         if not finite and self.scaled:
             finite = not distributed.all_sum(norm.new_tensor(len(bad))).item()
-        row["skipped"] = norm.new_tensor([0.0 if finite else 1.0, 1.0])
+        row["skipped"] = losses.entry(not finite, 1, norm.device)
         if finite:
             self.in_a_row = 0
             return True

@@ -80,13 +80,15 @@ def end_workers() -> None:
         signal.signal(child_ended, before or signal.SIG_DFL)
 
 
-def batches(stream: Stream, shard: Shard, workers: int):
+def batches(stream: Stream, shard: Shard, workers: int, pin: bool = False):
     """Batches (lists of items) of one process.
 
     Args:
         stream: what to draw from.
         shard: the numbers of its items, batch by batch.
         workers: loader processes; 0: none.
+        pin: put them into pinned memory, from which a GPU fetches them while the host
+            goes on.
     """
     loader = torch.utils.data.DataLoader(
         stream,
@@ -94,6 +96,7 @@ def batches(stream: Stream, shard: Shard, workers: int):
         num_workers=workers,
         # Images differ in size: a batch is a list.
         collate_fn=list,
+        pin_memory=pin,
         # The streams carry their own seeds; the loader must not consume the global
         # ones, or the number of restarts would change the results.
         generator=torch.Generator(),

@@ -178,7 +178,8 @@ class Session:
     def batches(self, stream, batch: int, start: int, stop: int, ahead: int = 0):
         """This process's batches of a stream, from step `start` to before `stop`."""
         shard = data.Shard(batch, start, stop, self.rank, self.world_size, ahead)
-        return loader.batches(stream, shard, self.config.workers)
+        pin = self.device.type == "cuda"
+        return loader.batches(stream, shard, self.config.workers, pin)
 
     def labeled_batches(self) -> Iterator[list[dict]]:
         """Batches of labeled images: of pretraining, then of what follows.

@@ -14,7 +14,7 @@ from PIL import Image
 
 import evaluate
 import train
-from ssis import config, model
+from ssis import config, distributed, model
 from ssis.engine import run_folder
 from ssis.io import checkpoint
 
@@ -297,16 +297,48 @@ def test_what_is_unusual_but_right_passes(tmp_path, capsys):
     assert "mask" in capsys.readouterr().out
 
 
-def test_a_gpu_whose_memory_is_full_is_one_line(tmp_path, capsys, monkeypatch):
-    """PyTorch's own error, where a step meets it; there is no GPU to fill here."""
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\n..."),
+         ["the GPU's memory is full", "--pretrain-batch, --labeled-batch", "--amp"]),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+         ["the GPU's memory is full"]),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate "
+                      "memory: you tried to allocate 4000000000000 bytes. Error code 12"),
+         ["the computer's memory is full", "--labeled-batch"]),
+        (RuntimeError("histc_cuda does not have a deterministic implementation, but you set 'to"),
+         ["--deterministic", "(histc_cuda); leave the flag out"]),
+    ],
+)  # fmt: skip
+def test_what_the_machine_cannot_do_is_one_line(error, said, tmp_path, capsys, monkeypatch):
+    """PyTorch's own errors, where a step meets them; there is no GPU to fill here."""
     write_coco(tmp_path)
 
-    def full(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\n...")
+    def fail(*arguments):
+        raise error
 
-    monkeypatch.setattr(train, "train_step", full)
+    monkeypatch.setattr(train, "train_step", fail)
     line = error_of(capsys, train.main, arguments(tmp_path))
-    assert "--labeled-batch" in line and "--amp" in line
+    assert all(words in line for words in said)
+
+
+def test_a_mistake_of_this_code_keeps_its_traceback(tmp_path, monkeypatch):
+    """A RuntimeError that says nothing of the machine."""
+    write_coco(tmp_path)
+
+    def fail(*arguments):
+        raise RuntimeError("shape '[2]' is invalid for input of size 3")
+
+    monkeypatch.setattr(train, "train_step", fail)
+    with pytest.raises(RuntimeError, match="is invalid for input of size"):
+        distributed.program(train.main, arguments(tmp_path))
+
+
+def test_apples_gpu_is_refused_with_a_reason(tmp_path, capsys):
+    write_coco(tmp_path)
+    line = error_of(capsys, train.main, [*arguments(tmp_path), "--device", "mps"])
+    assert "never run on one; use --device cpu" in line
 
 
 def test_bf16_on_a_gpu_without_it(tmp_path, capsys, monkeypatch):

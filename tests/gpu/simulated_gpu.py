@@ -198,6 +198,7 @@ class SimulatedGPU(TorchDispatchMode):
         self.operations, self.waits = collections.Counter(), collections.Counter()
         self.generator = torch._C.Generator("cpu")
         self.copied = collections.Counter()  # line -> bytes over the bus
+        self.pinned: dict[int, torch.Tensor] = {}
         self.nccl = True
         self.later: list[str] | None = None
 
@@ -227,10 +228,12 @@ class SimulatedGPU(TorchDispatchMode):
         self.before.append((torch, "Generator", torch.Generator))
         self.before.append((torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled))
         self.before.append((torch.distributed, "all_reduce", torch.distributed.all_reduce))
+        self.before.append((torch.Tensor, "pin_memory", torch.Tensor.pin_memory))
         for name, function in one_gpu.items():
             setattr(cuda, name, function)
             setattr(getattr(torch, SHELL.type), name, function)  # as `fork_rng` asks
         torch.Generator = SimulatedGenerator
+        torch.Tensor.pin_memory = lambda tensor, device=None: self.pin(tensor)
         # Else BatchNorm is dispatched to an operation that has no CPU kernel.
         torch.backends.cudnn.enabled = False
         reduce = torch.distributed.all_reduce
@@ -286,6 +289,18 @@ class SimulatedGPU(TorchDispatchMode):
         torch.__future__.set_overwrite_module_params_on_conversion(self.overwrite)
         for owner, name, value in self.before:
             setattr(owner, name, value)
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`Tensor.pin_memory`: a copy, whose place is remembered."""
+        assert not isinstance(tensor, OnGPU), "cannot pin 'torch.cuda.FloatTensor'"
+        copy = tensor.clone()
+        # Kept, so that no other tensor ever gets its place.
+        self.pinned[copy.untyped_storage().data_ptr()] = copy
+        return copy
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        on_gpu = isinstance(tensor, OnGPU)
+        return not on_gpu and tensor.untyped_storage().data_ptr() in self.pinned
 
     # -------------------------------------------------------------------- operations
 
@@ -404,7 +419,7 @@ class SimulatedGPU(TorchDispatchMode):
                 for x in args[1]
                 if x is None or isinstance(x, torch.Tensor)
             )
-        # A copy between pageable memory and the GPU, either way, waits.
+        # A copy between the CPU's usual memory and the GPU, either way, waits.
         source = args[1] if name == "aten::copy_" else args[0] if args else None
         if name == "aten::_to_copy" and target is not None:
             crossing = isinstance(source, OnGPU) != (target in GPU)
@@ -416,7 +431,8 @@ class SimulatedGPU(TorchDispatchMode):
             kind = "to host" if isinstance(source, OnGPU) else "to GPU"
             name = f"{name} {kind}"
             self.copied[where, kind] += source.numel() * source.element_size()
-            waits += not kwargs.get("non_blocking", False)
+            # From pinned memory the GPU fetches by itself, if the host asks it to.
+            waits += not (kwargs.get("non_blocking", False) and self.is_pinned(source))
         if waits:
             self.waits[where, name] += waits
 

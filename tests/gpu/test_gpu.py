@@ -54,11 +54,11 @@ def test_every_method_runs(program, flags, shapes_folder, tmp_path):
 
 
 def test_a_step_sends_and_waits_as_seldom_as_it_did():
-    """`full`, ResNet-50, 4 + 4 images, 7 pseudo-labels each; 5 % above what was reached."""
+    """`full`, ResNet-50, 4 + 4 images, 7 pseudo-labels each; a few more than were reached."""
     done = drive("count")
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert 5000 < seen["operations"] <= 10_800
+    assert 5000 < seen["operations"] <= 10_500
     assert 100 < seen["waits"] <= 185
 
 
@@ -79,8 +79,8 @@ MISTAKES = [
     ("ssis/data.py", '{k: v.to(device, non_blocking=True) for k, v', "{k: v for k, v"),
     ("ssis/teacher.py", "torch.arange(width, device=boxes.device)", "torch.arange(width)"),
     ("ssis/refine.py", "torch.Generator(device)", "torch.Generator()"),
-    ("ssis/sam.py", "embedding.to(self.device, non_blocking=True).float()[None],",
-     "embedding.float()[None],"),
+    ("ssis/sam.py", "embedding.to(self.device, non_blocking=True).float()[None]",
+     "embedding.float()[None]"),
     ("ssis/sam_distill.py", "torch.arange(cells, device=places.device)", "torch.arange(cells)"),
     ("ssis/correction.py", "[list(rows_of.values())].to(device)", "[list(rows_of.values())]"),
     ("ssis/filters.py", "frequency = frequency.to(self.values)", "pass"),

@@ -267,8 +267,8 @@ def page() -> str:
         encode=IMAGES["coco"] * ENCODE / 3600,
         evaluated="COCO's 5,000 images",
         ap=AP["coco"],
-        head="| | images a step | ms a step on one: teacher + student + SAM's decoder | images/s "
-        "| the GPU computes in | GiB | hours on one | on eight | evaluation | on eight |",
+        head="| | images | ms a step on one: teacher + student + SAM | images/s | GPU computes "
+        "| GiB | hours on one | on eight | evaluation | on eight |",
         rows="\n".join(on_h100(*cell) for cell in PAPER),
     )
     outro = OUTRO.format(measured=MEASURED)

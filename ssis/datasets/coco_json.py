@@ -95,6 +95,8 @@ def read(raw: dict, path: str, folder: str, names: list[str] | None) -> Dataset:
         dataset, label_of = read_categories(categories, path, folder, names)
         position = read_images(raw["images"], dataset)
         read_annotations(raw["annotations"], dataset, label_of, position)
+        if isinstance(info := raw.get("info"), dict):
+            dataset.group_by = str(info.get("group_by", ""))
         return dataset
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(
@@ -289,11 +291,18 @@ def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
             f"and are left out, {names[min(same)]} is the first"
         )
     names = [name for k, name in enumerate(names) if k not in same]
-    found, warnings = leaks([str(root / name) for name in names], judged)
+    pattern = max((part.group_by for part in apart), default="")
+    found, warnings = leaks([str(root / name) for name in names], judged, pattern)
+    mend = ""
+    if len(found) > 0.2 * len(names):
+        mend = (
+            "; if they are other pictures, of one scene, prepare the annotated ones "
+            'with --group-by "(.*)": then looks do not count'
+        )
     if found:
         dataset.warnings.append(
             f"{folder}: {len(found)} images are versions or copies of validation or "
-            f"test images and are left out, {names[min(found)]} is the first"
+            f"test images and are left out, {names[min(found)]} is the first{mend}"
         )
     dataset.warnings += warnings if judged else []
     names = [name for k, name in enumerate(names) if k not in found]
@@ -301,6 +310,7 @@ def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
         raise UserError(
             f"{folder}: no new image in it ({', '.join(images.IMAGE_TYPES)}); those of "
             f"{dataset.source} and copies of validation or test images do not count"
+            f"{mend}"
         )
     start = len(dataset)
     dataset.files += names

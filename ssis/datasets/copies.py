@@ -8,7 +8,7 @@ fraction of a second, and a tool compresses anew what it exports. They are recog
 * by name: `photo_jpg.rf.<hash>.jpg` is a version of `photo`, `clip_frame_0012.png` and
   `clip_mp4-12_jpg.rf.<hash>.jpg` are frames of `clip`; or by an expression of the
   user's (`group_of`);
-* by content: the same first and last bytes (`Known`);
+* by content: the same bytes (`Known`);
 * by appearance: perceptual hashes (pHash: the signs of the lowest frequencies of the
   gray picture) that differ in less than a fifth of their bits, also mirrored or turned
   by a quarter (`alike`). Measured on 306 images of nuclei, 299 of blood cells and 598
@@ -21,10 +21,12 @@ Read next: `ssis/tools/prepare_own.py`, which keeps groups together.
 """
 
 import contextlib
+import hashlib
 import os
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -181,16 +183,25 @@ def versions(paths: list[str], others: list[str]) -> set[int]:
     return found
 
 
-def leaks(paths: list[str], judged: list[str]) -> tuple[set[int], list[str]]:
+def leaks(
+    paths: list[str], judged: list[str], pattern: str = ""
+) -> tuple[set[int], list[str]]:
     """Which unlabeled images are versions or copies of those a model is judged by.
 
     Frames of one film do not count: without labels they tell less, and often all the
     photos are of one film.
 
+    Args:
+        paths, judged: image files.
+        pattern: of `--group-by`, with which the annotated images were divided; where
+            given, looks do not count, as there.
+
     Returns:
         Numbers of the images in `paths`, and a warning where looks were not compared.
     """
     found = versions(paths, judged)
+    if pattern:
+        return found, []
     if len(paths) > MANY:
         return found, [f"more than {MANY} unlabeled images: {UNSEEN}"]
     try:
@@ -202,12 +213,13 @@ def leaks(paths: list[str], judged: list[str]) -> tuple[set[int], list[str]]:
 class Known:
     """Some files, to be found again under other names and as copies.
 
-    Of two files of one size the first and the last 4 kB are compared: enough to tell
-    two photos apart, and little to read where there are hundreds of thousands.
+    Of two files of one size the first and the last 4 kB are compared: little to read
+    where there are hundreds of thousands. Only if these are equal (as in uncompressed
+    pictures with a black rim), all the bytes are.
     """
 
     def __init__(self, paths: Iterable[str]):
-        self.paths, self.sizes, self.edges = set(), {}, {}
+        self.paths, self.sizes, self.edges, self.sums = set(), {}, {}, {}
         for path in paths:
             self.paths.add(os.path.realpath(path))
             with contextlib.suppress(OSError):  # missing: told when files are checked
@@ -218,7 +230,8 @@ class Known:
             return True
         try:
             same = self.sizes.get(os.path.getsize(path), [])
-            return bool(same) and self.edge(path) in map(self.edge, same)
+            same = [other for other in same if self.edge(other) == self.edge(path)]
+            return bool(same) and self.sum(path) in map(self.sum, same)
         except OSError:
             # A broken link: no copy, and told when the files are checked.
             return False
@@ -231,3 +244,9 @@ class Known:
                 file.seek(max(0, os.path.getsize(path) - 4096))
                 self.edges[path] = start + file.read(4096)
         return self.edges[path]
+
+    def sum(self, path: str) -> bytes:
+        """A checksum of a whole file."""
+        if path not in self.sums:
+            self.sums[path] = hashlib.sha256(Path(path).read_bytes()).digest()
+        return self.sums[path]

@@ -53,6 +53,7 @@ class Dataset:
         annotated: the first so many images have ground truth; those of a bare folder,
             which follow, have none.
         warnings: lines about what was passed over while reading.
+        group_by: the expression with which `prepare own` was told what copies are.
     """
 
     def __init__(self, source: str, folder: str, names: list[str], category_ids: list):
@@ -64,6 +65,7 @@ class Dataset:
         self.sizes = np.zeros((0, 2), np.int64)
         self.annotated = 0
         self.warnings: list[str] = []
+        self.group_by = ""
         # Annotations of image i: rows first[i] to first[i + 1] of labels and crowd, and
         # of their parts (one RLE, or one polygon each): bytes in one long buffer.
         self.first = np.zeros(1, np.int64)

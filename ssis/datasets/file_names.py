@@ -50,7 +50,8 @@ def last_part(name: str) -> str:
 def nearest(name: str, folder: Path) -> str:
     """In words: the image whose name is most like that of a missing one; or ""."""
     found = images_under(folder)
-    same = [other for other in found if PurePosixPath(other).name == last_part(name)]
+    last = last_part(name).casefold()
+    same = [other for other in found if PurePosixPath(other).name.casefold() == last]
     if len(same) == 1:
         return f"{same[0]!r}, which prepare own --match-names takes"
     return "".join(map(repr, same[:1] or difflib.get_close_matches(name, found, 1)))
@@ -60,7 +61,8 @@ def match(records: list[dict], folder: Path, source: str) -> int:
     """Give each image record the name, under `folder`, of the one file that it means.
 
     Names that are there stay. For the others the last part counts, with or without the
-    eight digits that Label Studio puts in front of an uploaded file's name.
+    eight digits that Label Studio puts in front of an uploaded file's name; and if no
+    file has it, without regard to case.
 
     Args:
         records: `images` of a COCO JSON; their `file_name` is changed.
@@ -74,8 +76,11 @@ def match(records: list[dict], folder: Path, source: str) -> int:
         UserError: no file of that name, or several.
     """
     found: dict[str, list[str]] = {}
+    folded: dict[str, list[str]] = {}
     for name in images_under(folder):
-        found.setdefault(PurePosixPath(name).name, []).append(name)
+        last = PurePosixPath(name).name
+        found.setdefault(last, []).append(name)
+        folded.setdefault(last.casefold(), []).append(name)
     changed, taken = 0, {}
     for record in records:
         if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
@@ -84,7 +89,8 @@ def match(records: list[dict], folder: Path, source: str) -> int:
         if (folder / name).is_file():
             continue
         last = last_part(name)
-        files = found.get(last) or found.get(re.sub(r"^[0-9a-f]{8}-", "", last)) or []
+        files = found.get(last) or found.get(re.sub(r"^[0-9a-f]{8}-", "", last))
+        files = files or folded.get(last.casefold()) or []
         if len(files) != 1:
             said = f"{len(files)} images" if files else "no image"
             close = nearest(name, folder)

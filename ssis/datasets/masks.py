@@ -18,9 +18,12 @@ from ssis import UserError
 # What is counted while masks are read, and told at the end.
 NOTES = {
     "empty": "without a mask are left out",
+    "boxes": "have a box but no mask and are left out, so that training takes their "
+    "objects for background; draw masks, or let SAM (prepare own --masks-from-boxes)",
     "twice": "are duplicates (same image, class and mask) and are left out",
     "corners": "give only two opposite corners and are read as rectangles",
-    "fractions": "lie between 0 and 1, as fractions of the image, and are left out",
+    "fractions": "lie between 0 and 1, as fractions of the image, and are left out; "
+    "multiply x by its width and y by its height",
 }
 
 
@@ -42,6 +45,9 @@ def read_mask(
         UserError: the mask cannot be meant.
     """
     segmentation = record.get("segmentation") or []
+    if not segmentation and record.get("bbox"):
+        told["boxes"] += 1
+        return [], True
     try:
         if isinstance(segmentation, dict):
             parts = read_rle(segmentation, size)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ssis import UserError
-from ssis.datasets import shapes, signs
+from ssis.datasets import copies, shapes, signs
 from ssis.datasets.coco_json import add_folder, load_coco
 from ssis.datasets.dataset import Dataset
 
@@ -59,6 +59,16 @@ def open_parts(config) -> tuple[Dataset, Dataset, Dataset]:
         load_coco(*part_paths(config, part), train_set.names)
         for part in ("val", "test")
     )
+    # Of an export that came already split.
+    inside = [train_set.path(i) for i in range(len(train_set))]
+    for judged in {part.source: part for part in (val, test)}.values():
+        outside = [judged.path(i) for i in range(len(judged))]
+        if same := copies.versions(inside, outside):
+            train_set.warnings.append(
+                f"{train_set.source}: {len(same)} images are versions of images in "
+                f"{judged.source}, {train_set.files[min(same)]} is the first: a model "
+                "is judged by what it was taught; let prepare own divide them"
+            )
     if config.unlabeled_images:
         add_folder(train_set, config.unlabeled_images, apart=(val, test))
     return train_set, val, test

@@ -103,6 +103,17 @@ class Session:
             audited=config.labeled != "annotated",
         )
         self.detections = config.max_detections or self.detections_for(labeled)
+        most, source = max(
+            (part.most_instances(range(len(part))), part.source)
+            for part in (self.val_set, self.test_set)
+        )
+        if rank == 0 and most > self.detections:
+            print(
+                f"note: an image of {source} has {most} instances, more than the "
+                f"{self.detections} detections per image that are kept and counted; "
+                f"--max-detections {most} keeps more",
+                file=sys.stderr,
+            )
         self.class_frequency = self.train_set.class_shares(labeled)
         self.annotated = self.train_set.class_counts(labeled)
         if config.filter == "calibrated":

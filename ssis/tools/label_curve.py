@@ -111,7 +111,7 @@ def train(folder: Path, flags: list[str]) -> None:
 
 
 def measure(folders: list[Path], device) -> list[dict]:
-    """The final models of some runs on the test part.
+    """The final models of some runs on the test part, or else the validation part.
 
     Returns:
         For each run images (labeled), ap, interval (of the AP itself, in percent, or
@@ -144,6 +144,14 @@ def measure(folders: list[Path], device) -> list[dict]:
             )
         )
     return measured
+
+
+def judged_by(settings) -> str:
+    """In words: the JSON of the test part, and whether it served for anything else."""
+    source, _ = parts.part_paths(settings, "test")
+    if source == parts.part_paths(settings, "val")[0]:
+        return f"{source} (the validation part: settings chosen on it look better)"
+    return source
 
 
 def compare(name: str, before: dict, after: dict) -> dict:
@@ -185,7 +193,7 @@ def draw(path: Path, curves: dict[str, list[dict]]) -> None:
         down = [max(0.0, a - low) for a, (low, _) in zip(aps, ends, strict=True)]
         up = [max(0.0, high - a) for a, (_, high) in zip(aps, ends, strict=True)]
         axes.errorbar(images, aps, (down, up), marker="o", capsize=4, label=method)
-    axes.set(xlabel="labeled images", ylabel="mask AP, test part", xscale="log")
+    axes.set(xlabel="labeled images", ylabel="mask AP", xscale="log")
     ticks = sorted({p["images"] for points in curves.values() for p in points})
     axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
@@ -231,7 +239,7 @@ def run(argv: list[str] | None) -> None:
         train(folder, [*flags, "--method", method, "--labeled", str(path)])
     measured = dict(zip(runs, measure(list(runs.values()), device), strict=True))
     curves = {m: [measured[m, path] for path in splits] for m in methods}
-    print(f"{'labeled images':<24} {'mask AP':>8}")
+    print(f"{'labeled images':<24} {'mask AP':>8}  on {judged_by(settings)}")
     for method, points in curves.items():
         for k, point in enumerate(points):
             point["compared"] = []

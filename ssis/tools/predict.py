@@ -118,10 +118,11 @@ def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> t
         args: `score`, `masks`.
 
     Returns:
-        The number of images that were read, and the names of the least sure ones.
+        The number of images that were read, the names of the least sure ones, and in
+        how many images as many instances were found as are looked for.
     """
     device = next(net.parameters()).device
-    records, results = [], []
+    records, results, full = [], [], 0
     try:
         with tqdm(files.items(), unit="image", disable=not sys.stderr.isatty()) as bar:
             for name, path in bar:
@@ -135,6 +136,7 @@ def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> t
                     why = error if known else f"{path}: too large for the memory"
                     bar.write(f"skipped: {why}", file=sys.stderr)
                     continue
+                full += len(detections) == net.roi_heads.detections_per_img
                 number = len(records) + 1
                 height, width = image.shape[-2:]
                 records.append(
@@ -154,7 +156,7 @@ def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> t
     finally:
         # Also after Ctrl-C: the images so far are not lost.
         save(out, names, records, results)
-    return len(records), least_sure(records, results)
+    return len(records), least_sure(records, results), full
 
 
 def least_sure(records: list[dict], results: list[dict]) -> list[str]:
@@ -221,10 +223,13 @@ def run(argv: list[str] | None) -> None:
     if args.max_detections:
         model.set_detections(net, args.max_detections)
     _, _, device = distributed.start(args.device)
-    count, unsure = predict(net.to(device), names, files, args.out, args)
+    count, unsure, full = predict(net.to(device), names, files, args.out, args)
     if not count:
         raise UserError("none of the images could be read")
     print(f"{who} of {args.checkpoint}: {count} of {len(files)} images, in {args.out}/")
+    if full:
+        limit = net.roi_heads.detections_per_img
+        print(f"{full} with {limit} instances, the most looked for: --max-detections N")
     if len(unsure) > 1:
         print(f"least sure, so worth correcting first: {', '.join(unsure)}")
 

@@ -104,7 +104,8 @@ def divide(args: argparse.Namespace, out: Path) -> dict[str, dict]:
                 f"longer in {source}, {min(gone)} is the first",
                 file=sys.stderr,
             )
-    val = choose(dataset, grouped(dataset, args.group_by), count, earlier)
+    group = grouped(dataset, args.group_by, count)
+    val = choose(dataset, group, count, earlier)
     if earlier and len(val) > count:
         print(
             f"--val {args.val}: the {len(val)} images that an earlier call chose stay"
@@ -116,9 +117,15 @@ def divide(args: argparse.Namespace, out: Path) -> dict[str, dict]:
     for line in (*dataset.warnings, *split.coverage(dataset, train)):
         print(f"warning: {line}", file=sys.stderr)
     if not val:
+        least = min(Counter(group).values())
         raise UserError(
-            f"{source}: no image can be used for validation: each is the last of some "
-            f"class, or its group has more than {count} images; annotate more"
+            f"{source}: no image can be used for validation: "
+            + (
+                f"the smallest group has {least} images; give --val {least}, or make "
+                "smaller groups with --group-by"
+                if least > count
+                else "each is the last of some class; annotate more"
+            )
         )
     # Without the category that a tool adds in front to stand for all the others.
     categories = [c for c in raw["categories"] if c["name"] in dataset.names]
@@ -132,14 +139,19 @@ def divide(args: argparse.Namespace, out: Path) -> dict[str, dict]:
         rows = [
             a for a in raw["annotations"] if coco_json.as_number(a["image_id"]) in ids
         ]
-        info = dict(description=f"ssis.prepare own {part}")
+        info = dict(description=f"ssis.prepare own {part}", group_by=args.group_by)
         lists = dict(images=images, annotations=rows, categories=categories)
         parts[part] = dict(raw, info=info, **lists)
     return parts
 
 
-def grouped(dataset: Dataset, pattern: str) -> list[int]:
+def grouped(dataset: Dataset, pattern: str, count: int) -> list[int]:
     """The group of each image, with a line for what was found.
+
+    Args:
+        dataset: all images.
+        pattern: of `--group-by`.
+        count: of the images to judge by; a group that is no larger fits among them.
 
     Raises:
         UserError: no such expression, or a group found by itself is too large to be on
@@ -168,13 +180,17 @@ def grouped(dataset: Dataset, pattern: str) -> list[int]:
         )
     sizes = Counter(group)
     first, largest = sizes.most_common(1)[0]
+    # So many frames, in tens, hundreds or thousands, make a group that fits.
+    digits = len(str(count)) - 1
+    last = r"\d" * digits
+    frames = f'"(.*){last}$" (each {10**digits} frames)'
     if largest > max(3, LARGEST * len(group)) and not pattern:
         raise UserError(
             f"{dataset.source}: {largest} of {len(group)} images are taken for "
             "versions of one picture or frames of one film "
             f"({dataset.files[first]} and others) "
             "and would all be on one side; say what belongs together: --group-by "
-            r'"(.*)\d\d$" (each hundred frames) or "(.*)" (each image alone)'
+            f'{frames + " or " if digits else ""}"(.*)" (each image alone)'
         )
     several = [size for size in sizes.values() if size > 1]
     what = "by --group-by" if pattern else "versions of one picture or frames of a film"
@@ -183,7 +199,20 @@ def grouped(dataset: Dataset, pattern: str) -> list[int]:
             f"{len(several)} groups of {sum(several)} images ({what}): each stays on "
             "one side"
         )
+    elif (number := numbered(dataset.files)) and digits:
+        print(
+            f"note: {number} of {len(group)} names differ in a number alone, such as "
+            f"{dataset.files[first]}: if they are frames of a film, give --group-by "
+            f"{frames}, or neighbors are on both sides"
+        )
     return group
+
+
+def numbered(names: list[str]) -> int:
+    """How many names are a number after the same words; 0 where not nearly all are."""
+    words = Counter(re.sub(r"\d+$", "", copies.version_of(name)) for name in names)
+    number = words.most_common(1)[0][1]
+    return number if number > 0.8 * len(names) else 0
 
 
 def choose(

@@ -15,8 +15,9 @@ from pycocotools import mask as mask_utils
 from segment_anything import SamPredictor
 from test_annotation_tools import POLYGONS, label_studio, labelme2coco, roboflow
 
-from ssis import UserError, sam
+from ssis import UserError, config, sam
 from ssis.datasets import coco_json, copies, file_names, split
+from ssis.datasets.parts import open_parts
 from ssis.io.images import read_image
 from ssis.tools import masks_from_boxes, prepare
 
@@ -228,6 +229,89 @@ def test_unlabeled_images_are_compared_with_those_to_be_judged_by(tmp_path):
     assert "1 images are versions of images in" in said and "d.jpg is the first" in said
 
 
+def rimmed(seed: int) -> Image.Image:
+    """A disc on black, as of an endoscope: the first and last rows are all black."""
+    image = Image.new("RGB", (96, 96))
+    image.paste(picture(seed, 32), (32, 32))
+    return image
+
+
+@pytest.mark.parametrize("kind", ["bmp", "tif", "png"])
+def test_a_black_rim_makes_no_copies(tmp_path, kind):
+    """Uncompressed, these files have one size, and their first and last 4 kB are the same."""
+    export(tmp_path, {f"{k}.{kind}": rimmed(k) for k in range(2)})
+    known = copies.Known([str(tmp_path / "images" / f"{k}.{kind}") for k in range(2)])
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for k in range(6):
+        rimmed(k).save(photos / f"new{k}.{kind}")
+    assert [str(photos / f"new{k}.{kind}") in known for k in range(6)] == [True] * 2 + [False] * 4
+
+
+def test_photos_of_one_scene_can_be_told_apart_by_name(tmp_path, capsys):
+    """A fixed camera: all that is new in a picture is small, and looks take it for a copy."""
+    scene = picture(1, 128)
+
+    def photo(k):
+        image = scene.copy()
+        image.paste((250, 20, 20), (4 * k + 8, 60, 4 * k + 14, 66))
+        return image
+
+    export(tmp_path, {f"photo{k}.png": photo(k) for k in range(8)})
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for k in range(8, 20):
+        photo(k).save(photos / f"new{k}.png")
+    with pytest.raises(UserError, match=r'8 of 8 images are taken for .*: --group-by "\(\.\*\)"'):
+        own(tmp_path, "--val", "2")
+    own(tmp_path, "--val", "2", "--group-by", "(.*)")
+    assert "names differ" not in capsys.readouterr().out
+    out, images = tmp_path / "out", str(tmp_path / "images")
+    judged = coco_json.load_coco(str(out / "instances_val.json"), images)
+    train_set = coco_json.load_coco(str(out / "instances_train.json"), images)
+    assert len(coco_json.add_folder(train_set, str(photos), apart=(judged,))) == 12
+    # Without that expression they are left out, with the way to have them.
+    judged.group_by = ""
+    train_set = coco_json.load_coco(str(out / "instances_train.json"), images)
+    with pytest.raises(
+        UserError, match=r"no new image.*prepare the annotated ones with --group-by"
+    ):
+        coco_json.add_folder(train_set, str(photos), apart=(judged,))
+
+
+def test_numbered_names_may_be_frames(tmp_path, capsys):
+    """As ffmpeg writes them; but cameras number photos, too, so nothing is grouped."""
+    export(tmp_path, {f"out-{k:03d}.png": picture(k) for k in range(60)})
+    assert len(own(tmp_path, "--val", "10")["val"]) == 10
+    said = capsys.readouterr().out
+    assert "60 of 60 names differ in a number alone, such as out-000.png" in said
+    assert r'--group-by "(.*)\d$" (each 10 frames)' in said
+    parts = own(tmp_path, "--group-by", r"(.*)\d$", "--val", "10")
+    assert len({name[:-5] for name in parts["val"]} & {name[:-5] for name in parts["train"]}) == 0
+
+
+def test_groups_that_do_not_fit_say_how_many_would(tmp_path):
+    names = [f"photo{n}_jpg.rf.{97 * n + k:032x}.jpg" for n in range(4) for k in range(3)]
+    export(tmp_path, {name: picture(k) for k, name in enumerate(names)})
+    with pytest.raises(UserError, match=r"the smallest group has 3 images; give --val 3, or"):
+        own(tmp_path)
+    assert len(own(tmp_path, "--val", "3")["val"]) == 3
+
+
+def test_an_export_that_was_split_after_it_was_augmented(tmp_path):
+    """Roboflow's parts as they are: a version of each photo in both is told."""
+    for part, mark in (("train", "a"), ("valid", "b")):
+        names = [f"photo{n}_jpg.rf.{mark}{n}.jpg" for n in range(3)]
+        export(tmp_path / part, {name: picture(k) for k, name in enumerate(names)})
+    flags = ["--preset", "custom", "--method", "supervised"]
+    for part, folder in (("train", "train"), ("val", "valid")):
+        flags += [f"--{part}-json", str(tmp_path / folder / "coco.json")]
+        flags += [f"--{part}-images", str(tmp_path / folder / "images")]
+    train_set, _, _ = open_parts(config.parse(flags))
+    (said,) = train_set.warnings
+    assert "3 images are versions of images in" in said and "let prepare own divide" in said
+
+
 def test_versions_are_labeled_together(tmp_path):
     """Half of thirty versions of ten photos: five photos, not some of each."""
     names = [f"train/photo{n}_jpg.rf.{k}{n}a.jpg" for n in range(10) for k in range(3)]
@@ -313,6 +397,10 @@ def test_a_name_that_could_mean_two_files(tmp_path):
         file_names.match(raw["images"], tmp_path / "images", "coco.json")
     with pytest.raises(UserError, match="an image has no file_name: 3"):
         file_names.match([3], tmp_path / "images", "coco.json")
+    # As Windows takes it.
+    record = dict(file_name="C:\\photos\\1.PNG")
+    assert file_names.match([record], tmp_path / "images", "coco.json") == 1
+    assert record["file_name"] == "a/1.png"
 
 
 @pytest.mark.parametrize(
@@ -403,6 +491,16 @@ def test_rectangles_of_two_corners(tmp_path):
     mask = dataset.target(0)["masks"][0].numpy()
     assert mask[6:22, 10:30].all() and mask.sum() == 16 * 20
     assert any("1 annotations give only two opposite corn" in line for line in dataset.warnings)
+
+
+def test_boxes_beside_polygons_are_told_with_what_draws_masks(tmp_path):
+    """As labelme2coco 0.2 writes a rectangle: no corner at all, but a box."""
+    raw = labelme2coco("a.png")
+    raw["annotations"][0]["segmentation"] = []
+    dataset = read(tmp_path, raw)
+    assert len(dataset.labels) == len(raw["annotations"]) - 1
+    (said,) = dataset.warnings
+    assert "1 annotations have a box but no mask" in said and "--masks-from-boxes" in said
 
 
 def test_four_numbers_that_are_no_two_corners(tmp_path):

@@ -314,13 +314,16 @@ def test_a_run_on_crowded_images_finds_as_many(tmp_path, capsys):
         for kind, path in zip(("json", "images"), files, strict=True)
     ]
     run = tmp_path / "run"
-    train.main([
-        "--preset", "custom", "--method", "supervised", "--labeled", "100%", *flags,
+    flags += [
+        "--preset", "custom", "--method", "supervised", "--labeled", "100%",
         "--short-side-min", "48", "--short-side", "48", "--long-side", "96", "--labeled-batch",
         "1", "--pretrain-steps", "1", "--burnin-steps", "0", "--mutual-steps", "0",
-        "--output", str(run),
-    ])  # fmt: skip
+    ]  # fmt: skip
+    train.main([*flags, "--output", str(tmp_path / "few"), "--max-detections", "100"])
+    assert "120 instances, more than the 100 detections per image" in capsys.readouterr().err
+    train.main([*flags, "--output", str(run)])
     said = capsys.readouterr()
+    assert "more than the" not in said.err
     assert "has 120 instances; up to 200 detections per image are kept" in said.err
     assert "mask (of 100)" in said.out
     assert "AP@100: of 100 detections" in (run / "report.html").read_text()
@@ -343,3 +346,4 @@ def test_a_run_on_crowded_images_finds_as_many(tmp_path, capsys):
     ])  # fmt: skip
     found = json.loads((tmp_path / "found" / "results.json").read_text())
     assert len(found) == 7
+    assert "1 with 7 instances, the most looked for: --max-det" in capsys.readouterr().out

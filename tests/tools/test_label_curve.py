@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TINY, dataset_of, error_of
+from PIL import Image, ImageOps
 
 from ssis import config
 from ssis.datasets import coco_json
@@ -62,6 +63,29 @@ def test_the_curve_of_two_runs(shapes_folder, tmp_path, capsys):
     path.write_text(Path(arguments[arguments.index("--train-json") + 1]).read_text() + " ")
     said = error_of(capsys, label_curve.main, [*arguments, "--train-json", str(path)])
     assert "has runs of other annotations than" in said
+
+
+def test_with_unlabeled_images_both_methods_are_compared(shapes_folder, tmp_path, capsys):
+    """Each semi-supervised model with the supervised one of the same labeled images."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for path in sorted(Path(dataset_of(shapes_folder)[3]).glob("*.png"))[:2]:
+        # Pictures that are new: upside down.
+        with Image.open(path) as image:
+            ImageOps.flip(image).save(photos / path.name)
+    arguments = ["--labeled", "100%", "--output", str(tmp_path / "own"), *flags_of(shapes_folder)]
+    arguments += ["--method", "pl-dc", "--unlabeled-images", str(photos)]
+    label_curve.main(arguments)
+    out = capsys.readouterr().out
+    content = json.loads((tmp_path / "own" / "label_curve.json").read_text())
+    assert list(content) == ["supervised", "pl-dc"]
+    (alone,), (both,) = content.values()
+    assert alone["images"] == both["images"] and not alone["compared"]
+    (compared,) = both["compared"]
+    assert compared["name"] == "supervised" and compared["ap"] == alone["ap"]
+    assert compared["words"] in out and "would more labels help" not in out
+    # What the numbers are of.
+    assert f"mask AP  on {dataset_of(shapes_folder)[9]}\n" in out
 
 
 @pytest.mark.fast

@@ -78,7 +78,7 @@ def train(config: Config) -> None:
                     correction.fill(*filling)
 
             if session.calibration_due(step):
-                # Ours: what is kept, redrawn and corrected is decided where the truth is known.
+                # Ours: known ground truth decides what is kept, redrawn and corrected.
                 looked = calibration.look(labeler, session.validation_items(), config)
                 session.calibrated(calibration.calibrate(labeler, *looked))
             # One step, on labeled images alone while the first teacher is made, then on both.

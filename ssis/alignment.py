@@ -1,4 +1,4 @@
-r"""Category level: class shares of pseudo-labels are drawn to those of the annotation.
+r"""Category level: pull the class shares of pseudo-labels to those of the annotation.
 
 *This project's; neither paper has it. Known as distribution alignment (ReMixMatch,
 Berthelot et al., arXiv 1911.09785).*
@@ -6,9 +6,9 @@ Berthelot et al., arXiv 1911.09785).*
 A teacher that mistakes one class for another teaches the student to, and follows it
 later: a class that is named too often is named more and more often, until the rarer one
 may be gone. No threshold sees it, for the teacher is sure. But it is known how often
-each class is to be expected: about as often as in the annotated images. So the class
-distribution of a pseudo-label is multiplied by what its classes have too little, and
-divided by its sum:
+each class is to be expected: about as often as in the annotated images. So the
+probability of each class is multiplied by s_k / m_k, which is above 1 for a class that
+is named too seldom, and the result is normalized:
 
 $$\tilde{p}_k = \frac{p_k \, s_k / m_k}{\sum_{k'} p_{k'} \, s_{k'} / m_{k'}}$$
 ssis Eq. (alignment)

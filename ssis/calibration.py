@@ -53,8 +53,9 @@ the weight with which the true classes y_n of the found instances that pass the
 thresholds are most likely. (Counting which classes are right would let three
 disagreements decide.) At 0 the correction is off. At weights near 1 the classifier
 decides alone. That has to be earned: a teacher that is sure of a few wrong classes
-makes a classifier that is less sure look better than it is. Only where the two disagree
-shows who knows better, by a sign test at two standard errors:
+makes a classifier that is less sure look better than it is. Only the instances on which
+the two disagree show who knows better. There a sign test at two standard errors
+decides:
 
 $$w_{\mathrm{max}} = 1 \;\mathrm{if}\; R_c - R_t > 2 \sqrt{R_c + R_t}, \;
   \mathrm{else}\; \tfrac{1}{2}$$ ssis Eq. (overrule)

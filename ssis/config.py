@@ -12,8 +12,8 @@ What is known of a field stands with it: its reason, its choices or range, and
              (LATER); pretraining too, but only with S4M's distillation (STRUCTURE);
              no result at all, for it says where and how fast (PLACE)
     part     it switches a part of a method, and belongs in the run's name
-    absent   what a record means that was written before the field was there; whoever
-             changes a default gives the old one here
+    absent   the value to assume for a config.json that was written before the field was
+             there; when you change a default, put the old one here
 
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
@@ -113,8 +113,8 @@ class Config:
     )
     pretrained: str = setting(
         "",
-        "pretrained.pt of a run that differs only in what comes after pretraining: "
-        "skips it, with the same result",
+        "pretrained.pt of a run whose settings differ only after pretraining; "
+        "pretraining is then skipped, and the result is the same",
         scope=PLACE,
     )
     data: str = setting(
@@ -149,8 +149,8 @@ class Config:
     repeat_threshold: float = setting(
         0.0,
         "repeat-factor sampling of labeled images after pretraining: an image is drawn "
-        "in proportion to the largest sqrt(threshold / f) of its classes (at least 1), "
-        "f being the fraction of images that have the class (GD, S4M 10); 0: all alike",
+        "in proportion to the largest max(1, sqrt(threshold / f)) of its classes, with "
+        "f the fraction of images that have the class (GD, S4M 10); 0: all alike",
         valid=">= 0",
         scope=LATER,
     )
@@ -182,8 +182,8 @@ class Config:
     )
     max_detections: int = setting(
         0,
-        "instances found in an image at most: pseudo-labels, predictions, AP; 0: 100, "
-        "as COCO, or more where a labeled image has more",
+        "most instances per image, in pseudo-labels, predictions and AP; 0: COCO's "
+        "100, or more if a labeled image has more",
         valid=">= 0",
     )
     short_side_min: int = setting(
@@ -206,7 +206,7 @@ class Config:
         group="Views of training images, beside the sides above",
         valid=">= 0",
     )
-    crop_width: int = setting(0, "its other side", valid=">= 0")
+    crop_width: int = setting(0, "width of the crops", valid=">= 0")
     scale_min: float = setting(
         1.0, "smallest scale before a crop (COCO 0.1)", valid="> 0 and finite"
     )
@@ -298,7 +298,7 @@ class Config:
         valid="from 0 to below 1",
     )
     decay_again_at: float = setting(
-        1.0, "the same for the second step", valid="from 0 to 1"
+        1.0, "with step: fraction after which lr falls again", valid="from 0 to 1"
     )
     lr_restart: bool = setting(
         True,
@@ -410,7 +410,7 @@ class Config:
     )
     align: bool = setting(
         False,
-        "draw the class shares of the pseudo-labels to those of the annotated images "
+        "pull the class shares of the pseudo-labels to those of the annotated images "
         "(this project's)",
         scope=LATER,
         part=True,
@@ -503,8 +503,8 @@ class Config:
     )
     refine_gate: float = setting(
         0.5,
-        "IoU with the teacher's mask under which SAM's is not taken (this project's); "
-        "0: always (S4M)",
+        "SAM's mask is taken if its IoU with the teacher's is at least this (this "
+        "project's); 0: always (S4M)",
         valid="from 0 to 1",
         scope=LATER,
         part=True,

@@ -32,7 +32,8 @@ standard deviation over the seeds; a seed draws the split, the weights and every
 is the teacher after its supervised stage, before it has seen an unlabeled image. The last
 columns audit the kept pseudo-labels at the end (fractions of 1); `minutes` are those of the fastest
 seed, on a machine that did other work as well ([performance](performance.md) has times). Rows with
-fewer seeds than others are not finished, and their means are of other splits. Records with a `note`
+fewer seeds than others are unfinished; their means are of fewer splits, so do not compare them
+directly. Records with a `note`
 were made before there were studies.
 """
 
@@ -80,8 +81,9 @@ LEARNT = """## What was learned
   labels: {ladder[all labels]}). Guided Distillation alone gains two to five AP. The two seeds are
   two draws of the labeled images, and which images those are can matter as much as a method: with
   10 % the two supervised runs are 6 AP apart, those of both papers 8.
-* **It holds on scenes that nothing was chosen on.** On the second built-in dataset, with the
-  settings of the first one (seeds: {signs_seeds}): supervised {signs[supervised]}, Guided
+* **The gain also holds on a dataset on which no setting was chosen.** On the second built-in
+  dataset, with the settings of the first one (seeds: {signs_seeds}; made before 2026-11-25, when
+  category correction was stronger, see there): supervised {signs[supervised]}, Guided
   Distillation {signs[guided-distillation]}, PL-DC {signs[pl-dc]}, S4M {signs[s4m]}, both
   {signs[full]}, all labels {signs[all labels]}: {signs_gap} % of the gap. The classes are easier to
   tell apart there, so correction has less to do, and S4M's masks and copy-paste do more.
@@ -150,7 +152,8 @@ README = """{table}
 Mask AP on the test images, in percent: mean ± standard deviation (number of seeds).
 The minutes are those of the fastest run with unlabeled images, on one CPU core. Runs of one row
 take the same number of steps (in the first two rows a third more than the quick run).
-Shapes and signs are drawn images; no setting was chosen on signs. The bundled tiny SAM was trained
+Shapes and signs are drawn images; no setting was chosen on signs, which was measured with an
+earlier version of the code. The bundled tiny SAM was trained
 on other drawings. {real} start from ImageNet features and do not use SAM. Unlabeled images do not
 always help: on blood cells and nuclei they brought no gain beyond the noise
 ([results](docs/results.md))."""

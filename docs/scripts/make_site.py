@@ -37,7 +37,7 @@ def places() -> dict[str, str]:
     """Each page, picture and annotated file of the repository -> its place on the site."""
     found = dict(ABOVE)
     for path in sorted((ROOT / "docs").rglob("*")):
-        if path.suffix in (".md", ".png", ".svg"):
+        if path.suffix in (".md", ".png", ".svg", ".jpg", ".ipynb"):
             name = path.relative_to(ROOT / "docs").as_posix()
             found[f"docs/{name}"] = name
     for page, path in annotate.sources().items():
@@ -52,6 +52,9 @@ def relinked(text: str, source: str, known: dict[str, str]) -> str:
         text: Markdown.
         source: the page in the repository, "docs/papers.md".
         known: of `places`.
+
+    Raises:
+        annotate.Mistake: a picture that is not on the site.
     """
     here = posixpath.dirname(known[source])
 
@@ -61,6 +64,8 @@ def relinked(text: str, source: str, known: dict[str, str]) -> str:
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         if path not in known:
+            if match["picture"]:
+                raise annotate.Mistake(f"{source}: the picture {target} is not on the site")
             return match["words"]
         where = posixpath.relpath(known[path], here or ".")
         # Line numbers are no places on the annotated pages.
@@ -115,21 +120,27 @@ def build(out: Path) -> None:
             encoding="utf-8",
         )
         shutil.copyfile(ROOT / "docs" / "zensical.toml", Path(folder) / "zensical.toml")
-        subprocess.run(
-            [sys.executable, "-m", "zensical", "build", "--clean"], cwd=folder, check=True
-        )
+        command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
+        subprocess.run(command, cwd=folder, check=True)
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(Path(folder) / "site", out)
 
 
 def broken(site: Path) -> list[str]:
-    """Links of the site's pages to files that are not there."""
+    """Links of the site's pages to files, or places within a page, that are not there."""
+    texts = {page: page.read_text(encoding="utf-8") for page in sorted(site.rglob("*.html"))}
+    places = {page.resolve(): set(re.findall(r'\bid="([^"]+)', t)) for page, t in texts.items()}
     wrong = []
-    for page in sorted(site.rglob("*.html")):
-        for target in re.findall(r'(?:href|src)="([^"#?]+)', page.read_text(encoding="utf-8")):
+    for page, text in texts.items():
+        for target, place in re.findall(
+            r'(?:href|src)="([^"#?]*)(?:\?[^"#]*)?(?:#([^"]*))?"', text
+        ):
             # What begins with a slash is of the page for addresses that are not there.
-            if not re.match(r"[a-z]+:|/", target) and not (page.parent / target).exists():
-                wrong.append(f"{page.relative_to(site)}: {target}")
+            if re.match(r"[a-z]+:|/", target):
+                continue
+            there = (page.parent / target if target else page).resolve()
+            if not there.exists() or (place and place not in places.get(there, {place})):
+                wrong.append(f"{page.relative_to(site)}: {target}{'#' * bool(place)}{place}")
     return wrong
 
 

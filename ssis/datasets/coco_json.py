@@ -89,6 +89,13 @@ def read(raw: dict, path: str, folder: str, names: list[str] | None) -> Dataset:
     """The content of a JSON as a `Dataset`; arguments and errors as `load_coco`."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: image folder not found")
+    for key in ("images", "annotations", "categories"):
+        for number, record in enumerate(raw[key]):
+            if not isinstance(record, dict):
+                raise UserError(
+                    f"{path}: not COCO format: {key}[{number}] is {record!r:.40}, no "
+                    "record; remove it"
+                )
     try:
         used = {as_number(record["category_id"]) for record in raw["annotations"]}
         categories = without_placeholder(raw["categories"], used, names)
@@ -99,9 +106,9 @@ def read(raw: dict, path: str, folder: str, names: list[str] | None) -> Dataset:
             dataset.group_by = str(info.get("group_by", ""))
         return dataset
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"{path}: not COCO format: a record has no proper {error}"
-        ) from error
+        key = isinstance(error, KeyError)
+        said = f"no proper {error}" if key else f"a value that cannot be read ({error})"
+        raise UserError(f"{path}: not COCO format: a record has {said}") from error
 
 
 def as_number(value) -> int | str:

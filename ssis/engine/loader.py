@@ -56,9 +56,9 @@ def dead_workers():
         elif not said.startswith("DataLoader worker (pid"):
             raise
         raise UserError(
-            f"a loader worker died ({said.splitlines()[0].strip()}): often for "
-            "want of memory, then give fewer --workers; the last checkpoint is kept, "
-            "the same command goes on from it"
+            f"a loader worker died ({said.splitlines()[0].strip()}): often because "
+            "memory ran out, then give fewer --workers; the last checkpoint is kept, "
+            "and the same command resumes from it"
         ) from error
     finally:
         end_workers()

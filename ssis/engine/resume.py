@@ -3,9 +3,9 @@ r"""What a checkpoint holds, and how a run goes on from it.
 *Exactly*: it holds all that the next step depends on: student, teacher, optimizer,
 schedule, loss scaler, what the pseudo-labels' levels remember, the step (from which the
 data streams follow, see `ssis/data.py`) and the states of the random generators. On a
-CPU a resumed run ends bit-identical, except for best.pt: an evaluation that a stop cuts
-off is not made up, so its models are no candidates. With `--pretrained` the evaluations
-of the other run are none either.
+CPU a resumed run ends bit-identical, except for best.pt: an evaluation that a stop
+interrupts is not repeated, so its models cannot become best.pt; nor, with
+`--pretrained`, can models that the other run evaluated.
 
 Read next: `ssis/io/checkpoint.py`, how it is written and read.
 """

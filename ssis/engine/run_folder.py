@@ -263,7 +263,7 @@ def oracle_note(config: Config) -> dict:
     return dict(
         oracle=config.oracle,
         warning="NOT A SEMI-SUPERVISED RESULT: the pseudo-labels were corrected with "
-        f"the hidden truth (--oracle {config.oracle}); an upper bound only",
+        f"the hidden ground truth (--oracle {config.oracle}); an upper bound only",
     )
 
 

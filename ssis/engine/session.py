@@ -485,7 +485,10 @@ class Session:
         """
         net, _, names, _ = resume.load_model(self.folder / path, "student")
         if names != self.train_set.names:
-            raise UserError(f"{path}: is of other classes")
+            raise UserError(
+                f"{path}: is of other classes than {self.train_set.source}; give "
+                "another --output"
+            )
         # As many detections of each model that is compared here.
         model.set_detections(net, self.detections)
         return net.to(self.device)

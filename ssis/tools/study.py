@@ -135,8 +135,8 @@ STUDIES = {
         title="The ladder: built-in shapes, 5 % labeled (64 of 1,280 images)",
         text="From supervised training to both papers, each of their parts alone on "
         "top of Guided Distillation, and the headroom: oracles replace classes, masks "
-        "or both of Guided Distillation's pseudo-labels by the hidden truth, which no "
-        "method may see; `all labels` is supervised training with all 1,280 images. "
+        "or both of Guided Distillation's pseudo-labels by hidden ground truth, which "
+        "no method may see; `all labels` is supervised training with all 1,280 images. "
         "All rows take the same number of steps. The settings of PL-DC and S4M were "
         "chosen with seed 3, which is not in the table, those of the loop with seed 0 "
         "on the validation part; but for three of them test numbers of seed 0 had been "
@@ -272,8 +272,8 @@ STUDIES = {
     "animals": Study(
         title="Photographs: animals of 6 classes, 38 of 378 images labeled",
         text="Photographs of COCO and Open Images, 160 pixels, EfficientNet-Lite0 with "
-        "ImageNet weights. That a weight above one half has to be earned (ssis Eq. "
-        "(overrule)) was chosen with seeds 3 and 4, after test numbers of `full` with "
+        "ImageNet weights. Seeds 3 and 4 chose the rule that a weight above one half "
+        "must pass a test (ssis Eq. (overrule)); by then test numbers of `full` with "
         "one half at most had been seen (docs/log.md)." + PHOTO_TEXT,
         rows=PHOTO_ROWS,
         seeds=(0, 1, 2),

@@ -111,7 +111,7 @@ def test_every_training_command_of_the_documents_would_start():
     for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
         for line in text.splitlines():
-            command = re.match(r"\s*(?:python|torchrun.*?) train\.py( --.+)", line)
+            command = re.match(r"\s*\S*(?:python|torchrun.*?) train\.py( --.+)", line)
             # What follows a row of spaces, or a bracket, explains the command.
             words = re.sub(r"\s{3,}.*|\s\(.*|\.\.\..*", "", command.group(1)) if command else ""
             words = re.sub(r"[\[\]]|--(sam-checkpoint|pretrained) \S+", "", words)

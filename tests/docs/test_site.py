@@ -1,5 +1,6 @@
 """The documentation as a site: everything is on it, and every link leads somewhere."""
 
+import re
 import subprocess
 import sys
 
@@ -24,7 +25,9 @@ def test_the_whole_site(tmp_path, make_site):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     start = (site / "index.html").read_text()
-    # The command to copy, the scoreboard, the figure, and a formula as MathML elsewhere.
+    # The command to copy, the scoreboard, every picture, and a formula as MathML elsewhere.
+    pictures = re.findall(r"!\[[^]]*\]\(docs/([^)]+)\)", (ROOT / "README.md").read_text())
+    assert len(pictures) >= 3 and all(f'src="{picture}"' in start for picture in pictures)
     assert "torchrun train.py" in start and "labels alone" in start and "img/dataflow.svg" in start
     assert "<math" in (site / "equations.html").read_text()
     assert 'href="lines/ssis-filters.html"' in (site / "equations.html").read_text()
@@ -54,13 +57,18 @@ def test_links_by_hand(make_site):
     assert make_site.relinked(text, "docs/assignments/02_filters.md", known) == (
         "[a](../papers.md#part) [b](../index.md)"
     )
+    # A file loses its link, a picture would lose everything.
+    with pytest.raises(make_site.annotate.Mistake, match=r"picture img/x\.jpg is not on"):
+        make_site.relinked("![A tiger](img/x.jpg)", "docs/papers.md", known)
 
 
 @pytest.mark.fast
 def test_a_broken_link_is_found(tmp_path, make_site):
     (tmp_path / "a.html").write_text('<a href="b.html#x"> <img src="c.png"> <a href="https://d">')
-    (tmp_path / "b.html").write_text('<a href="a.html">')
-    assert make_site.broken(tmp_path) == ["a.html: c.png"]
+    (tmp_path / "b.html").write_text('<a id="x" href="a.html"> <a href="#x"> <a href="#y">')
+    (tmp_path / "c.html").write_text('<a href="b.html#z"> <a href="b.html?q#x">')
+    found = ["a.html: c.png", "b.html: #y", "c.html: b.html#z"]
+    assert make_site.broken(tmp_path) == found
 
 
 @pytest.mark.fast

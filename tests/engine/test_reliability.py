@@ -1,15 +1,14 @@
 """Bad days: kills at any moment, damaged checkpoints, full disks, dead processes, two machines.
 
 Runs are those of test_train, started as programs. What must hold: at no moment is there no
-checkpoint that can be loaded (once there was one), and in the end there is what a run has
-that nothing befell, bit for bit (one process) or complete (several). SSIS_KILLS=25 kills
+checkpoint that can be loaded (once there was one), and in the end there is what an
+uninterrupted run has, bit for bit (one process) or complete (several). SSIS_KILLS=25 kills
 more often than the default.
 """
 
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -32,7 +31,7 @@ KILLS = int(os.environ.get("SSIS_KILLS", 3))
 
 @pytest.fixture(scope="module")
 def whole(shapes_folder, tmp_path_factory):
-    """A run that nothing befalls: its folder, and its arguments without the folder."""
+    """An uninterrupted run: its folder, and its arguments without the folder."""
     folder = tmp_path_factory.mktemp("calm")
     arguments = [*dataset_of(shapes_folder), *TINY, "--checkpoint-every", "1"]
     launch("train.py", *arguments, "--output", folder)
@@ -222,6 +221,7 @@ def test_two_damaged_checkpoints_are_no_new_beginning(whole, tmp_path):
 
 def test_a_disk_that_is_full_in_the_middle(whole, tmp_path):
     """Files of more than 20 MB cannot be written, so no checkpoint can; then they can."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limits")
     folder, arguments = whole
     stopped_in_the_middle(arguments, tmp_path)
     done = subprocess.run(

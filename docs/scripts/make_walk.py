@@ -10,6 +10,7 @@ training of a first teacher (docs/scripts/walk.py). `--check` runs nothing: it c
 notebook, and the page's text and code, but not its outputs.
 """
 
+import argparse
 import ast
 import json
 import os
@@ -27,6 +28,7 @@ PHOTOS = HERE / "scripts" / "your_photos.py"
 
 # Where the notebook is opened by itself (Colab): the project comes first.
 FETCH = """\
+import importlib.util
 import os
 import subprocess
 import sys
@@ -44,6 +46,7 @@ if root is None:
         raise SystemExit("not inside the project: fill in REPOSITORY above, and run this again")
     subprocess.run(["git", "clone", REPOSITORY, "ssis-project"], check=True)
     root = places[-1]
+if not all(map(importlib.util.find_spec, ("torchvision", "pycocotools", "segment_anything"))):
     subprocess.run([*install, "-r", str(root / "requirements.txt")], check=True)
 os.chdir(root)"""
 # What `--preset photos` needs beside it.
@@ -158,12 +161,18 @@ def check(parts: list[Cell]) -> bool:
 
 def main() -> None:
     """As the module's text says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--notebook", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
     parts = cells(SOURCE.read_text(encoding="utf-8"))
-    if "--check" in sys.argv:
+    if given.check:
         sys.exit(not check(parts))
     NOTEBOOK.write_text(notebook(parts), encoding="utf-8")
     (HERE / "your_photos.ipynb").write_text(of_photos(), encoding="utf-8")
-    if "--notebook" in sys.argv:
+    if given.notebook:
         return
     with tempfile.TemporaryDirectory() as folder:
         os.environ["WALK_OUT"] = folder

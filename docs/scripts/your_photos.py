@@ -75,7 +75,7 @@ if not PHOTOS:
 # %%
 prepare.main(
     ["own", "--json", str(ANNOTATIONS), "--root", str(PHOTOS)]
-    + ["--out", str(OUT / "data"), "--val", "33%"]
+    + ["--out", str(OUT / "data"), "--val", "33%", "--match-names"]
 )
 
 # %% [markdown]

@@ -301,7 +301,7 @@ def add_folder(dataset: Dataset, folder: str, apart: tuple = ()) -> list[int]:
     pattern = max((part.group_by for part in apart), default="")
     found, warnings = leaks([str(root / name) for name in names], judged, pattern)
     mend = ""
-    if len(found) > 0.2 * len(names):
+    if len(found - versions([str(root / n) for n in names], judged)) > 0.2 * len(names):
         mend = (
             "; if they are other pictures, of one scene, prepare the annotated ones "
             'with --group-by "(.*)": then looks do not count'

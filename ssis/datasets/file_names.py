@@ -91,6 +91,10 @@ def match(records: list[dict], folder: Path, source: str) -> int:
         last = last_part(name)
         files = found.get(last) or found.get(re.sub(r"^[0-9a-f]{8}-", "", last))
         files = files or folded.get(last.casefold()) or []
+        if len(files) > 1:
+            # Of several the one whose folder has the same name, too.
+            ending = re.split(r"[/\\]", unquote(name))[-2:]
+            files = [each for each in files if each.split("/")[-2:] == ending] or files
         if len(files) != 1:
             said = f"{len(files)} images" if files else "no image"
             close = nearest(name, folder)

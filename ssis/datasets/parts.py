@@ -67,7 +67,8 @@ def open_parts(config) -> tuple[Dataset, Dataset, Dataset]:
             train_set.warnings.append(
                 f"{train_set.source}: {len(same)} images are versions of images in "
                 f"{judged.source}, {train_set.files[min(same)]} is the first: a model "
-                "is judged by what it was taught; let prepare own divide them"
+                "is judged by what it was taught; export all images in one part, and "
+                "let prepare own divide them"
             )
     if config.unlabeled_images:
         add_folder(train_set, config.unlabeled_images, apart=(val, test))

@@ -7,9 +7,9 @@ r"""COCO, Cityscapes, PASCAL VOC and your own data, ready to train on; official 
 
 `--root` is the folder as the dataset's site gives it. `--out` becomes what the preset
 of the same name trains on: `instances_train.json` and `instances_val.json`, beside them
-links `train` and `val` to the images, which are not copied, and `splits/`. Each file of
-`splits/` can be given to `--labeled`: this project's own splits, for the papers'
-percentages and three seeds, and published ones (`--lists`, see
+links `train` and `val` to the images, which are not copied, and (but for `own`)
+`splits/`. Each file of `splits/` can be given to `--labeled`: this project's own
+splits, for the papers' percentages and three seeds, and published ones (`--lists`, see
 `ssis/datasets/published.py`).
 
 * **COCO** is already in this format: it is linked, checked and counted.
@@ -88,7 +88,8 @@ def check(dataset: str, out: Path, part: str, names=None) -> Dataset:
     if part == "val" and missing:
         shown = ", ".join(missing[:8]) + (" …" if len(missing) > 8 else "")
         images.warnings.append(
-            f"{images.source}: no image to judge {shown} by; give more to --val"
+            f"{images.source}: no image to judge {shown} by; give more to --val, or "
+            "annotate more"
             if dataset == "own"
             else f"{images.source}: has no {shown}"
         )
@@ -126,13 +127,13 @@ def write_splits(dataset: str, out: Path, train_set, lists: list[str]) -> None:
         print(f"{len(names)} splits in {folder}/, for --labeled: {shown}")
 
 
-def claim(dataset: str, out: Path, source: str) -> None:
+def claim(dataset: str, out: Path, sources: list[str]) -> None:
     """Refuse a folder with files that are not this command's own, before writing any.
 
     Args:
         dataset: what is to be put there.
         out: the folder.
-        source: the JSON of `own`, which must not be overwritten.
+        sources: the JSONs of `own`, which must not be overwritten.
 
     Raises:
         UserError: the folder has an image folder or a JSON that this command, for this
@@ -145,8 +146,8 @@ def claim(dataset: str, out: Path, source: str) -> None:
         if not target.exists() or target.is_symlink():
             continue
         words = convert.description(target)
-        if words[:2] != ["ssis.prepare", dataset] or (
-            source and target.samefile(source)
+        if words[:2] != ["ssis.prepare", dataset] or any(
+            Path(source).exists() and target.samefile(source) for source in sources
         ):
             raise UserError(
                 f"{target}: is there and was not made by prepare {dataset}; choose "
@@ -196,8 +197,8 @@ def run(argv: list[str] | None) -> None:
         train_set = check(args.dataset, out, "train")
         check(args.dataset, out, "val", train_set.names)
         print(
-            f"ready: train.py --preset photos --data {out} ... (photographs), or "
-            f"--preset custom --data {out} --labeled 100% ... (cells and the like)"
+            f"ready: python train.py --preset photos --data {out} ... (photographs), "
+            f"or --preset custom --data {out} --labeled 100% ... (cells and the like)"
         )
         return
     train_set = None

@@ -1,6 +1,7 @@
 r"""Your own data: one COCO JSON, checked and divided into training and validation.
 
     python -m ssis prepare own --json export.json --root photos --out data/own
+        --json A B             several: what was corrected later beside the first
         --val 20%              of the images, or their number, to judge by
         --match-names          find each image by the last part of its name
         --group-by REGEX       what names of copies have in common
@@ -41,7 +42,9 @@ LARGEST = 0.2
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `own`."""
     own = parser.add_argument_group("own")
-    own.add_argument("--json", help="the COCO JSON of your annotation tool")
+    own.add_argument(
+        "--json", nargs="+", default=[], help="the COCO JSON of your annotation tool"
+    )
     own.add_argument("--val", default="20%", help="percentage or number of images")
     own.add_argument(
         "--match-names", action="store_true", help="by the last part of a file_name"
@@ -49,6 +52,38 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--group-by", default="", metavar="REGEX", help="copies, by name")
     own.add_argument("--masks-from-boxes", metavar="PATH", help="weights of a SAM")
     own.add_argument("--sam", default="vit_b", choices=("tiny", *CHECKPOINTS))
+
+
+def joined(paths: list[str]) -> dict:
+    """The content of a JSON, or of several in one.
+
+    A class is the same where its name is. Ids of later JSONs get a number in front:
+    each tool counts from 1.
+
+    Raises:
+        UserError: one of them is not COCO format.
+    """
+    whole = coco_json.load_raw(paths[0])
+    for number, path in enumerate(paths[1:], 2):
+        more = coco_json.load_raw(path)
+        try:
+            known, new = {c["name"]: c["id"] for c in whole["categories"]}, {}
+            for record in more["categories"]:
+                if record["name"] not in known:
+                    known[record["name"]] = f"{number}/{record['id']}"
+                    whole["categories"].append(dict(record, id=known[record["name"]]))
+                new[coco_json.as_number(record["id"])] = known[record["name"]]
+            for record in more["images"]:
+                whole["images"].append(dict(record, id=f"{number}/{record['id']}"))
+            for record in more["annotations"]:
+                ids = {key: f"{number}/{record[key]}" for key in ("id", "image_id")}
+                ids["category_id"] = new[coco_json.as_number(record["category_id"])]
+                whole["annotations"].append(dict(record, **ids))
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: not COCO format: a record has no proper {error}"
+            ) from error
+    return whole
 
 
 def divide(args: argparse.Namespace, out: Path) -> dict[str, dict]:
@@ -66,20 +101,21 @@ def divide(args: argparse.Namespace, out: Path) -> dict[str, dict]:
         UserError: the amount leaves no training image, no image can be spared, or most
             images are of one group.
     """
-    source, raw = args.json, coco_json.load_raw(args.json)
+    source, raw = " + ".join(args.json), joined(args.json)
     if args.match_names:
         changed = file_names.match(raw["images"], args.root, source)
         print(
             f"{changed} of {len(raw['images'])} images found by the last part of a name"
-            ", the others by their names"
+            + (", the others by their names" if changed < len(raw["images"]) else "")
         )
     # Until SAM has drawn them, boxes stand for masks: all else is checked first.
     boxes = masks_from_boxes.outlined(raw, source) if args.masks_from_boxes else []
     dataset = coco_json.read(raw, source, str(args.root), None)
-    name, beside = dataset.files[0], Path(source).parent
+    name, beside = dataset.files[0], Path(args.json[0]).parent
     if not (args.root / name).exists() and (beside / name).exists():
         raise UserError(
-            f"{name}: not in {args.root}, but beside {source}; give --root {beside}"
+            f"{name}: not in {args.root}, but beside {source}; give --root {beside}, "
+            "or --match-names if others are in it"
         )
     dataset.check_files()
     try:
@@ -109,6 +145,11 @@ def divide(args: argparse.Namespace, out: Path) -> dict[str, dict]:
     if earlier and len(val) > count:
         print(
             f"--val {args.val}: the {len(val)} images that an earlier call chose stay"
+        )
+    if not earlier and len(val) < count:
+        print(
+            f"--val {args.val}: {len(val)} images; groups stay whole, and the last "
+            "image of a class is one to train on"
         )
     if boxes:
         masks_from_boxes.draw(boxes, dataset, args, out)

@@ -309,7 +309,7 @@ def test_an_export_that_was_split_after_it_was_augmented(tmp_path):
         flags += [f"--{part}-images", str(tmp_path / folder / "images")]
     train_set, _, _ = open_parts(config.parse(flags))
     (said,) = train_set.warnings
-    assert "3 images are versions of images in" in said and "let prepare own divide" in said
+    assert "3 images are versions of images in" in said and "prepare own divide them" in said
 
 
 def test_versions_are_labeled_together(tmp_path):
@@ -345,6 +345,35 @@ def test_what_the_validation_part_lacks_is_said(tmp_path, capsys):
     (tmp_path / "coco.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"has none of the images in .*give another --out"):
         own(tmp_path)
+
+
+def test_what_was_corrected_later_joins_the_first_export(tmp_path):
+    """Both count from 1, and number the classes in their own ways; one class is new."""
+    export(tmp_path, {f"{k}.png": picture(k) for k in range(6)})
+    before = own(tmp_path, "--val", "2")
+    export(tmp_path / "more", {f"new{k}.png": picture(9 + k) for k in range(3)})
+    raw = json.loads((tmp_path / "more" / "coco.json").read_text())
+    raw["categories"] = [dict(id=1, name="rare"), dict(id=2, name="cell")]
+    for record, label in zip(raw["annotations"], (2, 1, 2), strict=True):
+        record["category_id"] = label
+    later = tmp_path / "more" / "coco.json"
+    later.write_text(json.dumps(raw))
+    for path in (tmp_path / "more" / "images").iterdir():
+        path.rename(tmp_path / "images" / path.name)
+    parts = own(tmp_path, "--val", "2", "--json", str(tmp_path / "coco.json"), str(later))
+    assert parts["val"] == before["val"]
+    assert sorted(parts["train"]) == sorted([*before["train"], "new0.png", "new1.png", "new2.png"])
+    dataset = coco_json.load_coco(str(tmp_path / "out" / "instances_train.json"),
+                                  str(tmp_path / "images"))  # fmt: skip
+    labels = {name: dataset.target(k)["labels"].tolist() for k, name in enumerate(dataset.files)}
+    assert dataset.names == ["cell", "rare"]
+    assert [labels[f"new{k}.png"] for k in range(3)] == [[1], [2], [1]]
+    # The same image in both is one claim too many; and what is no record is one line.
+    with pytest.raises(UserError, match=r"two images have the file_name '0.png'"):
+        own(tmp_path, "--json", *2 * [str(tmp_path / "coco.json")])
+    later.write_text(json.dumps(dict(raw, images=[3])))
+    with pytest.raises(UserError, match=r"more/coco.json: not COCO format"):
+        own(tmp_path, "--json", str(tmp_path / "coco.json"), str(later))
 
 
 def test_images_beside_the_json(tmp_path):
@@ -388,6 +417,10 @@ def test_names_by_their_last_part(tmp_path, capsys):
 def test_a_name_that_could_mean_two_files(tmp_path):
     export(tmp_path, {"a/1.png": picture(1), "b/1.png": picture(2)})
     raw = json.loads((tmp_path / "coco.json").read_text())
+    # Its folder's name tells, too.
+    raw["images"][0]["file_name"] = "C:\\photos\\b\\1.png"
+    assert file_names.match(raw["images"][:1], tmp_path / "images", "coco.json") == 1
+    assert raw["images"][0]["file_name"] == "b/1.png"
     raw["images"][0]["file_name"] = "c/1.png"
     with pytest.raises(UserError, match=r"'c/1.png': 2 images of this name"):
         file_names.match(raw["images"], tmp_path / "images", "coco.json")

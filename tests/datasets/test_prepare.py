@@ -304,7 +304,7 @@ def test_ones_own_json_is_divided(tmp_path, capsys, coco_folder):
     assert sum(len(part.labels) for part in parts) == len(whole["annotations"])
     assert parts[0].names == parts[1].names
     said = capsys.readouterr().out
-    assert "ready: train.py --preset photos --data " in said
+    assert "ready: python train.py --preset photos --data " in said
     assert "or --preset custom --data " in said and "no image to judge" not in said
     for share, said in [
         ("100%", "leaves no image to train on"),

@@ -320,7 +320,7 @@ class Config:
         scope=LATER,
     )
     filter: str = setting(
-        "adaptive",
+        "calibrated",
         "what keeps a pseudo-label. score: class score (GD); coupled: class score "
         "times mask quality; dual: a threshold for each of the two (PL-DC); adaptive: "
         "thresholds of each class (PL-DC); three-way: as adaptive, but the correction "

@@ -23,11 +23,15 @@ PLAIN = dict(
 # of the highest predicted IoU without a gate, copy-paste. Each has a switch of its own.
 PL_DC = dict(filter="adaptive", correction="prototypes", uncertainty=True)
 S4M = dict(structure_weight=1.0, refine="iou", refine_gate=0.0, arp="unlabeled")
-# This project's parts, in neither paper: instance-level matching of SAM's candidates
-# with the teacher's mask, a gate, calibration by their agreement, boundary-aware
-# distillation.
+# This project's parts, in neither paper: thresholds, gate and trust that are measured,
+# instance-level matching of SAM's candidates with the teacher's mask, a gate,
+# calibration by their agreement, boundary-aware distillation.
 OWN = dict(
-    refine="agreement", refine_gate=0.5, refine_calibrate=True, structure_boundary=0.5
+    filter="calibrated",
+    refine="agreement",
+    refine_gate=0.5,
+    refine_calibrate=True,
+    structure_boundary=0.5,
 )
 
 # `supervised` is pretraining for all the steps, `full` both papers in one loop, and

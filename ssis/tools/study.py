@@ -123,7 +123,9 @@ PHOTO_TEXT = (
 # `s4m` and `full` as they were until 2026-11-25. Studies that have not been made anew
 # since then have them; the category correction was another one then, too.
 S4M_BEFORE = "--method s4m --refine agreement --refine-gate 0.5"
-FULL_BEFORE = "--method full --no-refine-calibrate --structure-boundary 0"
+FULL_BEFORE = (
+    "--method full --filter adaptive --no-refine-calibrate --structure-boundary 0"
+)
 BEFORE = (
     " Made before 2026-11-25: S4M with the candidate that agrees best and a gate "
     "of 0.5, `full` without calibration, and category correction in which the "
@@ -157,8 +159,10 @@ STUDIES = {
             "+ refinement by SAM": f"{GD} --refine agreement",
             "+ copy-paste": f"{GD} --arp unlabeled",
             "s4m (as published)": "--method s4m",
-            "pl-dc + s4m as published": "--method full --structure-weight 1 "
-            "--structure-boundary 0 --refine iou --refine-gate 0 --no-refine-calibrate",
+            "pl-dc + s4m as published": "--method full --filter adaptive "
+            "--structure-weight 1 --structure-boundary 0 --refine iou --refine-gate 0 "
+            "--no-refine-calibrate",
+            "full, adaptive filter": "--method full --filter adaptive",
             "full (both papers, own parts)": "--method full",
             "oracle: classes": f"{GD} --oracle class",
             "oracle: masks": f"{GD} --oracle mask",
@@ -226,7 +230,8 @@ STUDIES = {
             "guided-distillation": GD,
             "pl-dc": "--method pl-dc",
             "s4m": S4M_BEFORE,
-            "full": FULL_BEFORE,
+            "full, adaptive filter": FULL_BEFORE,
+            "full": "--method full",
             "all labels": "--method supervised --labeled 100%",
         },
         seeds=(0, 1),
@@ -250,10 +255,10 @@ STUDIES = {
         "validation part is the test part: `python -m ssis prepare own --json "
         "nuclei/instances_train.json --root nuclei/train --out FOLDER --val 40`, and "
         "that part copied to `FOLDER/instances_test.json` and `FOLDER/test`. `full` is "
-        "PL-DC with measured thresholds; it is without category correction, since there "
-        "is one class, without SAM, of which no official weights could be had, and "
-        "without copy-paste, which made first teachers worse on the validation images "
-        "(test numbers of two runs with it had been seen as well, docs/log.md). Guided "
+        "PL-DC with measured thresholds; it is without category correction, since "
+        "there is one class, without SAM, of which no official weights could be had, "
+        "and without copy-paste, which made first teachers worse on the validation "
+        "images (test numbers of two runs with it had been seen, docs/log.md). Guided "
         "Distillation's threshold and the weight of unlabeled images were chosen with "
         "seed 3 (docs/log.md). Rows with one run are marked by it.",
         rows={

@@ -34,7 +34,7 @@ def test_help_says_what_a_bare_call_uses(capsys, monkeypatch):
         assert config.flag(field.name) in said and field.metadata["reason"] in said, field.name
     for words in (
         "--filter {score,coupled,dual,adaptive,three-way,calibrated}",
-        "[adaptive; set by --method and --preset]",
+        "[calibrated; set by --method and --preset]",
         "--method {supervised,guided-distillation,pl-dc,s4m,full}",
         "[0.99; set by --preset]",
         "a fraction (5%)",
@@ -190,7 +190,7 @@ def test_an_old_record_means_what_it_meant():
     assert config.from_saved(saved) == now and config.differences(now, saved) == []
     assert config.differences(config.Config(), saved)[:2] == [
         "--method was guided-distillation, is full",
-        "--filter was score, is adaptive",
+        "--filter was score, is calibrated",
     ]
     assert config.differences(now, saved | dict(structure_channels=1.0)) == []
     assert config.differences(now, saved | dict(structure_channels=0.5)) == [

@@ -223,7 +223,18 @@ def test_distillation_sees_the_images_that_sam_saw(whole, few, tmp_path, monkeyp
 
 
 # Both papers, every switch on, and a teacher that finds a few things after four steps.
-FULL = ["--method", "full", "--tau-min", "0.02", "--tau-max", "0.1", "--refine-gate", "0"]
+FULL = [
+    "--method",
+    "full",
+    "--filter",
+    "adaptive",
+    "--tau-min",
+    "0.02",
+    "--tau-max",
+    "0.1",
+    "--refine-gate",
+    "0",
+]
 FULL += ["--tau-mask-min", "0.02", "--tau-mask-max", "0.1"]
 FULL += ["--refine-calibrate", "--arp", "both", "--structure-queries", "8"]
 FULL += ["--structure-weight", "1", "--align"]

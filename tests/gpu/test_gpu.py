@@ -24,6 +24,7 @@ SHORT = [*TINY, "--pretrain-steps", "2", "--burnin-steps", "1", "--mutual-steps"
 SHORT += ["--tau-min", "0.05", "--tau-max", "0.1", "--tau-mask-min", "0.1"]
 SHORT += ["--tau-mask-max", "0.2", "--eval-every", "5", "--audit-images", "2"]
 FULL = ["--method", "full", "--structure-weight", "1", "--correction", "prototypes"]
+FULL += ["--filter", "adaptive"]
 
 
 def drive(*arguments, root=ROOT) -> subprocess.CompletedProcess:
@@ -38,7 +39,7 @@ def drive(*arguments, root=ROOT) -> subprocess.CompletedProcess:
         ("train", "--method guided-distillation --burnin-init fresh"),
         ("train", "--method pl-dc --deterministic"),
         ("train", "--method s4m --deterministic"),
-        ("all", "--method full --structure-weight 1 --amp fp16 --deterministic"),
+        ("all", "--method full --filter adaptive --structure-weight 1 --amp fp16 --deterministic"),
     ],
 )
 def test_every_method_runs(program, flags, shapes_folder, tmp_path):

@@ -161,8 +161,8 @@ The minutes are those of the fastest run with unlabeled images, on one CPU core.
 take the same number of steps (in the first two rows a third more than the quick run).
 Shapes and signs are drawn images; no setting was chosen on signs. `full` measures its thresholds on
 the validation images, whose labels train no model (128 shapes, 70 animals, 40 blood cells). The
-bundled tiny SAM was trained on other drawings. {real} start from ImageNet features and do not use SAM. Unlabeled images do not
-always help: on blood cells and nuclei they brought no gain beyond the noise
+bundled tiny SAM was trained on other drawings. {real} start from ImageNet features and do not use
+SAM. Unlabeled images do not always help: on blood cells and nuclei they brought no gain beyond the noise
 ([results](docs/results.md))."""
 # Study, its row of all parts, what it is, and the labeled images.
 BOARD = (

@@ -162,8 +162,8 @@ take the same number of steps (in the first two rows a third more than the quick
 Shapes and signs are drawn images; no setting was chosen on signs. `full` measures its thresholds on
 the validation images, whose labels train no model (128 shapes, 70 animals, 40 blood cells). The
 bundled tiny SAM was trained on other drawings. {real} start from ImageNet features and do not use
-SAM. Unlabeled images do not always help: on blood cells and nuclei they brought no gain beyond the noise
-([results](docs/results.md))."""
+SAM. Unlabeled images do not always help: on blood cells and nuclei they brought no gain beyond the
+noise ([results](docs/results.md))."""
 # Study, its row of all parts, what it is, and the labeled images.
 BOARD = (
     ("ladder", "full (both papers, own parts)", "shapes", "64 of 1,280"),

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from ssis import correction, data  # noqa: E402
+from ssis import calibration, correction, data  # noqa: E402
 from ssis.datasets import parts, split  # noqa: E402
 from ssis.engine import resume  # noqa: E402
 from ssis.engine.build import build  # noqa: E402
@@ -42,6 +42,10 @@ def stages(run: Path, wanted: list[int]) -> None:
     labeler.teacher.load_state_dict(student.state_dict())
     labeler.thresholds.start(train_set.class_shares(labeled))
     correction.fill(labeler.classifier, labeler.teacher, streams.labeled, 0, 1)
+    if config.filter == "calibrated":
+        judged = data.Stream(val_set, list(range(len(val_set))), config.view_size, 0, True)
+        items = (judged[k] for k in range(len(val_set)))
+        calibration.calibrate(labeler, *calibration.look(labeler, items, config))
 
     rows = []
     for index in wanted:

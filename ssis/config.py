@@ -632,6 +632,15 @@ class Config:
         return self.tau_min if self.filter in filters.ADAPTIVE else self.tau_class
 
     @property
+    def idle_thresholds(self) -> list[str]:
+        """Flags of adaptive thresholds that were given, where others are measured."""
+        if self.filter != "calibrated":
+            return []
+        names = ("tau_min", "tau_max", "tau_mask_min", "tau_mask_max")
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        return [flag(name) for name in names if getattr(self, name) != usual[name]]
+
+    @property
     def pastes_labeled(self) -> bool:
         """Whether instances are pasted between labeled images."""
         return self.arp in ("labeled", "both")

@@ -85,6 +85,12 @@ class Session:
                 "(docs/sam.md)",
                 file=sys.stderr,
             )
+        if rank == 0 and (idle := config.idle_thresholds):
+            print(
+                f"note: {', '.join(idle)}: not used, for --filter calibrated measures "
+                "its thresholds; --filter adaptive has these",
+                file=sys.stderr,
+            )
         self.train_set, self.val_set, self.test_set = parts.open_parts(config)
         path = self.folder / "labeled.json"
         labeled, unlabeled = split.split(self.train_set, config, path)

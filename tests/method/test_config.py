@@ -180,6 +180,15 @@ def test_a_first_teacher_of_a_run_in_one_part_depends_on_the_steps_in_all():
     assert {"mutual_steps", "burnin_steps"} <= config.after_pretraining(config.Config())
 
 
+def test_thresholds_that_are_not_used_are_named():
+    """The default measures its own; a flag without effect must not pass in silence."""
+    given = ["--tau-min", "0.8", "--tau-mask-max", "0.95"]
+    assert config.parse(given).idle_thresholds == ["--tau-min", "--tau-mask-max"]
+    assert config.parse([*given, "--filter", "adaptive"]).idle_thresholds == []
+    for preset in ("shapes", "coco"):
+        assert config.parse(["--preset", preset, "--sam", "tiny"]).idle_thresholds == []
+
+
 def test_an_old_record_means_what_it_meant():
     """A part that was not there yet was not used; an option that is gone may have been."""
     plain = config.METHODS["guided-distillation"]

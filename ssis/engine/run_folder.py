@@ -277,14 +277,15 @@ def table(summary: dict, folder: Path) -> str:
     """The small table that a run ends with."""
     who = [name for name, value in summary["mask_ap"].items() if value is not None]
     lines = [summary["warning"]] if "warning" in summary else []
-    lines.append(f"{'AP in percent':<16}" + "".join(f"{name:>12}" for name in who))
+    titles = ["first teacher" if name == "pretrained" else name for name in who]
+    lines.append(f"{'AP in percent':<16}" + "".join(f"{name:>14}" for name in titles))
     for kind in ("mask_ap", "box_ap"):
-        values = "".join(f"{summary[kind][name]:12.2f}" for name in who)
+        values = "".join(f"{summary[kind][name]:14.2f}" for name in who)
         lines.append(f"{kind.replace('_ap', ''):<16}{values}")
         # Of crowded images: what COCO's own evaluation, of 100 detections, would say.
         details = [summary["details"][name][kind.replace("_ap", "")] for name in who]
         if all("AP@100" in numbers for numbers in details):
-            values = "".join(f"{numbers['AP@100']:12.2f}" for numbers in details)
+            values = "".join(f"{numbers['AP@100']:14.2f}" for numbers in details)
             lines.append(f"{kind.replace('_ap', '') + ' (of 100)':<16}{values}")
     lines.append(
         f"on {summary['evaluated_on']} ({summary['test_images']} images), "

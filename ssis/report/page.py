@@ -168,15 +168,18 @@ def results(summary: dict) -> str:
     crowded = all("AP@100" in details[name]["mask"] for name in models)
     numbers += ["AP@100"] if crowded else []
     rows = [
-        [f"{name}, {kind}", *(details[name][kind][n] for n in numbers)]
+        [
+            f"{'first teacher' if name == 'pretrained' else name}, {kind}",
+            *(details[name][kind][n] for n in numbers),
+        ]
         for kind in ("mask", "box")
         for name in models
     ]
     text = table(["in percent", *numbers], rows)
     text += (
         f'<p class="note">On {html.escape(summary["evaluated_on"])} '
-        f"({summary['test_images']} images). pretrained: the first teacher, which has "
-        "seen labeled images only. APs, APm, APl: instances under 32², under 96² and "
+        f"({summary['test_images']} images). The first teacher has seen labeled "
+        "images only. APs, APm, APl: instances under 32², under 96² and "
         "larger, in pixels."
         + (" AP@100: of 100 detections an image and class, as COCO." if crowded else "")
         + "</p>"

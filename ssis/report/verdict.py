@@ -298,7 +298,7 @@ def verdict(
     certain = all(
         c["gain"] > 0 and c["interval"] and c["interval"][0] > 0 for c in compared
     )
-    sentence = f"with the unlabeled images the mask AP is {ap:.1f}: "
+    sentence = f"with the unlabeled images the final teacher has mask AP {ap:.1f}: "
     sentence += "; ".join(one["words"] for one in compared)
     return dict(
         sentence=sentence,

@@ -33,7 +33,7 @@ from ssis.calibration import largest_trust
 from ssis.config import Config, differences, save
 from ssis.io import checkpoint
 from ssis.io.files import write_text, writing
-from ssis.report.curves import MODELS, read_metrics
+from ssis.report.curves import MODELS, TITLES, read_metrics
 
 
 @contextlib.contextmanager
@@ -277,8 +277,8 @@ def table(summary: dict, folder: Path) -> str:
     """The small table that a run ends with."""
     who = [name for name, value in summary["mask_ap"].items() if value is not None]
     lines = [summary["warning"]] if "warning" in summary else []
-    titles = ["first teacher" if name == "pretrained" else name for name in who]
-    lines.append(f"{'AP in percent':<16}" + "".join(f"{name:>14}" for name in titles))
+    titles = "".join(f"{TITLES[name]:>14}" for name in who)
+    lines.append(f"{'AP in percent':<16}{titles}")
     for kind in ("mask_ap", "box_ap"):
         values = "".join(f"{summary[kind][name]:14.2f}" for name in who)
         lines.append(f"{kind.replace('_ap', ''):<16}{values}")

@@ -21,6 +21,8 @@ from matplotlib import pyplot as plt
 
 # The models whose AP a run reports; best: on the validation part, at any time.
 MODELS = ("pretrained", "student", "teacher", "best")
+# What readers see.
+TITLES = dict(zip(MODELS, ("first teacher", *MODELS[1:]), strict=True))
 
 
 # Why a panel may stay empty in a finished run.

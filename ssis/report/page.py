@@ -35,7 +35,7 @@ from ssis import UserError, distributed
 from ssis.report import curves, pictures
 from ssis.config import Config, flag, from_saved
 from ssis.io.files import write_text, writing
-from ssis.report.curves import MODELS
+from ssis.report.curves import MODELS, TITLES
 
 # So many strips of pseudo-labels, from the first to the last.
 STRIPS = 6
@@ -168,10 +168,7 @@ def results(summary: dict) -> str:
     crowded = all("AP@100" in details[name]["mask"] for name in models)
     numbers += ["AP@100"] if crowded else []
     rows = [
-        [
-            f"{'first teacher' if name == 'pretrained' else name}, {kind}",
-            *(details[name][kind][n] for n in numbers),
-        ]
+        [f"{TITLES[name]}, {kind}", *(details[name][kind][n] for n in numbers)]
         for kind in ("mask", "box")
         for name in models
     ]
@@ -290,7 +287,8 @@ def per_class(summary: dict | None) -> str:
         ]
         for name in details[models[-1]]["mask_per_class"]
     ]
-    head = ["class", *(f"{m} AP" for m in models), *(k.replace("_", " ") for k in keys)]
+    head = ["class", *(f"{TITLES[model]} AP" for model in models)]
+    head += [key.replace("_", " ") for key in keys]
     return "<h2>Class by class</h2>" + table(head, rows)
 
 

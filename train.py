@@ -69,8 +69,9 @@ def train(config: Config) -> None:
                     model.start_afresh(net, config.seed, *model_of(config))
                     optimizer.state.clear()
             if step == burnin_end:
-                # PL-DC's correction has weight 0.5 until here, 0 at the end: measure it now.
-                session.audit_burnin(stages(session.audit_items(), step))
+                # PL-DC's correction has weight 0.5 until here, 0 at the end (ours: measured).
+                if config.burnin_steps:
+                    session.audit_burnin(stages(session.audit_items(), step))
                 # GD: teacher := student; the student has caught up with its frozen teacher.
                 teacher.load_state_dict(net.state_dict())
                 if config.burnin_init == "fresh":
@@ -89,9 +90,8 @@ def train(config: Config) -> None:
                 structure, optimizer, schedule, scaler, guard,
             )  # fmt: skip
             if step >= burnin_end:
-                # GD Eq. (EMA): the teacher follows the student slowly. It is an average over
-                # many steps, smoother than any single student, and mistakes must persist to
-                # get into it.
+                # GD Eq. (EMA): the teacher is an average over many steps, smoother than any
+                # single student, and mistakes must persist to get into it.
                 ema_update(teacher, net, config.ema_decay)
 
             # Log, warn, save and stop, where due; a checkpoint holds all of this step, or none.
@@ -245,7 +245,7 @@ def pseudo_labels(
         weak: B images (3, H, W) float in [0, 1].
         items: of `data.Stream`, for the same images; their ground truth serves --oracle alone.
         config: the settings.
-        step: t, the number of steps done; PL-DC's correction fades with it.
+        step: t, the number of steps done; PL-DC's correction fades with it (ours: measured).
         min_score: class score down to which predictions are returned, if none lower is of use.
 
     Returns:
@@ -268,7 +268,7 @@ def pseudo_labels(
         pairs = zip(kept, items, strict=True)
         latest = [refine.refine(p, labeler.embeddings, item, *how) for p, item in pairs]
         stages["refined"] = latest
-    # PL-DC, category level: another classifier has a say, less and less.
+    # PL-DC, category level: another classifier has a say, less and less (ours: as measured).
     if config.correction != "none":
         weight = correction.weight(step, *config.stage_ends[1:], labeler.calibration.trust)
         latest = correction.correct(latest, weak, labeler.classifier, weight)

@@ -150,6 +150,9 @@ def weak_view(image: Tensor, target: dict | None, size: "data.ViewSize", seed: i
     # One generator for each view, seeded by the stream: it does not matter which worker
     # makes the view, or what was made before it. With a crop not with the strong view's
     # seed: the scale and whether colors are jittered would be the same first draw.
+    # (Without a crop the flip shares a draw with the strong view's grayscale: the 4 %
+    # of views that are gray are all mirrored. To mend it would change all recorded
+    # runs.)
     generator = torch.Generator().manual_seed(seed ^ 4 if size.crop[0] else seed)
     geometry = draw_geometry(tuple(image.shape[-2:]), size, generator)
     # First the pixels, as uint8 (a quarter of the memory), then the masks.

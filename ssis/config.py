@@ -273,7 +273,9 @@ class Config:
         valid="> 0 and finite",
     )
     backbone_lr_factor: float = setting(
-        1.0, "the backbone's step size against the others' (GD 0.1; Mask R-CNNs 1)"
+        1.0,
+        "the backbone's step size against the others' (GD 0.1; Mask R-CNNs 1)",
+        valid=">= 0",
     )
     weight_decay: float = setting(
         0.05, "AdamW's, as in GD; not on biases and norms", valid=">= 0"
@@ -504,7 +506,7 @@ class Config:
     refine_gate: float = setting(
         0.5,
         "SAM's mask is taken if its IoU with the teacher's is at least this (this "
-        "project's); 0: always (S4M)",
+        "project's); 0: always (S4M); --filter calibrated measures it instead",
         valid="from 0 to 1",
         scope=LATER,
         part=True,
@@ -633,11 +635,13 @@ class Config:
 
     @property
     def idle_thresholds(self) -> list[str]:
-        """Flags of adaptive thresholds that were given, where others are measured."""
+        """Flags of thresholds and gate that were given, where these are measured."""
         if self.filter != "calibrated":
             return []
-        names = ("tau_min", "tau_max", "tau_mask_min", "tau_mask_max")
+        names = ["tau_class", "tau_mask", "tau_min", "tau_max", "tau_mask_min"]
+        names += ["tau_mask_max", "threshold_decay", "refine_gate"]
         usual = {f.name: f.default for f in dataclasses.fields(self)}
+        usual |= PRESETS[self.preset] | switches(self.preset, self.method, self.model)
         return [flag(name) for name in names if getattr(self, name) != usual[name]]
 
     @property
@@ -800,6 +804,10 @@ class Config:
                 f"--backbone-weights {self.backbone_weights}: the small model has "
                 "none; add --model timm or resnet50"
             )
+        if self.backbone != Config.backbone and self.model != "timm":
+            raise UserError(
+                f"--backbone {self.backbone}: add --model timm, which has it"
+            )
         if self.backbone_weights == "coco" and self.model == "timm":
             raise UserError(
                 "--backbone-weights coco: is a whole resnet50; give imagenet, or add "
@@ -836,7 +844,12 @@ def parse(argv: list[str] | None = None) -> Config:
     )
     model = given.get("model", PRESETS[preset].get("model", Config.model))
     own = switches(preset, method, model)
-    if preset == "photos" and not {"sam", "sam_checkpoint", "refine"} & given.keys():
+    asked = given.get("refine", "none") != "none"
+    if (
+        preset == "photos"
+        and not asked
+        and not {"sam", "sam_checkpoint"} & given.keys()
+    ):
         # Meta's weights are not there for everyone: without them, without SAM's parts.
         own |= WITHOUT_SAM
     config = Config(**{**PRESETS[preset], **own, **given})

@@ -21,7 +21,8 @@ $$w(t) = \frac{1}{4} \left(\cos \pi \frac{t - t_{\mathrm{burn}}}
   {t_{\mathrm{max}} - t_{\mathrm{burn}}} + 1\right)$$ PL-DC Eq. (w)
 
 It is one half until the end of the burn-in, and falls from there to 0 at the end of the
-run.
+run. With `--filter calibrated`, as in `full`, it is measured instead
+(`ssis/calibration.py`), and stays.
 
 Why a mixture and not a vote? In a mixture the confidence of each side counts. And the
 weight falls on purpose: an opinion that never changes would in the end hold back a

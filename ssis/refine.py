@@ -31,7 +31,8 @@ of the presets, `full` has them, and `s4m` is as published:
   is meant.
 
 * *Gate.* The candidate is taken only if its IoU with the teacher's mask reaches
-  `refine_gate`; otherwise the teacher's mask stays. S4M has no gate, and at COCO 10 %,
+  `refine_gate`, or what `ssis/calibration.py` measures instead (`--filter calibrated`,
+  as in `full`); otherwise the teacher's mask stays. S4M has no gate, and at COCO 10 %,
   where the teacher is already good, it is slightly below Guided Distillation (34.6
   against 35.0).
 

@@ -123,7 +123,9 @@ def prepare(config: Config, held: contextlib.ExitStack) -> Path | None:
                 "summary.json",
                 "labeled.json",
             ):
-                (folder / name).unlink(missing_ok=True)
+                # A split that this run is given stays.
+                if (folder / name).resolve() != Path(config.labeled).resolve():
+                    (folder / name).unlink(missing_ok=True)
             for path in (folder / "tensorboard").glob("events.*"):
                 path.unlink()
         save(config, saved)
@@ -200,7 +202,7 @@ def summary(config: Config, results: dict, counts: dict, test_set, seconds: floa
         box_ap=numbers("box"),
         audit=results.get("audit"),
         audit_per_class=results.get("audit_per_class"),
-        # What each level did, when the correction counts most and at the end.
+        # What each level did: PL-DC's correction counts most at the end of the burn-in.
         audit_stages={
             "end of burn-in": results.get("burnin", {}).get("audit_stages"),
             "end": results.get("audit_stages"),
@@ -268,7 +270,7 @@ def oracle_note(config: Config) -> dict:
 
 
 def write_summary(folder: Path, summary: dict) -> None:
-    """Write `summary.json`, the last file of a run."""
+    """Write `summary.json`: the run is finished, but for pictures and report."""
     with writing(folder / "summary.json"):
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 

@@ -88,7 +88,7 @@ class Session:
         if rank == 0 and (idle := config.idle_thresholds):
             print(
                 f"note: {', '.join(idle)}: not used, for --filter calibrated measures "
-                "its thresholds; --filter adaptive has these",
+                "thresholds and gate; with another --filter they are given",
                 file=sys.stderr,
             )
         self.train_set, self.val_set, self.test_set = parts.open_parts(config)

@@ -136,8 +136,11 @@ def apply_oracle(pseudo: PseudoLabels, target: dict, what: str) -> PseudoLabels:
     if what in ("mask", "both"):
         result.boxes, result.masks = pseudo.boxes.clone(), pseudo.masks.clone()
         result.mask_probs = pseudo.mask_probs.clone()
+        # A mask that is true is beyond doubt, whatever SAM and the teacher agreed on.
+        result.mask_quality = pseudo.mask_quality.clone()
         result.boxes[hit], result.masks[hit] = true["boxes"], true["masks"].bool()
         result.mask_probs[hit] = true["masks"].float()
+        result.mask_quality[hit] = 1.0
     return result
 
 

@@ -10,8 +10,9 @@ difference is for these two models, not what another seed would give.
 
 Then, stage by stage, whether SAM, category classifier and alignment made the
 pseudo-labels better or worse, measured on unlabeled images whose ground truth is hidden
-from training (`ssis/report/audit.py`), or else on the validation images
-(`ssis/calibration.py`).
+from training (`ssis/report/audit.py`). Without such ground truth it is what was
+measured on the validation images (`ssis/calibration.py`): SAM's masks, and who is right
+where classifier and teacher disagree.
 
 Read next: `ssis/report/page.py`, where it stands at the top.
 """
@@ -172,6 +173,12 @@ def stages(audit: dict | None, calibration: dict | None) -> list[str]:
                 f"SAM's masks are {word} than the teacher's (mask IoU {old:.2f} -> "
                 f"{new:.2f} on validation images)"
             )
+    if not audit and calibration and calibration.get("disagreements"):
+        lines.append(
+            f"where category classifier and teacher disagree, the classifier is right "
+            f"{calibration['classifier_right']} times, the teacher "
+            f"{calibration['teacher_right']} times (on validation images)"
+        )
     return lines
 
 

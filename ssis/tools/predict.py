@@ -60,7 +60,9 @@ def find_images(given: list[str], out: Path) -> dict[str, Path]:
         UserError: an argument does not exist, or there is no image.
     """
     images: dict[str, Path] = {}
-    seen, taken, own = set(), set(), out.resolve()
+    seen, taken = set(), set()
+    # Of an earlier call; the images may lie in the same folder.
+    own = {(out / name).resolve() for name in ("overlays", "masks")}
     for argument in map(Path, given):
         if argument.is_dir():
             files = sorted(
@@ -75,7 +77,7 @@ def find_images(given: list[str], out: Path) -> dict[str, Path]:
             raise UserError(f"{argument}: no such file or folder")
         for name, path in named:
             real = path.resolve()
-            if real in seen or own in real.parents:
+            if real in seen or own & set(real.parents):
                 continue
             seen.add(real)
             # Two folders may have photos of one name; on some disks A and a are one.
@@ -131,9 +133,17 @@ def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> t
                     (detections,) = ap.detect_instances(
                         net, [image], device, args.score
                     )
-                except (UserError, MemoryError, torch.OutOfMemoryError) as error:
-                    known = isinstance(error, UserError)
-                    why = error if known else f"{path}: too large for the memory"
+                except UserError as error:
+                    bar.write(f"skipped: {error}", file=sys.stderr)
+                    continue
+                except (MemoryError, RuntimeError) as error:
+                    # A CPU's allocator raises a plain RuntimeError.
+                    full_memory = isinstance(
+                        error, (MemoryError, torch.OutOfMemoryError)
+                    )
+                    if not full_memory and "can't allocate memory" not in str(error):
+                        raise
+                    why = f"{path}: too large for the memory"
                     bar.write(f"skipped: {why}", file=sys.stderr)
                     continue
                 full += len(detections) == net.roi_heads.detections_per_img

@@ -562,3 +562,24 @@ def test_real_images_train_evaluate_and_resume(name, few, tmp_path, capsys):
     assert os.stat(tmp_path / "checkpoint.pt").st_mtime_ns == before
     out = inside(capsys, evaluate.main, tmp_path / "checkpoint.pt")
     assert "AP per class             mask    box" in out
+
+
+def test_without_a_burn_in_there_is_no_audit_of_its_end(shapes_folder, tmp_path):
+    """Nothing is taught before; the thresholds are measured one step later."""
+    flags = [*dataset_of(shapes_folder), *TINY, "--filter", "calibrated", "--burnin-steps", "0"]
+    train.main([*flags, "--output", str(tmp_path / "run")])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["audit_stages"]["end of burn-in"] is None and summary["audit_stages"]["end"]
+
+
+def test_the_split_of_a_run_that_is_made_anew_stays(whole, tmp_path):
+    """`--labeled` may name the file of the very folder that is written."""
+    folder, arguments, _ = whole
+    split = (folder / "labeled.json").read_bytes()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "labeled.json").write_bytes(split)
+    few = ["--method", "supervised", "--burnin-steps", "1", "--mutual-steps", "0"]
+    given = ["--labeled", str(run / "labeled.json"), "--output", str(run)]
+    train.main([*arguments, *few, *given, "--resume", "never"])
+    assert json.loads((run / "labeled.json").read_text())["labeled"] == json.loads(split)["labeled"]

@@ -187,6 +187,19 @@ def test_thresholds_that_are_not_used_are_named():
     assert config.parse([*given, "--filter", "adaptive"]).idle_thresholds == []
     for preset in ("shapes", "coco"):
         assert config.parse(["--preset", preset, "--sam", "tiny"]).idle_thresholds == []
+    assert config.parse(["--preset", "photos"]).idle_thresholds == []
+    given = ["--refine-gate", "0.9", "--tau-class", "0.95"]
+    assert config.parse(given).idle_thresholds == ["--tau-class", "--refine-gate"]
+    # What a preset or a method sets was not given.
+    flags = ["--preset", "coco", "--sam", "tiny", "--filter", "calibrated"]
+    assert config.parse(flags).idle_thresholds == []
+
+
+def test_without_sam_may_be_asked_for():
+    """`--refine none` asks for less of SAM, not for SAM."""
+    asked = config.parse(["--preset", "photos", "--method", "s4m", "--refine", "none"])
+    silent = config.parse(["--preset", "photos", "--method", "s4m"])
+    assert asked == silent and not asked.uses_sam
 
 
 def test_an_old_record_means_what_it_meant():

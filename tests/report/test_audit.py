@@ -182,3 +182,15 @@ def test_the_oracle_replaces_what_it_says_and_nothing_else():
     # What lies on nothing is still wrong, and what was not found still missing.
     assert perfect["box_precision"] == 0.5 and perfect["recall"] == 0.5
     assert kept.labels.tolist() == [2, 3]
+
+
+def test_a_true_mask_of_the_oracle_is_trained_with_its_full_weight():
+    """What SAM and the teacher agreed on was said of another mask."""
+    kept = pseudo([(2, 0, 10), (28, 28, 10)], [2, 3])
+    kept.mask_quality = torch.tensor([0.3, 0.3])
+    true = ground_truth([(0, 0, 10), (20, 0, 10)], [1, 3])
+    weights = audit.apply_oracle(kept, true, "mask").mask_quality
+    torch.testing.assert_close(weights, torch.tensor([1.0, 0.3]))
+    assert (
+        audit.apply_oracle(kept, true, "class").mask_quality.tolist() == kept.mask_quality.tolist()
+    )

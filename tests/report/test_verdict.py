@@ -110,7 +110,13 @@ def test_stages_and_advice():
     assert verdict.stages(None, measured) == [
         "SAM's masks are better than the teacher's (mask IoU 0.70 -> 0.80 on validation images)"
     ]
-    assert verdict.stages(None, dict(mask_iou=0.7, refined_iou=0.71)) == []
+    measured = dict(mask_iou=0.7, refined_iou=0.71)
+    assert verdict.stages(None, measured) == []
+    measured |= dict(disagreements=12, classifier_right=3, teacher_right=8)
+    assert verdict.stages(None, measured) == [
+        "where category classifier and teacher disagree, the classifier is right 3 times, "
+        "the teacher 8 times (on validation images)"
+    ]
     plain, calibrated = (SimpleNamespace(filter=name) for name in ("score", "calibrated"))
     audit = dict(box_precision=0.9, class_accuracy=0.7, recall=0.2)
     advice = verdict.advice(plain, audit, STAGES, 1.0)

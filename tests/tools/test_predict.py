@@ -105,6 +105,33 @@ def test_the_output_is_no_input_and_names_stay_apart(tmp_path):
     assert sorted(everything) == ["one/a.png", "two/A.png", "two/a-2.png"]
     given = [str(tmp_path / "one"), str(tmp_path / "two" / "a.png"), str(tmp_path / "one/a.png")]
     assert list(predict.find_images(given, out)) == ["a.png", "a-2.png"]
+    # What is written may lie beside what is read.
+    assert list(predict.find_images(given[:1], tmp_path / "one")) == ["a.png"]
+
+
+def test_an_image_that_no_memory_holds_is_passed_over(trained, tmp_path, monkeypatch, capsys):
+    """As a CPU's allocator says it; another error is a bug, and is not passed over."""
+    for name in ("huge.png", "small.png"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    right = predict.read_image
+
+    def full(path):
+        if "huge" in path:
+            torch.empty(2**60, dtype=torch.uint8)
+        return right(path)
+
+    monkeypatch.setattr(predict, "read_image", full)
+    arguments = [str(trained), str(tmp_path), "--out", str(tmp_path / "out")]
+    predict.main(arguments)
+    assert "huge.png: too large for the memory" in capsys.readouterr().err
+    assert list(results(tmp_path / "out")) == ["small.png"]
+
+    def broken(path):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(predict, "read_image", broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        predict.main(arguments)
 
 
 @pytest.mark.fast

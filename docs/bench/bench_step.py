@@ -28,7 +28,7 @@ from torch import nn
 from torchvision.models.detection.mask_rcnn import MaskRCNN as TorchvisionMaskRCNN
 
 import train
-from ssis import augment, config, correction, data, model, refine, teacher
+from ssis import augment, calibration, config, correction, data, model, refine, teacher
 from ssis.datasets import parts, split
 from ssis.engine import resume
 from ssis.engine.build import build, model_of
@@ -40,9 +40,9 @@ from ssis.presets import METHODS
 class Run:
     """What `train.train` has in its hands: the parts of a run, and how many steps were made."""
 
-    def __init__(self, made: config.Config, train_set, step: int = 0):
+    def __init__(self, made: config.Config, train_set, step: int = 0, val_set=None):
         self.config, self.step = made, step
-        of_run = build(made, train_set, 0, 1, torch.device("cpu"))
+        of_run = build(made, train_set, 0, 1, torch.device("cpu"), val_set=val_set)
         self.net, self.labeler, self.structure, self.optimizer, self.schedule, self.scaler = of_run
         self.guard = Guard(self.net, train_set.files, made.run_folder, False, 0)
 
@@ -149,16 +149,24 @@ def measure_levels(pretrained: str, steps: int) -> None:
         usual = {f.name: f.default for f in dataclasses.fields(config.Config) if f.metadata["part"]}
         own = usual | METHODS[method] | dict(structure_weight=saved.get("structure_weight", 0.0))
         made = config.from_saved({**saved, "method": method, **own})
-        train_set, _, _ = parts.open_parts(made)
+        train_set, val_set, _ = parts.open_parts(made)
         # The split of the run itself, which lies beside the checkpoint.
         beside = str(Path(pretrained).parent / "labeled.json")
         labeled, _ = split.draw_split(train_set, beside, made.seed)
         rest = sorted(set(range(len(train_set))) - set(labeled))
         size, seed = made.view_size, made.seed
         streams = data.make_streams(train_set, labeled, rest, size, seed, "none")
-        run = Run(made, train_set)
+        run = Run(made, train_set, val_set=val_set)
         frequency = train_set.class_shares(labeled)
         run.begin_burnin(pretrained, train_set.names, streams.labeled, frequency)
+        if made.filter == "calibrated":
+            # As a run does where it is evaluated.
+            images = data.Stream(val_set, list(range(len(val_set))), size, seed, True)
+            began = time.perf_counter()
+            looked = calibration.look(run.labeler, (images[k] for k in range(len(val_set))), made)
+            calibration.calibrate(run.labeler, *looked)
+            took = time.perf_counter() - began
+            print(f"{method}: calibration on {len(val_set)} images: {took:.1f} s")
         runs[method], times[method], in_sam[method] = run, [], []
     # The floor has the images and the kept pseudo-labels of Guided Distillation.
     simple = runs["guided-distillation"]

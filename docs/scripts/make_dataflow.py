@@ -18,10 +18,11 @@ COLORS = {
     "PL-DC": "#d9f2dd",
     "S4M": "#fbdfe6",
     "data and network": "#eceff3",
+    "this project": "#fff1cc",
 }
 LINE, TEXT, BORDER = "#4a5663", "#1c2733", "#6b7785"
 # Pixels: a box, the gaps between boxes, the margin around all, the length of an arrow's head.
-WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN, HEAD = 200, 78, 40, 52, 16, 8
+WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN, HEAD = 206, 84, 30, 52, 16, 8
 
 
 class Box(NamedTuple):
@@ -37,13 +38,15 @@ class Box(NamedTuple):
     row: int
 
 
-GD, PL_DC, S4M, NET = COLORS
+GD, PL_DC, S4M, NET, OWN = COLORS
 BOXES = [
     # The unlabeled branch, clockwise.
     Box("unlabeled", "unlabeled images", NET, "ssis/data.py", "Stream", "", 0, 0),
     Box("weak", "weak view", GD, "ssis/augment.py", "weak_view", "", 1, 0),
     Box("teacher", "teacher predicts", GD, "ssis/teacher.py", "predict", "", 2, 0),
-    Box("filter", "filter", PL_DC, "ssis/filters.py", "keep", "PL-DC Eq. (adaptive)", 3, 0),
+    Box("filter", "filter", PL_DC, "ssis/filters.py", "keep", "PL-DC Eq. (dual)", 3, 0),
+    Box("measured", "thresholds, measured", OWN, "ssis/calibration.py", "calibrate",
+        "ssis Eq. (F1)", 3, 1),
     Box("refine", "SAM redraws masks", S4M, "ssis/refine.py", "refine",
         "S4M Eq. (PR sampling)", 4, 0),
     Box("category", "category correction", PL_DC, "ssis/correction.py", "fuse",
@@ -73,6 +76,7 @@ ARROWS = [
     ("weak", "teacher", "right", ""),
     ("teacher", "filter", "right", ""),
     ("filter", "refine", "right", ""),
+    ("measured", "filter", "up", "method full"),
     ("refine", "category", "down", ""),
     ("category", "paste", "down", ""),
     ("paste", "strong", "left", ""),
@@ -147,7 +151,7 @@ def draw() -> str:
             f'<path d="{path}" fill="none" stroke="{LINE}" stroke-width="1.6" '
             'marker-end="url(#head)"/>'
         )
-        parts += [written(words, *place, 12, 'font-style="italic"')] if words else []
+        parts += [written(words, *place, 14, 'font-style="italic"')] if words else []
     for box in BOXES:
         x, y = corner(box.column, box.row)
         parts.append(
@@ -156,17 +160,17 @@ def draw() -> str:
         )
         lines = [box.title, f"{box.file.removeprefix('ssis/')}: {box.function}", box.equation]
         lines = [line for line in lines if line]
-        first = y + HEIGHT / 2 - 10 * (len(lines) - 1) + 5
+        first = y + HEIGHT / 2 - 11 * (len(lines) - 1) + 5
         for k, line in enumerate(lines):
             style = 'text-anchor="middle"' + (' font-weight="bold"' if k == 0 else "")
-            parts.append(written(line, x + WIDTH / 2, first + 20 * k, 13 if k else 14, style))
+            parts.append(written(line, x + WIDTH / 2, first + 22 * k, 15 if k else 16, style))
     x, y = corner(*LEGEND)
     for k, (paper, color) in enumerate(COLORS.items()):
         parts.append(
             f'<rect x="{x}" y="{y + 20 * k}" width="26" height="14" rx="3" fill="{color}" '
             f'stroke="{BORDER}"/>'
         )
-        parts.append(written(paper, x + 34, y + 20 * k + 12, 13))
+        parts.append(written(paper, x + 34, y + 20 * k + 12, 15))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

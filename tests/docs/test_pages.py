@@ -173,9 +173,9 @@ def test_the_data_flow_figure_names_files_functions_and_equations_that_exist():
         tree = annotate.ast.parse((ROOT / box.file).read_text(encoding="utf-8"))
         assert box.function in annotate.starts(tree).values(), box
         assert not box.equation or box.equation in known, box
-        # The words fit into their box; 7.6 pixels are a wide letter of the titles' size.
+        # The words fit into their box; 8.2 pixels are a wide letter of the titles' size.
         lines = (box.title, f"{Path(box.file).name}: {box.function}", box.equation)
-        assert max(map(len, lines)) * 7.6 < make_dataflow.WIDTH, box
+        assert max(map(len, lines)) * 8.2 < make_dataflow.WIDTH, box
     places = [(box.column, box.row) for box in make_dataflow.BOXES] + [make_dataflow.LEGEND]
     assert len(set(places)) == len(places), "two boxes at one place"
     joined = {name for arrow in make_dataflow.ARROWS for name in arrow[:2]}

@@ -23,6 +23,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 # pytest's status where every selected test has passed.
 PASSED = 0
+# Seconds that the tests of one task may take; a loop without end is "not yet".
+LIMIT = 300
 
 
 def tasks(numbers: list[int]) -> list[dict]:
@@ -42,7 +44,17 @@ def passes(task: dict) -> bool:
     """Whether a task's tests pass in this copy."""
     files = sorted({test.split("::")[0] for test in task["tests"]})
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", f"task{task['id']}", *files]
-    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == PASSED
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == PASSED
+
+
+def stop(message: str) -> None:
+    """One line, and the status of what the user can mend."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> None:
@@ -53,7 +65,13 @@ def main() -> None:
     try:
         chosen = tasks(args.assignments)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        stop(str(error))
+    modules = sorted({task["module"] for task in chosen})
+    if lost := [name for name in modules if not (ROOT / name).is_file()]:
+        stop(f"{lost[0]}: not there; take it from your copy of the assignments again")
+    out = args.out or Path(f"assignment{'_'.join(map(str, args.assignments))}.zip")
+    if not out.parent.is_dir():
+        stop(f"--out {out}: no such folder")
     right = 0
     for task in chosen:
         passed = passes(task)
@@ -61,8 +79,6 @@ def main() -> None:
         word = "passed" if passed else "not yet"
         print(f"{task['id']}  {task['title']:<44} {task['points']:>2} points  {word}")
     total = sum(task["points"] for task in chosen)
-    out = args.out or Path(f"assignment{'_'.join(map(str, args.assignments))}.zip")
-    modules = sorted({task["module"] for task in chosen})
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as packed:
         for name in modules:
             packed.write(ROOT / name, name)

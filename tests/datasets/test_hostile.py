@@ -135,15 +135,24 @@ def cut(kind, share):
 
 def pipe(path):
     """Whoever opens it waits for ever."""
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
     os.mkfifo(path)
 
 
+def link(path, target):
+    try:
+        path.symlink_to(target)
+    except OSError:
+        pytest.skip("links cannot be made on this system")
+
+
 def loop(path):
-    path.symlink_to(path.name)
+    link(path, path.name)
 
 
 def nowhere(path):
-    path.symlink_to(path.parent / "was_here_once.png")
+    link(path, path.parent / "was_here_once.png")
 
 
 # Name -> the file, its size in the JSON, and what the line must say.
@@ -202,6 +211,9 @@ def test_an_unusual_image_is_read_as_it_looks(tmp_path, name):
 @fast
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_an_odd_name_is_a_name(tmp_path, name):
+    forbidden = set('<>:"|?*\n') & set(name) or name != name.strip() or len(name) > 200
+    if os.name == "nt" and forbidden:
+        pytest.skip("no file name on Windows")
     dataset_with(tmp_path, save("PNG"), name)
     assert abs(read(tmp_path).mean().item() - RAMP.mean()) < 1
 
@@ -212,6 +224,8 @@ def test_a_name_that_looks_the_same_but_is_not(tmp_path, capsys):
     dataset_with(tmp_path, save("PNG"), unicodedata.normalize("NFC", "é.png"))
     composed = tmp_path / "images" / unicodedata.normalize("NFC", "é.png")
     composed.rename(composed.with_name(unicodedata.normalize("NFD", "é.png")))
+    if composed.exists():
+        pytest.skip("for this file system both are one name")
     assert "image not found" in error_of(capsys, train.main, arguments(tmp_path))
 
 

@@ -6,6 +6,7 @@ code hangs, leaves, crashes, prints without end, or is no Python.
 """
 
 import ast
+import importlib.util
 import json
 import re
 import shutil
@@ -128,7 +129,7 @@ def test_the_copy_lacks_the_bodies_and_nothing_else(made):
     for task in TASKS:
         by_module.setdefault(task.module, []).append(task)
     for path in sorted(made.rglob("*")):
-        name = str(path.relative_to(made))
+        name = path.relative_to(made).as_posix()
         if path.is_dir() or name in by_module:
             continue
         texts = [(folder / name).read_bytes() for folder in (ROOT, made)]
@@ -251,7 +252,24 @@ def test_what_a_student_hands_in(made, tmp_path):
     out = program("grade.py", tmp_path / "handed-in", "--assignment", 2).stdout
     assert "6/10" in out and "not attempted" in out
     wrong = subprocess.run([*command, "9"], cwd=mine, capture_output=True, text=True)
-    assert wrong.returncode == 1 and wrong.stderr == "error: no assignment 9; there are 1 to 7\n"
+    assert wrong.returncode == 2 and wrong.stderr == "error: no assignment 9; there are 1 to 7\n"
+    nowhere = subprocess.run(
+        [*command, "2", "--out", "no/x.zip"], cwd=mine, capture_output=True, text=True
+    )
+    assert nowhere.returncode == 2 and nowhere.stderr == "error: --out no/x.zip: no such folder\n"
+    (mine / "ssis" / "filters.py").unlink()
+    lost = subprocess.run([*command, "2"], cwd=mine, capture_output=True, text=True)
+    assert lost.returncode == 2 and lost.stderr.startswith("error: ssis/filters.py: not there")
+
+
+@pytest.mark.fast
+def test_a_loop_without_end_is_not_yet(monkeypatch):
+    """Tests that are not done in time; here, any are."""
+    spec = importlib.util.spec_from_file_location("submit", HERE / "submit.py")
+    submit = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(submit)
+    monkeypatch.setattr(submit, "LIMIT", 0.1)
+    assert not submit.passes(submit.tasks([2])[0])
 
 
 MISHAPS = {

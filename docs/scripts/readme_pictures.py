@@ -1,11 +1,11 @@
 """The two pictures of README.md, from finished runs; readable on a page of 900 pixels.
 
-    python docs/scripts/readme_pictures.py stages RUN IMAGE ...    writes docs/img/pseudo_labels.png
-    python docs/scripts/readme_pictures.py gain RUN IMAGE ...      writes docs/img/photographs.jpg
+    python docs/scripts/readme_pictures.py stages RUN IMAGE ...           docs/img/pseudo_labels.png
+    python docs/scripts/readme_pictures.py gain SUPERVISED RUN IMAGE ...  docs/img/photographs.jpg
 
 RUN is the folder of a finished run. "stages": what becomes of the first teacher's predictions when
-the burn-in begins; IMAGE is the number of an unlabeled image. "gain": what the first teacher and
-the last one find in test images.
+the burn-in begins; IMAGE is the number of an unlabeled image. "gain": what an equally long
+supervised run and the last teacher find in validation images; RUN and SUPERVISED have one seed.
 """
 
 import sys
@@ -65,26 +65,27 @@ def stages(run: Path, wanted: list[int]) -> None:
     pictures.grid(rows, titles, WHERE / "pseudo_labels.png")
 
 
-def gain(run: Path, wanted: list[int]) -> None:
-    """Test images: the first teacher, the last one, and the ground truth."""
-    (first, config, names, _), (last, *_) = (
-        resume.load_model(run / name, "") for name in ("pretrained.pt", "checkpoint.pt")
+def gain(supervised: Path, run: Path, wanted: list[int]) -> None:
+    """Validation images: equally long supervised training, the last teacher, and the truth."""
+    (alone, *_), (last, config, names, _) = (
+        resume.load_model(each / "checkpoint.pt", "") for each in (supervised, run)
     )
-    test_set = parts.open_parts(config)[2]
+    val_set = parts.open_parts(config)[1]
     rows = []
     for index in wanted:
-        image, target = test_set.image(index), test_set.target(index)
+        image, target = val_set.image(index), val_set.target(index)
         tiles = [
             pictures.detections(image, ap.detect_instances(net, [image], "cpu", 0.5)[0], names, 240)
-            for net in (first, last)
+            for net in (alone, last)
         ]
         masks, labels = target["masks"].bool(), target["labels"]
         tiles.append(pictures.overlay(image.float() / 255, masks, labels, names, side=240))
         rows.append([(tile, "") for tile in tiles])
-    titles = ["labels alone (first teacher)", "with unlabeled images", "ground truth"]
+    titles = ["labels alone", "with unlabeled images", "ground truth"]
     pictures.grid(rows, titles, WHERE / "photographs.jpg")
 
 
 if __name__ == "__main__":
-    what, run, *numbers = sys.argv[1:]
-    {"stages": stages, "gain": gain}[what](Path(run), [int(number) for number in numbers])
+    what, *given = sys.argv[1:]
+    runs = [Path(each) for each in given if not each.isdigit()]
+    {"stages": stages, "gain": gain}[what](*runs, [int(each) for each in given if each.isdigit()])

@@ -3,7 +3,7 @@
     python docs/scripts/make_site.py --out site          then open site/index.html
 
 README becomes the start page; docs/ and the annotated files (docs/scripts/annotate.py) stand beside
-it, with navigation, search, light and dark, by Zensical (docs/zensical.toml). Formulas become
+it, all with navigation, search, light and dark, by Zensical (docs/zensical.toml). Formulas become
 MathML, so nothing is loaded from elsewhere. A link to a source leads to its annotated page, and one
 to what is not on the site loses its address and keeps its words.
 
@@ -41,7 +41,7 @@ def places() -> dict[str, str]:
             name = path.relative_to(ROOT / "docs").as_posix()
             found[f"docs/{name}"] = name
     for page, path in annotate.sources().items():
-        found[path.relative_to(ROOT).as_posix()] = f"{LINES}/{page}"
+        found[path.relative_to(ROOT).as_posix()] = f"{LINES}/{Path(page).stem}.md"
     return found
 
 
@@ -69,7 +69,7 @@ def relinked(text: str, source: str, known: dict[str, str]) -> str:
             return match["words"]
         where = posixpath.relpath(known[path], here or ".")
         # Line numbers are no places on the annotated pages.
-        where += f"#{place}" if place and not known[path].startswith(f"{LINES}/") else ""
+        where += f"#{place}" if place and not path.endswith(".py") else ""
         return f"{match['picture']}[{match['words']}]({where})"
 
     return LINK.sub(link, text)
@@ -93,6 +93,32 @@ def scrolled(formula: str) -> str:
     return f'<div style="overflow-x: auto; overflow-y: hidden">{formula}</div>'
 
 
+def annotated(folder: Path) -> None:
+    """Every file line by line, as pages of the site: with its navigation, search and colors."""
+    for made in annotate.build(folder):
+        body = made.read_text(encoding="utf-8").split("<body>", 1)[1].split("</body>", 1)[0]
+        heading = re.search(r"<h1>(.+?)</h1>", body)[1]
+        front = f"---\ntitle: {heading}\nhide: [toc]\n---\n"
+        text = f'{front}<div class="annotated">\n{body}\n</div>\n'
+        made.with_suffix(".md").write_text(text, encoding="utf-8")
+        made.unlink()
+
+
+def style() -> str:
+    """annotate.css for a part of a page: the site's own colors, sizes and switch to dark."""
+    text = annotate.STYLE.read_text(encoding="utf-8")
+    colors = "--text: var(--md-default-fg-color); --soft: var(--md-default-fg-color--light); "
+    colors += "--panel: var(--md-code-bg-color); --line: var(--md-default-fg-color--lightest); "
+    colors += "--link: var(--md-typeset-a-color);"
+    text = re.sub(r":root \{.*?\}|^body \{.*?\}", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = text.replace("@media (prefers-color-scheme: dark)", '[data-md-color-scheme="slate"] &')
+    # The site's rem has 20 pixels, a browser's own 16.
+    text = re.sub(r"([\d.]+)rem", lambda size: f"{0.8 * float(size[1]):g}rem", text)
+    # Words and code side by side need more room than words.
+    wide = "body:has(.annotated) .md-grid { max-width: 84rem; }"
+    return f"{wide}\n.annotated {{ {colors}\n{text}}}\n"
+
+
 def build(out: Path) -> None:
     """Render the site.
 
@@ -112,10 +138,11 @@ def build(out: Path) -> None:
                 target.write_text(text, encoding="utf-8")
             elif not source.endswith(".py"):
                 shutil.copyfile(ROOT / source, target)
-        annotate.build(pages / LINES)
+        annotated(pages / LINES)
+        (pages / "annotated.css").write_text(style(), encoding="utf-8")
         (pages / LEAD).write_text(
             "# Line by line\n\nEvery file with its words on the left and its code on the right: "
-            f"[begin with train.py]({LINES}/train.html), or see [all of them]({LINES}/index.html)."
+            f"[begin with train.py]({LINES}/train.md), or see [all of them]({LINES}/index.md)."
             "\n",
             encoding="utf-8",
         )

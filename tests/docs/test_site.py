@@ -31,6 +31,10 @@ def test_the_whole_site(tmp_path, make_site):
     assert "torchrun train.py" in start and "labels alone" in start and "img/dataflow.svg" in start
     assert "<math" in (site / "equations.html").read_text()
     assert 'href="lines/ssis-filters.html"' in (site / "equations.html").read_text()
+    # The annotated files are pages of the site, and are found by its search.
+    lines = (site / "lines" / "ssis-filters.html").read_text()
+    assert 'href="../results.html"' in lines and "annotated.css" in lines and "<math" in lines
+    assert "lines/ssis-filters.html" in (site / "search.json").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert (site / page.name).with_suffix(".html").exists(), page.name
     # Every page of docs/ is in the navigation.

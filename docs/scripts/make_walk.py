@@ -46,12 +46,14 @@ if root is None:
         raise SystemExit("not inside the project: fill in REPOSITORY above, and run this again")
     subprocess.run(["git", "clone", REPOSITORY, "ssis-project"], check=True)
     root = places[-1]
-if not all(map(importlib.util.find_spec, ("torchvision", "pycocotools", "segment_anything"))):
+needed = ["torchvision", "pycocotools", "segment_anything", "matplotlib", "tqdm", "PIL"]
+if not all(map(importlib.util.find_spec, needed)):
     subprocess.run([*install, "-r", str(root / "requirements.txt")], check=True)
 os.chdir(root)"""
 # What `--preset photos` needs beside it.
 FETCH_MORE = """
-subprocess.run([*install, "timm", "imagehash"], check=True)"""
+if not all(map(importlib.util.find_spec, ("timm", "imagehash"))):
+    subprocess.run([*install, "timm", "imagehash"], check=True)"""
 
 NOTE = (
     "<!-- Made by python docs/scripts/make_walk.py from docs/scripts/walk.py; "

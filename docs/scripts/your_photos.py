@@ -16,8 +16,8 @@ writes. Environment variables, all optional, for a run without an editor:
 # You have some hundreds of photographs, and some thirty of them are annotated: every object of your
 # classes has a polygon or a mask. This notebook trains twice, once with the annotated photos alone
 # and once with all the others beside them, and tells you whether the others helped. On two CPU
-# cores it takes about an hour, but only ten minutes of your own time. All details and flags are in
-# [your_data.md](your_data.md).
+# cores it takes half an hour to an hour, but only ten minutes of your own time. All details and
+# flags are in [your_data.md](your_data.md).
 #
 # ## 1. What you have
 #
@@ -69,8 +69,9 @@ if not PHOTOS:
 #
 # Every image and every annotation is read as training will read it, and what is wrong is said in
 # one line with the file and the record. Then a third of the annotated photos is set aside to judge
-# by: no model is trained on them, but they decide how sure a pseudo-label must be. Copies of one
-# photo, such as the augmented versions in a Roboflow export, stay on one side.
+# by: no model is trained on them, but they decide how sure a pseudo-label must be. Ten say little,
+# twenty of sixty say more. Copies of one photo, such as the augmented versions in a Roboflow export,
+# stay on one side.
 
 # %%
 prepare.main(

@@ -167,6 +167,21 @@ rule), S4M as published in `s4m`, calibration of the mask loss in `full`, and th
 there is. `full` has PL-DC's adaptive filter in both.
 """
 
+PEER = """
+## A peer on the same work
+
+Ultralytics' smallest segmentation model, from scratch, with its own augmentation (mosaic, scale,
+color, flip), on the same 64 labeled images, in the time that a run of `full` takes on one thread
+beside another run; self-training by its own means: train, predict the unlabeled images, keep what
+has a score of one half, train anew on both. AP by pycocotools on the same test images. It has no
+use of our validation images, on which `full` measures its thresholds.
+
+```
+pip install ultralytics     (8.4.190; AGPL-3.0: called as a program, imported by nothing here)
+python docs/bench/peer.py --minutes 12
+```
+"""
+
 SEED_3 = """
 Each change alone, seed 3, which is in no table of methods
 ([raw](results/faithful-seed-3.json)): all runs start from the first teacher of the seed, mean of
@@ -453,8 +468,31 @@ def page() -> str:
         steps=run["steps"],
         minutes=round(run["seconds"] / 60),
     )
-    sections = [*map(section, study.STUDIES), faithful(), small]
+    sections = [*map(section, study.STUDIES), peer(), faithful(), small]
     return reflow("\n\n".join([INTRO.strip().format_map(noise()), learned, *sections]))
+
+
+def peer() -> str:
+    """Another program on the same images, in the same time."""
+    lines = [PEER.strip(), "", line(["", "mask AP", "minutes"]), "|---" * 3 + "|"]
+    for path in sorted((HERE / "results").glob("peer-s*.json")):
+        run = json.loads(path.read_text())
+        seed = int(run["settings"]["seed"])
+        model = run["settings"]["model"].removesuffix(".yaml")
+        for way in ("labels alone", "self-training"):
+            cells = [f"{model}, {way} (seed {seed})", f"{run[way]['mask_ap']:.1f}"]
+            lines.append(line([*cells, f"{run[way]['minutes']:.0f}"]))
+        for name, row in (
+            ("ladder", "supervised"),
+            ("jitter", "supervised"),
+            ("ladder", "full (both papers, own parts)"),
+            ("jitter", "full"),
+        ):
+            for ours in (r for r in grouped(name).get(row, []) if r["seed"] == seed):
+                words = f"{name}: {row} (seed {seed})"
+                minutes = ours["summary"]["seconds"] / 60
+                lines.append(line([words, f"{final(ours):.1f}", f"{minutes:.0f}"]))
+    return "\n".join(lines)
 
 
 def faithful() -> str:

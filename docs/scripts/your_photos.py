@@ -69,9 +69,9 @@ if not PHOTOS:
 #
 # Every image and every annotation is read as training will read it, and what is wrong is said in
 # one line with the file and the record. Then a third of the annotated photos is set aside to judge
-# by: no model is trained on them, but they decide how sure a pseudo-label must be. Ten say little,
-# twenty of sixty say more. Copies of one photo, such as the augmented versions in a Roboflow export,
-# stay on one side.
+# by: no model is trained on them, but they decide how sure a pseudo-label must be. (Ten say little;
+# with sixty annotated photos there are twenty.) Copies of one photo, such as the augmented versions
+# in a Roboflow export, stay on one side.
 
 # %%
 prepare.main(

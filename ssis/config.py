@@ -187,8 +187,8 @@ class Config:
         valid=">= 0",
     )
     short_side_min: int = setting(
-        96,
-        "smallest short side that a training image is resized to",
+        72,
+        "smallest short side that a training image is resized to (scale jitter)",
         valid="at least 1",
     )
     short_side: int = setting(

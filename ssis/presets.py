@@ -127,7 +127,7 @@ PRESETS = {
     # The defaults of `config.Config`: 10 minutes on two CPU cores.
     "shapes": {},
     # The second built-in dataset, on which nothing was ever chosen: the same settings.
-    "signs": dict(data="data/signs", short_side_min=112, short_side=112),
+    "signs": dict(data="data/signs", short_side_min=84, short_side=112),
     # Your own data: the small model and the short schedule, until you choose otherwise.
     "custom": dict(
         data="",

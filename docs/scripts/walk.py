@@ -69,6 +69,7 @@ from ssis.teacher import ema_update
 
 # %%
 FLAGS = "--method full --filter adaptive --seed 0 --pretrain-steps 900 --mutual-steps 600"
+FLAGS += " --short-side-min 96"
 FLAGS = shlex.split(FLAGS + " --device cpu " + os.environ.get("WALK_FLAGS", ""))
 settings = config.parse([*FLAGS, "--output", str(pictures.OUT / "run")])
 

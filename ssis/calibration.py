@@ -28,9 +28,9 @@ with N_k(T) predictions of class k whose foreground quality reaches T, F_k(T) of
 found, M_k true instances of class k, and N, F, M those of all classes. Of several
 thresholds with the highest F1 it is the median.
 
-*Threshold of the mask quality.* The same over the found instances that pass the first
-threshold, one for all classes; "found" is a mask whose IoU with the true mask reaches
-one half.
+*Threshold of the mask quality.* One threshold for all classes, again that of the
+highest F1. It is measured on the found instances that pass the first threshold; a mask
+is right if its IoU with the true mask reaches one half.
 
 *Gate.* SAM's mask is taken where it agrees with the teacher's (`ssis/refine.py`). How
 much agreement is enough? Over the instances that pass the thresholds, a gate g gains

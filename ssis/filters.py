@@ -33,9 +33,9 @@ $$c \ge \tau_{\mathrm{class}} \;\wedge\; m \ge \tau_{\mathrm{mask}}$$ PL-DC Eq. 
 
 $$c \ge T^{\mathrm{class}}_k \;\wedge\; m \ge T^{\mathrm{mask}}_k$$ PL-DC Eq. (adaptive)
 
-The adaptive thresholds start at the frequency of the class among the labeled
-instances, rare classes low, and follow the mean quality q of the class. Class and mask
-quality each have a range [T_min, T_max] of their own:
+The adaptive thresholds start between T_min and T_max, lower the rarer the class is
+among the labeled instances, and then follow the mean quality q of the class. Class and
+mask quality each have a range [T_min, T_max] of their own:
 
 $$T_k^0 = T_{\mathrm{min}} + (T_{\mathrm{max}} - T_{\mathrm{min}}) \, \frac{n_k}{N}$$
 PL-DC Eq. (init)

@@ -47,7 +47,7 @@ gain here. A table's spread is that of different draws of the labeled images, wh
 
 COCO = """## A small COCO: 80 classes, crowds, polygons and RLE
 
-{images} images to train on teach nothing: all AP are {mask_ap} after {steps} steps. The run shows
+{steps} steps on {images} images teach nothing: every AP is {mask_ap}. The run shows
 that such data goes through training, evaluation and resuming: it was stopped by SIGTERM after 40
 seconds, resumed by the same command, and evaluated with `evaluate.py`
 ([its output](results/coco_mini-evaluate.txt),
@@ -72,11 +72,12 @@ LEARNT = """## What was learned
   than the 64 and the 128 validation images together.
 * **Against the strongest supervised training the gain is smaller, and stays large.** With scale
   jitter for all methods, the default, supervised training has {jitter[supervised]}, Guided
-  Distillation {jitter[guided-distillation]} and `full` {jitter[full]} (seeds {jitter_seeds}), all
-  labels {jitter[all labels]} (one seed; without jitter {ladder[all labels]}: jitter helps where
-  labels are few). Of the gap to the better of these two `full` closes {jitter_gap} %. Second
-  dataset: supervised {signs-jitter[supervised]}, `full` {signs-jitter[full]} (seeds
-  {signs_jitter_seeds}), all labels {signs-jitter[all labels]}, without jitter {signs[all labels]}:
+  Distillation {jitter[guided-distillation]} and `full` {jitter[full]} (seeds {jitter_seeds}).
+  Training with all labels has {jitter[all labels]} (one seed), and {ladder[all labels]} without
+  jitter (it helps where labels are few). `full` closes {jitter_gap} % of the gap between
+  supervised training and the better of these two. On the second dataset supervised training has
+  {signs-jitter[supervised]}, `full` {signs-jitter[full]} (seeds {signs_jitter_seeds}), training
+  with all labels {signs-jitter[all labels]}, and {signs[all labels]} without jitter:
   {signs_jitter_gap} %.
 * **Of this project's parts, the measured thresholds add most.** With PL-DC's adaptive filter
   and its falling weight of the correction, `full` ends at {ladder[full, adaptive filter]} (from
@@ -88,9 +89,9 @@ LEARNT = """## What was learned
   of them and seed 3 `full` ended at 65.7 instead of 65.9 (docs/log.md).
 * **Wrong classes cost more AP than imprecise masks.** With right classes on Guided Distillation's
   pseudo-labels its AP would be {ladder[oracle: classes]}, with right masks {ladder[oracle: masks]},
-  with both {ladder[oracle: both]}, which is where `full` ends. What is left of `full` by the audit:
-  at its end 7 % of the classes are wrong, masks have an IoU of 0.92, and 8 % of the instances have
-  no pseudo-label. Each part alone on top of Guided Distillation: category
+  with both {ladder[oracle: both]}, which is where `full` ends. What `full` still gets wrong at its
+  end, by the audit: 7 % of the classes are wrong, masks have an IoU of 0.92, and 8 % of the
+  instances have no pseudo-label. Each part alone on top of Guided Distillation: category
   correction {ladder[+ category correction]}, refinement {ladder[+ refinement by SAM]}, copy-paste
   {ladder[+ copy-paste]}, structural distillation {ladder[+ structural distillation]}, adaptive
   filter {ladder[+ adaptive filter]}, pixel uncertainty {ladder[+ pixel uncertainty]}. The last
@@ -101,17 +102,16 @@ LEARNT = """## What was learned
   the category classifier is right more often after SAM than before it. The tiny SAM was never shown
   these shapes, but its scenes are of the same make, and these classes *are* shapes: expect less
   where neither holds.
-* **The fewer labels, the larger the gain.** From supervised training to `full` with PL-DC's
-  adaptive filter, and with measured thresholds: with 2.5 % of the labels (32 images) from
-  {labels[2.5% supervised]} to {labels[2.5% full, adaptive filter]} and {labels[2.5% full]}, with
-  5 % from {labels[5% supervised]} to {labels[5% full, adaptive filter]} and {labels[5% full]}, with
-  10 % from {labels[10% supervised]} to {labels[10% full, adaptive filter]} (measured thresholds
-  were not run there), with 20 % from {labels[20% supervised]} to
-  {labels[20% full, adaptive filter]} and {labels[20% full]}
-  (two seeds; all labels: {ladder[all labels]}). Guided Distillation alone gains two to five AP. The
-  two seeds are two draws of the labeled images, and which images those are can matter as much as a
-  method: with 10 % the two supervised runs are 6 AP apart, those of `full` with the adaptive filter
-  8.
+* **The fewer labels, the larger the gain.** Without scale jitter, two seeds, AP of supervised
+  training, of `full` with PL-DC's adaptive filter, and of `full` with measured thresholds: with
+  2.5 % of the labels (32 images) {labels[2.5% supervised]}, {labels[2.5% full, adaptive filter]}
+  and {labels[2.5% full]}; with 5 % {labels[5% supervised]}, {labels[5% full, adaptive filter]}
+  and {labels[5% full]}; with 10 % {labels[10% supervised]} and
+  {labels[10% full, adaptive filter]} (measured thresholds were not run); with 20 %
+  {labels[20% supervised]}, {labels[20% full, adaptive filter]} and {labels[20% full]}; all labels
+  {ladder[all labels]}. Guided Distillation alone gains two to five AP. The two seeds are two
+  draws of the labeled images, and which images those are can matter as much as a method: with 10
+  % the two supervised runs are 6 AP apart, those of `full` with the adaptive filter 8.
 * **The gain also holds on a dataset on which no setting was chosen.** On the second built-in
   dataset, with the settings of the first one (seeds: {signs_seeds}): supervised
   {signs[supervised]}, Guided Distillation {signs[guided-distillation]}, PL-DC {signs[pl-dc]}, S4M
@@ -137,9 +137,9 @@ LEARNT = """## What was learned
   of the steps: with 20 labels more training makes the names worse, with or without unlabeled
   images. With seed 0 four eosinophils and one monocyte are labeled, of which a fair draw would have
   one and three: the teacher cannot tell them apart, ImageNet's class means cannot, and the class
-  shares of the annotated images are wrong too. With two other draws, judged on the unlabeled
-  training images, aligning the shares, with a weight of the correction of one half at most, gave
-  74.7 instead of 55.5 and 78.2 instead of 75.8 (docs/log.md). The run itself says so: its
+  shares of the annotated images are wrong too. On two other draws, aligning the class
+  shares and limiting the correction's weight to one half, both together, raised AP on the unlabeled
+  training images from 55.5 to 74.7 and from 75.8 to 78.2 (docs/log.md). The run itself says so: its
   verdict states the difference.
 * **On nuclei nothing beats supervised training.** Microscope images of one class, 20 of 200
   labeled: supervised {nuclei_of[supervised]}, Guided Distillation {nuclei_of[guided-distillation]},
@@ -167,8 +167,9 @@ FAITHFUL = """
 The ladder's rows from before 2026-11-25 ([raw](results/ladder-before.json)) beside those of now.
 What lies between on the built-in data: category correction over the classes alone (PL-DC's released
 rule), S4M as published in `s4m`, calibration of the mask loss in `full`, and the teacher's EMA
-(docs/log.md). Guided Distillation has only the last of these, so its two columns say what noise
-there is. `full` has PL-DC's adaptive filter in both.
+(docs/log.md). Of these changes Guided
+Distillation has only the EMA's, so its two columns show how much that change and noise make
+together. `full` has PL-DC's adaptive filter in both.
 """
 
 PEER = """
@@ -197,11 +198,11 @@ README = """{table}
 
 Mask AP on the test images, in percent: mean ± standard deviation (number of seeds). Minutes: the
 fastest run with unlabeled images, on one CPU core. Runs of one row take the same number of steps.
-Shapes and signs are drawn images; no setting was chosen on signs. `full` measures its thresholds on
-the validation images, whose labels train no model (128 shapes and signs, 70 animals, 40 blood
-cells; 20 did for shapes, in one run). {real} start from ImageNet features and do not use SAM.
-Unlabeled images do not always help: on blood cells and nuclei they brought no gain beyond the noise
-([results](docs/results.md))."""
+Shapes and signs are drawn images; no setting was chosen on signs. `full`, the default method,
+measures its thresholds on the validation images, whose labels no model is trained on (128 each for
+shapes and signs, 70 for animals, 40 for blood cells; in one run on shapes 20 were enough). {real}
+start from ImageNet features and do not use SAM. On blood cells and nuclei unlabeled images brought
+no gain beyond the noise ([results](docs/results.md))."""
 # Study, its row of all parts, what it is, and the labeled images.
 BOARD = (
     ("jitter", "full", "shapes", "64 of 1,280"),

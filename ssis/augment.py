@@ -134,14 +134,21 @@ class Geometry(NamedTuple):
         return maps.flip(-1) if self.flip else maps
 
 
-def weak_view(image: Tensor, target: dict | None, size: "data.ViewSize", seed: int):
+def weak_view(
+    image: Tensor,
+    target: dict | None,
+    size: "data.ViewSize",
+    seed: int,
+    original: tuple[int, int] | None = None,
+):
     """Resize at random, crop where asked, and flip with probability one half.
 
     Args:
-        image: (3, H, W) uint8, original frame.
+        image: (3, H, W) uint8, the whole original, perhaps `reduced`.
         target: `labels` (N,) and `masks` (N, H, W) uint8, or None.
         size: the limits of its sides, or its crop.
         seed: of this view.
+        original: height and width of the original; None: those of `image`.
 
     Returns:
         image (3, h, w) float32 in [0, 1], the target with its masks in that frame, and
@@ -154,7 +161,8 @@ def weak_view(image: Tensor, target: dict | None, size: "data.ViewSize", seed: i
     # of views that are gray are all mirrored. To mend it would change all recorded
     # runs.)
     generator = torch.Generator().manual_seed(seed ^ 4 if size.crop[0] else seed)
-    geometry = draw_geometry(tuple(image.shape[-2:]), size, generator)
+    original = original or tuple(image.shape[-2:])
+    geometry = draw_geometry(original, size, generator)
     # First the pixels, as uint8 (a quarter of the memory), then the masks.
     # A view with a crop may be ten times smaller, and would be full of false edges.
     image = resize_to(image, list(geometry.scaled), antialias=size.crop[0] > 0)
@@ -210,7 +218,25 @@ def resize(image: Tensor, short: int, longest: int) -> Tensor:
     were trained on such pixels. A strip is not made narrower than 16 pixels.
     """
     size = tuple(image.shape[-2:])
-    return resize_to(image, sides(size, fitting(size, short, longest)))
+    scale = fitting(size, short, longest)
+    return resize_to(reduced(image, longest), sides(size, scale))
+
+
+def reduced(image: Tensor, longest: int) -> Tensor:
+    """An image that is more than four times too large, at twice the size of its views.
+
+    Bilinear resizing reads two pixels of each row and skips what lies between: the view
+    of a photograph of 12 megapixels would be noise. Here every pixel counts.
+
+    Args:
+        image: (3, H, W).
+        longest: limit of the long side of a view, pixels.
+    """
+    size = tuple(image.shape[-2:])
+    scale = 2 * longest / max(size)
+    return (
+        resize_to(image, sides(size, scale), antialias=True) if scale < 0.5 else image
+    )
 
 
 def resize_to(image: Tensor, size: list[int], antialias: bool = False) -> Tensor:
@@ -239,14 +265,14 @@ def resize_masks(masks: Tensor, image: Tensor) -> Tensor:
 
 
 def view_masks(masks: Tensor, geometry: Geometry) -> Tensor:
-    """Masks (N, H, W) of the original, on the CPU, in a view: (N, h, w).
+    """Masks (N, H, W) of the original, or of it reduced, in a view: (N, h, w), on a CPU.
 
     What `geometry.to_view` makes of the resized masks, but only the view's pixels are
     made: at four times the crop's size 50 masks of Cityscapes would take 420 MB.
     """
     # The row and the column of the original that each one of the scaled image shows.
     # Their numbers are resized as masks are, so both agree to the pixel.
-    (height, width), scaled = geometry.original, geometry.scaled
+    (height, width), scaled = masks.shape[-2:], geometry.scaled
     rows = torch.arange(height, dtype=torch.float32)[None, :, None]
     columns = torch.arange(width, dtype=torch.float32)[None, None]
     rows = F.resize(rows, [scaled[0], 1], NEAREST_EXACT).expand(1, *scaled)

@@ -120,6 +120,10 @@ def sanitize(target: dict) -> dict:
     return {**kept, "boxes": boxes_of(kept["masks"])}
 
 
+# Reduced images that a stream keeps, at most.
+KEPT = 1000
+
+
 class ViewSize(NamedTuple):
     """What a weak view may look like.
 
@@ -171,6 +175,30 @@ class Stream(torch.utils.data.Dataset):
         self.factors = None if factors is None else np.array(factors)
         self.size, self.seed, self.with_target = size, seed, with_target
         self._epoch, self._order = -1, np.zeros(0, np.int64)
+        self._kept: dict[int, tuple] = {}
+
+    def read(self, index: int) -> tuple[Tensor, dict | None, tuple[int, int]]:
+        """An image, its target and its size; what is much too large is reduced.
+
+        A photograph of 12 megapixels takes 0.2 s to decode, so it is kept when it is
+        small, up to `KEPT` of them (0.5 MB each with views of 240 pixels).
+        """
+        if index in self._kept:
+            return self._kept[index]
+        image = self.dataset.image(index)
+        target = self.dataset.target(index) if self.with_target else None
+        original = tuple(image.shape[-2:])
+        # A crop may be of any scale.
+        small = (
+            image if self.size.crop[0] else augment.reduced(image, self.size.long_max)
+        )
+        if small is not image:
+            if target is not None:
+                masks = augment.resize_masks(target["masks"], small)
+                target = dict(target, masks=masks)
+            if len(self._kept) < KEPT:
+                self._kept[index] = small, target, original
+        return small, target, original
 
     def __getitem__(self, k: int) -> dict:
         """Item k, a weak view.
@@ -196,14 +224,13 @@ class Stream(torch.utils.data.Dataset):
                 order = np.searchsorted(ends, marks, side="right")[order]
             self._epoch, self._order = epoch, order
         index = int(self.indices[self._order[position]])
-        target = self.dataset.target(index) if self.with_target else None
+        image, target, original = self.read(index)
         # Epochs and items are both numbered 0, 1, 2, ...; with k itself, item 1 would
         # have the seed of epoch 1's permutation. ~k is -1 - k, so items have -1, -2,
         # ... and no view shares a seed with a permutation.
         seed = _mix(self.seed, ~k)
-        image, target, geometry = augment.weak_view(
-            self.dataset.image(index), target, self.size, seed
-        )
+        view = (target, self.size, seed, original)
+        image, target, geometry = augment.weak_view(image, *view)
         item = dict(image=image, index=index, seed=seed, geometry=geometry)
         return item if target is None else dict(item, target=sanitize(target))
 

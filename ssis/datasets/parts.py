@@ -12,6 +12,10 @@ from ssis.datasets.coco_json import add_folder, load_coco
 from ssis.datasets.dataset import Dataset
 
 
+# Largest training part whose images are looked for in the others.
+SEARCHED = 20_000
+
+
 def part_paths(config, part: str) -> tuple[str, str]:
     """JSON and image folder of "train", "val" or "test".
 
@@ -69,6 +73,15 @@ def open_parts(config) -> tuple[Dataset, Dataset, Dataset]:
                 f"{judged.source}, {train_set.files[min(same)]} is the first: a model "
                 "is judged by what it was taught; export all images in one part, and "
                 "let prepare own divide them"
+            )
+        # The makers of large datasets keep their parts apart.
+        known = copies.Known(outside if len(inside) <= SEARCHED else [])
+        both = [k for k, path in enumerate(inside) if k not in same and path in known]
+        if both:
+            train_set.warnings.append(
+                f"{train_set.source}: {len(both)} images are in {judged.source} as "
+                f"well, {train_set.files[both[0]]} is the first: a model is judged by "
+                "what it was taught; take them out of one of the two"
             )
     if config.unlabeled_images:
         add_folder(train_set, config.unlabeled_images, apart=(val, test))

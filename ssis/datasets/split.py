@@ -15,12 +15,27 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ssis import UserError, distributed
 from ssis.datasets.coco_json import load_json
 from ssis.datasets.copies import is_version, version_of
 from ssis.datasets.dataset import Dataset
 from ssis.io.files import write_text, writing
+
+
+# Validation images below which what is measured on them is half chance.
+FEW = 20
+# What makes two names mirror images of each other, as expressions.
+SIDES = (
+    ("left", "right"),
+    (r"\bl\b", "r"),
+    (r"\blh\b", "rh"),
+    (r"\bclockwise", "counterclockwise"),
+    ("links", "rechts"),
+    ("gauche", "droite"),
+    ("izquierda", "derecha"),
+)
 
 
 def draw_split(
@@ -130,14 +145,50 @@ def coverage(dataset: Dataset, chosen: list[int]) -> list[str]:
     ]
 
 
+def judging(dataset: Dataset, counts: Tensor) -> list[str]:
+    """Warnings about validation images that cannot judge all that is learned.
+
+    Args:
+        dataset: the validation part.
+        counts: (C,) labeled instances of each class.
+
+    Raises:
+        UserError: no validation image has an instance.
+    """
+    there = dataset.class_counts(range(len(dataset)))
+    if not there.sum():
+        raise UserError(
+            f"{dataset.source}: no image has an annotated instance, so no model can be "
+            "judged by it; annotate some, or give another --val-json"
+        )
+    lines = []
+    unseen = [
+        name
+        for name, n, v in zip(dataset.names, counts, there, strict=True)
+        if n and not v
+    ]
+    if unseen:
+        shown = ", ".join(unseen[:8]) + (" …" if len(unseen) > 8 else "")
+        lines.append(
+            f"no validation image has {shown}: neither AP nor the choice of best.pt "
+            "knows of it"
+        )
+    if len(dataset) < FEW:
+        lines.append(
+            f"{dataset.source}: {len(dataset)} validation images are few; what is "
+            f"measured on them is half chance below some {FEW}"
+        )
+    return lines
+
+
 def mirrored(names: list[str]) -> list[str]:
     """A warning if some classes are others' mirror images: left hand and right hand."""
-    lower = [name.lower() for name in names]
+    plain = [" ".join(re.findall(r"[^\W_]+", name.lower())) for name in names]
     pairs = [
-        f"{name} / {names[lower.index(other)]}"
-        for name in names
-        if (other := re.sub("left", "right", name.lower())) != name.lower()
-        and other in lower
+        f"{names[k]} / {names[plain.index(other)]}"
+        for one, two in SIDES
+        for k, name in enumerate(plain)
+        if (other := re.sub(one, two, name)) != name and other in plain
     ]
     if not pairs:
         return []

@@ -121,11 +121,15 @@ class Session:
                 file=sys.stderr,
             )
         self.class_frequency = self.train_set.class_shares(labeled)
-        self.annotated = self.train_set.class_counts(labeled)
+        counts = self.annotated = self.train_set.class_counts(labeled)
+        for line in split.judging(self.val_set, counts):
+            if rank == 0:
+                print(f"warning: {line}", file=sys.stderr)
         if config.filter == "calibrated":
-            # Their ground truth decides on the thresholds, too.
-            everything = range(len(self.val_set))
-            self.annotated = self.annotated + self.val_set.class_counts(everything)
+            # Their ground truth decides on the thresholds, too. A class that is not
+            # taught is not asked for.
+            more = self.val_set.class_counts(range(len(self.val_set)))
+            self.annotated = counts + more * (counts > 0)
         self.per_image = self.train_set.instances_per_image(labeled)
         self.watch = audit.Watch(
             self.train_set.names, config.filter, self.per_image, self.class_frequency

@@ -34,7 +34,7 @@ def load(name: str, weights: str) -> tuple[nn.Module, list[float], list[float]]:
     except ImportError as error:
         raise UserError(
             "--model timm: needs a further package; pip install timm, or take --model "
-            "small or resnet50"
+            "small --backbone-weights none"
         ) from error
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[-1]}*")[:3] if name else []
@@ -73,9 +73,12 @@ def load(name: str, weights: str) -> tuple[nn.Module, list[float], list[float]]:
         line = (
             str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         )
+        known = timm.get_pretrained_cfg(name)
+        where = getattr(known, "url", "") or getattr(known, "hf_hub_id", "")
         raise UserError(
-            f"--backbone {name} --backbone-weights {weights}: timm says: {line}; fetch "
-            "the weights elsewhere and give their PATH, or take another backbone"
+            f"--backbone {name} --backbone-weights {weights}: timm says: {line}; "
+            f"fetch the weights elsewhere ({where}) and give their PATH, or take "
+            "another backbone"
         ) from error
     settings = timm.get_pretrained_cfg(name)
     return body, list(settings.mean), list(settings.std)

@@ -182,13 +182,16 @@ def stages(audit: dict | None, calibration: dict | None) -> list[str]:
     return lines
 
 
-def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list[str]:
+def advice(
+    config, audit: dict | None, stages: dict | None, gain: float, alone: bool = False
+) -> list[str]:
     """What to change, a sentence each.
 
     Args:
         config: the settings of the run.
         audit, stages: of the summary, at the end of the run.
-        gain: over the first teacher, AP.
+        gain: the smallest over what the run is compared with, AP.
+        alone: whether that is a supervised run, and not the first teacher.
 
     Returns:
         Lines; `verdict` asks for none where the gain is certain.
@@ -233,6 +236,8 @@ def advice(config, audit: dict | None, stages: dict | None, gain: float) -> list
     if gain < 0:
         lines += [] if lines else ["lower --unsup-weight"]
         lines.append("use best.pt, the best model on the validation part")
+        if alone:
+            lines[-1] += ", of this run or of the supervised one"
     return lines
 
 
@@ -255,7 +260,8 @@ def change(stages: dict, stage: str, key: str) -> tuple[float, float] | None:
 def supervised_beside(folder: Path) -> Path | None:
     """The checkpoint of a finished supervised run in a folder beside a run's.
 
-    It must have had the same labeled images. Of several, the one with most steps.
+    It must have had the same labeled images. Of several, the strongest: the one with
+    the highest validation AP at its end, of those with most steps.
     """
     found = []
     for path in folder.parent.glob("*/summary.json"):
@@ -270,8 +276,9 @@ def supervised_beside(folder: Path) -> Path | None:
             same = all(labeled[0][key] == labeled[1][key] for key in keys)
             checkpoint = path.with_name("checkpoint.pt")
             if summary["method"] == "supervised" and same and checkpoint.exists():
-                found.append((summary["steps"], str(checkpoint)))
-    return Path(max(found)[1]).resolve() if found else None
+                ap = (summary.get("val_mask_ap") or {}).get("student") or 0.0
+                found.append((summary["steps"], ap, str(checkpoint)))
+    return Path(max(found)[2]).resolve() if found else None
 
 
 def verdict(
@@ -300,16 +307,31 @@ def verdict(
     compared = [compare(name, (n, r), now, truth, limit) for name, n, r in others]
     ends = summary["audit_stages"]["end"]
     calibrations = summary.get("calibration") or [None]
-    gain = sum(c["gain"] for c in compared if c["name"] == FIRST)
-    # Never change a winning run.
-    certain = all(
+    worst = min(compared, key=lambda one: one["gain"])
+    # Never change a winning run. On images that also set thresholds none is certain.
+    certain = not summary.get("test_is_validation") and all(
         c["gain"] > 0 and c["interval"] and c["interval"][0] > 0 for c in compared
     )
     sentence = f"with the unlabeled images the final teacher has mask AP {ap:.1f}: "
     sentence += "; ".join(one["words"] for one in compared)
+    if [one["name"] for one in compared] == [FIRST]:
+        sentence += "; it had fewer steps: a run with --method supervised is fairer"
+    if summary.get("test_is_validation"):
+        sentence += "; on the validation images, which are no test"
+    audit = summary["audit"] or measured(calibrations[-1])
     return dict(
         sentence=sentence,
         compared=compared,
         stages=stages(ends, calibrations[-1]),
-        advice=[] if certain else advice(config, summary["audit"], ends, gain),
+        advice=[]
+        if certain
+        else advice(config, audit, ends, worst["gain"], worst["name"] != FIRST),
     )
+
+
+def measured(calibration: dict | None) -> dict | None:
+    """What the validation images say of kept pseudo-labels, where there is no audit."""
+    if not calibration:
+        return None
+    names = dict(precision="box_precision", class_accuracy="class_accuracy")
+    return {new: calibration[old] for old, new in dict(names, recall="recall").items()}

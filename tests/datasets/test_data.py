@@ -246,6 +246,38 @@ class Classes:
         return self.present[index]
 
 
+def test_a_large_photo_is_decoded_once_and_keeps_its_frame(tmp_path):
+    """Its mask follows its pixels, and its geometry speaks of the file's own size."""
+    pixels = np.zeros((300, 400, 3), np.uint8)
+    pixels[60:200, 40:160] = 255
+    (tmp_path / "images").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "images" / "a.png")
+    square = [40, 60, 160, 60, 160, 200, 40, 200]
+    one = dict(id=1, image_id=1, category_id=1, segmentation=[square], iscrowd=0, area=1)
+    whole = dict(
+        images=[dict(id=1, file_name="a.png", height=300, width=400)],
+        annotations=[dict(one, bbox=[40, 60, 120, 140])],
+        categories=[dict(id=1, name="square")],
+    )
+    (tmp_path / "coco.json").write_text(json.dumps(whole))
+    stream = data.Stream(load(tmp_path), [0], SIZE, 3, True)
+    first = stream[0]
+    (tmp_path / "images" / "a.png").unlink()
+    for item in (first, stream[1], stream[2]):
+        assert item["geometry"].original == (300, 400)
+        shown, mask = item["image"][0] > 0.5, item["target"]["masks"][0].bool()
+        assert (shown & mask).sum() / (shown | mask).sum() > 0.9
+        # The middle of the view's mask, in the photo, is the middle of the square.
+        rows, columns = torch.where(mask)
+        middle = torch.tensor([columns.float().mean() + 0.5, rows.float().mean() + 0.5])
+        there = item["geometry"].to_original(middle[None])[0]
+        assert (there - torch.tensor([100.0, 130.0])).abs().max() < 6
+    # With a crop, whose scale may be anything, the file is read as before.
+    cropped = SIZE._replace(crop=(30, 30))
+    with pytest.raises(UserError, match="image not found"):
+        data.Stream(load(tmp_path), [0], cropped, 3, True)[0]
+
+
 def test_repeat_factors_by_hand():
     """Class 1 in all of four images, class 2 in one: sqrt(10 / 1), sqrt(10 / 0.25)."""
     images = Classes({1}, {1, 2}, {1}, {1}, set(), {3})
@@ -404,3 +436,24 @@ def test_classes_that_are_mirror_images_are_named():
     (line,) = split.mirrored(names)
     assert "Left hand / right hand" in line and "eye" not in line and "--no-flip" in line
     assert split.mirrored(["hand", "bright left"]) == []
+    for pair in (
+        ("hand_L", "hand_R"), ("R-hand", "L-hand"), ("left_hand", "right-hand"), ("lh", "rh"),
+        ("turn (l)", "turn (r)"), ("links", "Rechts"), ("clockwise", "counterclockwise"),
+    ):  # fmt: skip
+        assert split.mirrored(["foot", *pair]), pair
+    assert split.mirrored(["l", "b", "owl", "our"]) == []
+
+
+def test_validation_images_that_cannot_judge_are_told(coco_folder):
+    """None annotated, a class that is not there, and few."""
+    dataset = coco_json.load_coco(str(coco_folder / "coco.json"), str(coco_folder / "images"))
+    there = dataset.class_counts(range(len(dataset)))
+    (few,) = split.judging(dataset, there)
+    assert "4 validation images are few" in few
+    dataset.names.append("heron")
+    unseen, _ = split.judging(dataset, torch.cat([there, torch.tensor([3])]))
+    assert "no validation image has heron: neither AP nor the choice" in unseen
+    dataset.names.pop()
+    dataset.crowd[:] = True
+    with pytest.raises(UserError, match="no image has an annotated instance"):
+        split.judging(dataset, there)

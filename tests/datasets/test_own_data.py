@@ -312,6 +312,21 @@ def test_an_export_that_was_split_after_it_was_augmented(tmp_path):
     assert "3 images are versions of images in" in said and "prepare own divide them" in said
 
 
+def test_images_that_are_in_two_parts_are_told(tmp_path):
+    """Whatever their names: a validation image that is trained on judges nothing."""
+    export(tmp_path / "train", {f"{k}.png": picture(k) for k in range(4)})
+    export(tmp_path / "valid", {"other.png": picture(2), "new.png": picture(9)})
+    flags = ["--preset", "custom", "--method", "supervised"]
+    for part, folder in (("train", "train"), ("val", "valid")):
+        flags += [f"--{part}-json", str(tmp_path / folder / "coco.json")]
+        flags += [f"--{part}-images", str(tmp_path / folder / "images")]
+    train_set, _, _ = open_parts(config.parse(flags))
+    (said,) = train_set.warnings
+    assert "1 images are in" in said and "2.png is the first" in said
+    same = [flag.replace("valid", "train") for flag in flags]
+    assert "4 images are in" in open_parts(config.parse(same))[0].warnings[0]
+
+
 def test_versions_are_labeled_together(tmp_path):
     """Half of thirty versions of ten photos: five photos, not some of each."""
     names = [f"train/photo{n}_jpg.rf.{k}{n}a.jpg" for n in range(10) for k in range(3)]

@@ -195,6 +195,16 @@ def test_thresholds_that_are_not_used_are_named():
     assert config.parse(flags).idle_thresholds == []
 
 
+def test_pl_dc_on_photographs_is_full_without_sam():
+    """As docs/results.md says, which has one row for both."""
+    one, two = (config.parse(["--preset", "photos", "--method", m]) for m in ("pl-dc", "full"))
+    changed = {
+        f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(two, f.name)
+    }
+    # The share of boundary points is of structural distillation, which neither has.
+    assert changed == {"method", "structure_boundary"} and not two.structure_weight
+
+
 def test_without_sam_may_be_asked_for():
     """`--refine none` asks for less of SAM, not for SAM."""
     asked = config.parse(["--preset", "photos", "--method", "s4m", "--refine", "none"])

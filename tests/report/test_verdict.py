@@ -145,18 +145,31 @@ def test_stages_and_advice():
     )
     best = "use best.pt, the best model on the validation part"
     assert verdict.advice(plain, None, None, -1.0) == ["lower --unsup-weight", best]
+    alone = f"{best}, of this run or of the supervised one"
+    assert verdict.advice(plain, None, None, -1.0, True)[-1] == alone
     # Also where something else is to be changed.
     assert verdict.advice(calibrated, right, shares, -1.0) == ["give --no-align", best]
 
 
+def test_what_the_validation_images_say_where_there_is_no_audit():
+    """Bare photos: the last calibration tells what is low."""
+    measured = dict(precision=0.4, class_accuracy=0.3, recall=0.2)
+    audit = verdict.measured(measured)
+    assert audit == dict(box_precision=0.4, class_accuracy=0.3, recall=0.2)
+    assert verdict.measured(None) is None
+    (line,) = verdict.advice(SimpleNamespace(filter="calibrated"), audit, None, 1.0)
+    assert line.startswith("only 40% of the pseudo-labels lie on an instance")
+
+
 def test_a_supervised_run_beside_it_is_found(tmp_path):
-    """Of the same labeled images, finished, and the longest."""
+    """Of the same labeled images, finished, the longest, and of these the strongest."""
     for name, method, steps, labeled, sha256 in (
         ("own", "full", 9, ["a"], "1"),
         ("other-split", "supervised", 9, ["b"], "1"),
         ("other-images", "supervised", 99, ["a"], "2"),
         ("short", "supervised", 5, ["a"], "1"),
         ("long", "supervised", 9, ["a"], "1"),
+        ("pasted", "supervised", 9, ["a"], "1"),
         ("unfinished", "supervised", 99, ["a"], "1"),
     ):
         (tmp_path / name).mkdir()
@@ -164,7 +177,8 @@ def test_a_supervised_run_beside_it_is_found(tmp_path):
         (tmp_path / name / "labeled.json").write_text(json.dumps(split))
         (tmp_path / name / "checkpoint.pt").touch()
         if name != "unfinished":
-            text = json.dumps(dict(method=method, steps=steps))
+            ap = dict(student=20.0 if name == "long" else 10.0)
+            text = json.dumps(dict(method=method, steps=steps, val_mask_ap=ap))
             (tmp_path / name / "summary.json").write_text(text)
     # What is no run of ours is passed over.
     (tmp_path / "list").mkdir()
@@ -176,6 +190,11 @@ def test_a_supervised_run_beside_it_is_found(tmp_path):
     assert verdict.supervised_beside(tmp_path / "alone") is None
 
 
+def nobody_at(ap: float) -> tuple:
+    """Numbers of a model, and no detection of it."""
+    return dict(mask=dict(AP=ap)), []
+
+
 def test_a_run_that_gained_for_certain_is_not_told_to_change(four):
     """Whatever the audit says; one that may have gained by chance is."""
     audit = dict(box_precision=0.5, class_accuracy=0.5, recall=0.1)
@@ -184,5 +203,14 @@ def test_a_run_that_gained_for_certain_is_not_told_to_change(four):
     best, nobody = (dict(mask=dict(AP=100.0)), everything), (dict(mask=dict(AP=0.0)), [])
     first = [(verdict.FIRST, *nobody)]
     assert verdict.verdict(config, summary, best, first, four)["advice"] == []
+    # The images that chose the thresholds make nothing certain.
+    made = verdict.verdict(config, dict(summary, test_is_validation=True), best, first, four)
+    assert made["advice"] and made["sentence"].endswith("which are no test")
+    assert "a run with --method supervised is fairer" in made["sentence"]
+    # Better than the first teacher, worse than the labels alone.
+    beside = ("supervised training in x", *best)
+    lost = verdict.verdict(config, summary, nobody_at(50.0), [*first, beside], four)
+    assert "fairer" not in lost["sentence"]
+    assert lost["advice"][-1].endswith("of this run or of the supervised one")
     first = [(verdict.FIRST, *best)]
     assert len(verdict.verdict(config, summary, best, first, four)["advice"]) == 1

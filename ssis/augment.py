@@ -265,7 +265,7 @@ def resize_masks(masks: Tensor, image: Tensor) -> Tensor:
 
 
 def view_masks(masks: Tensor, geometry: Geometry) -> Tensor:
-    """Masks (N, H, W) of the original, or of it reduced, in a view: (N, h, w), on a CPU.
+    """Masks (N, H, W) of the original, or of it reduced, in a view: (N, h, w), on CPU.
 
     What `geometry.to_view` makes of the resized masks, but only the view's pixels are
     made: at four times the crop's size 50 masks of Cityscapes would take 420 MB.

@@ -87,8 +87,8 @@ class Session:
             )
         if rank == 0 and (idle := config.idle_thresholds):
             print(
-                f"note: {', '.join(idle)}: not used, for --filter calibrated measures "
-                "thresholds and gate; with another --filter they are given",
+                f"note: {', '.join(idle)}: without effect, since --filter calibrated "
+                "measures thresholds and gate; give another --filter to set them",
                 file=sys.stderr,
             )
         self.train_set, self.val_set, self.test_set = parts.open_parts(config)

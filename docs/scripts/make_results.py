@@ -76,9 +76,8 @@ LEARNT = """## What was learned
   Training with all labels has {jitter[all labels]} (one seed), and {ladder[all labels]} without
   jitter (it helps where labels are few). `full` closes {jitter_gap} % of the gap between
   supervised training and the better of these two. On the second dataset supervised training has
-  {signs-jitter[supervised]}, `full` {signs-jitter[full]} (seeds {signs_jitter_seeds}), training
-  with all labels {signs-jitter[all labels]}, and {signs[all labels]} without jitter:
-  {signs_jitter_gap} %.
+  {signs-jitter[supervised]}, `full` {signs-jitter[full]} (seeds {signs_jitter_seeds}), and training
+  with all labels, without jitter, {signs[all labels]}: {signs_jitter_gap} %.
 * **Of this project's parts, the measured thresholds add most.** With PL-DC's adaptive filter
   and its falling weight of the correction, `full` ends at {ladder[full, adaptive filter]} (from
   other first teachers, {first_adaptive} instead of {first_full}). PL-DC's thresholds
@@ -376,11 +375,12 @@ def closed(name: str, *rows: str, other: str = "") -> tuple[str, str]:
     """
     *found, last = [grouped(name).get(row, []) for row in rows]
     seeds = set.intersection(*({r["seed"] for r in runs} for runs in found))
+    last = [last] if last else []
+    last += [grouped(other)[rows[-1]]] if other else []
     if not seeds or not last:
         return "–", "–"
     least, full = (statistics.mean(final(r) for r in runs if r["seed"] in seeds) for runs in found)
-    ends = [last, grouped(other)[rows[-1]]] if other else [last]
-    most = max(statistics.mean(map(final, runs)) for runs in ends)
+    most = max(statistics.mean(map(final, runs)) for runs in last)
     return f"{100 * (full - least) / (most - least):.0f}", ", ".join(map(str, sorted(seeds)))
 
 

@@ -206,11 +206,9 @@ STUDIES = {
         rows={
             "supervised": "--method supervised",
             "full": "--method full",
-            "all labels": "--method supervised --labeled 100%",
         },
         seeds=(0, 1),
         common=f"--preset signs {LONGER}",
-        once=("all labels",),
     ),
     "without": Study(
         title="Each paper without each of its parts",

@@ -221,19 +221,20 @@ class Known:
     def __init__(self, paths: Iterable[str]):
         self.paths, self.sizes, self.edges, self.sums = set(), {}, {}, {}
         for path in paths:
-            self.paths.add(os.path.realpath(path))
-            with contextlib.suppress(OSError):  # missing: told when files are checked
+            # Missing, or no name at all: told when the files are checked.
+            with contextlib.suppress(OSError, ValueError):
+                self.paths.add(os.path.realpath(path))
                 self.sizes.setdefault(os.path.getsize(path), []).append(path)
 
     def __contains__(self, path: str) -> bool:
-        if os.path.realpath(path) in self.paths:
-            return True
         try:
+            if os.path.realpath(path) in self.paths:
+                return True
             same = self.sizes.get(os.path.getsize(path), [])
             same = [other for other in same if self.edge(other) == self.edge(path)]
             return bool(same) and self.sum(path) in map(self.sum, same)
-        except OSError:
-            # A broken link: no copy, and told when the files are checked.
+        except (OSError, ValueError):
+            # A broken link or name: no copy, and told when the files are checked.
             return False
 
     def edge(self, path: str) -> bytes:

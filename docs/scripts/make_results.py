@@ -199,10 +199,11 @@ README = """{table}
 Mask AP on the test images, in percent: mean ± standard deviation (number of seeds); runs of a row
 take the same number of steps. Minutes: the fastest run with unlabeled images, on one CPU core.
 Shapes and signs are drawn images, with scale jitter in training unless all are labeled (on shapes
-it does harm then); no setting was chosen on signs. `full`, the default method, measures its thresholds on
-validation images, whose labels no model is trained on (128 each for shapes and signs, 70 animals,
-40 blood cells). {real} start from ImageNet features and do not use SAM. On blood cells and nuclei
-unlabeled images brought no gain beyond the noise ([results](docs/results.md))."""
+it does harm then); no setting was chosen on signs. `full`, the default method, measures its
+thresholds on validation images, whose labels no model is trained on (128 each for shapes and
+signs, 70 animals, 40 blood cells). {real} start from ImageNet features and do not use SAM. On
+blood cells and nuclei unlabeled images brought no gain beyond the noise
+([results](docs/results.md))."""
 # Study, its row of all parts, what it is, the labeled images, and the study of "all labels": with
 # all of the drawn images labeled, scale jitter does harm.
 BOARD = (

@@ -120,8 +120,8 @@ def sanitize(target: dict) -> dict:
     return {**kept, "boxes": boxes_of(kept["masks"])}
 
 
-# Reduced images that a stream keeps, at most.
-KEPT = 1000
+# Bytes of reduced images and masks that a stream keeps, at most.
+KEPT = 5e8
 
 
 class ViewSize(NamedTuple):
@@ -176,12 +176,13 @@ class Stream(torch.utils.data.Dataset):
         self.size, self.seed, self.with_target = size, seed, with_target
         self._epoch, self._order = -1, np.zeros(0, np.int64)
         self._kept: dict[int, tuple] = {}
+        self._room = KEPT
 
     def read(self, index: int) -> tuple[Tensor, dict | None, tuple[int, int]]:
         """An image, its target and its size; what is much too large is reduced.
 
-        A photograph of 12 megapixels takes 0.2 s to decode, so it is kept when it is
-        small, up to `KEPT` of them (0.5 MB each with views of 240 pixels).
+        A photograph of 12 megapixels takes 0.2 s to decode, so it is kept once it is
+        small: 0.5 MB with views of 240 pixels, and a third of it for each mask.
         """
         if index in self._kept:
             return self._kept[index]
@@ -196,7 +197,9 @@ class Stream(torch.utils.data.Dataset):
             if target is not None:
                 masks = augment.resize_masks(target["masks"], small)
                 target = dict(target, masks=masks)
-            if len(self._kept) < KEPT:
+            size = small.nbytes + (0 if target is None else target["masks"].nbytes)
+            if size <= self._room:
+                self._room -= size
                 self._kept[index] = small, target, original
         return small, target, original
 

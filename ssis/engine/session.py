@@ -470,7 +470,9 @@ class Session:
             # It was tested in an earlier call of this run.
             numbers, found = self.ap(self.load("pretrained.pt"), self.test_set)
         others = [] if found is None else [(verdict.FIRST, numbers, found)]
-        beside = distributed.from_main(verdict.supervised_beside, self.folder)
+        beside = distributed.from_main(
+            verdict.supervised_beside, self.folder, self.total
+        )
         net = None
         if beside:
             # What is wrong in another run's folder is no error of this one.

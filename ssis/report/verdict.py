@@ -257,11 +257,11 @@ def change(stages: dict, stage: str, key: str) -> tuple[float, float] | None:
     return before, after
 
 
-def supervised_beside(folder: Path) -> Path | None:
+def supervised_beside(folder: Path, steps: int) -> Path | None:
     """The checkpoint of a finished supervised run in a folder beside a run's.
 
-    It must have had the same labeled images. Of several, the strongest: the one with
-    the highest validation AP at its end, of those with most steps.
+    It must have had the same labeled images and at least as many steps, or it would be
+    no fair line to beat. Of several, the one with the highest validation AP at its end.
     """
     found = []
     for path in folder.parent.glob("*/summary.json"):
@@ -275,10 +275,11 @@ def supervised_beside(folder: Path) -> Path | None:
             keys = ("labeled", "sha256")
             same = all(labeled[0][key] == labeled[1][key] for key in keys)
             checkpoint = path.with_name("checkpoint.pt")
-            if summary["method"] == "supervised" and same and checkpoint.exists():
+            fair = summary["method"] == "supervised" and summary["steps"] >= steps
+            if fair and same and checkpoint.exists():
                 ap = (summary.get("val_mask_ap") or {}).get("student") or 0.0
-                found.append((summary["steps"], ap, str(checkpoint)))
-    return Path(max(found)[2]).resolve() if found else None
+                found.append((ap, str(checkpoint)))
+    return Path(max(found)[1]).resolve() if found else None
 
 
 def verdict(
@@ -333,5 +334,8 @@ def measured(calibration: dict | None) -> dict | None:
     """What the validation images say of kept pseudo-labels, where there is no audit."""
     if not calibration:
         return None
-    names = dict(precision="box_precision", class_accuracy="class_accuracy")
-    return {new: calibration[old] for old, new in dict(names, recall="recall").items()}
+    return dict(
+        box_precision=calibration["precision"],
+        class_accuracy=calibration["class_accuracy"],
+        recall=calibration["recall"],
+    )

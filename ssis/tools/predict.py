@@ -133,17 +133,14 @@ def predict(net, names: list[str], files: dict[str, Path], out: Path, args) -> t
                     (detections,) = ap.detect_instances(
                         net, [image], device, args.score
                     )
-                except UserError as error:
-                    bar.write(f"skipped: {error}", file=sys.stderr)
-                    continue
-                except (MemoryError, RuntimeError) as error:
-                    # A CPU's allocator raises a plain RuntimeError.
-                    full_memory = isinstance(
-                        error, (MemoryError, torch.OutOfMemoryError)
-                    )
-                    if not full_memory and "can't allocate memory" not in str(error):
-                        raise
-                    why = f"{path}: too large for the memory"
+                except (UserError, MemoryError, RuntimeError) as error:
+                    why = error
+                    if not isinstance(error, UserError):
+                        # A CPU's allocator raises a plain RuntimeError.
+                        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                        if not known and "can't allocate memory" not in str(error):
+                            raise
+                        why = f"{path}: too large for the memory"
                     bar.write(f"skipped: {why}", file=sys.stderr)
                     continue
                 full += len(detections) == net.roi_heads.detections_per_img

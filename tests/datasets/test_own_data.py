@@ -298,15 +298,21 @@ def test_groups_that_do_not_fit_say_how_many_would(tmp_path):
     assert len(own(tmp_path, "--val", "3")["val"]) == 3
 
 
+def already_split(folder) -> list[str]:
+    """Flags of train.py for an export in two parts."""
+    flags = ["--preset", "custom", "--method", "supervised"]
+    for part, name in (("train", "train"), ("val", "valid")):
+        flags += [f"--{part}-json", str(folder / name / "coco.json")]
+        flags += [f"--{part}-images", str(folder / name / "images")]
+    return flags
+
+
 def test_an_export_that_was_split_after_it_was_augmented(tmp_path):
     """Roboflow's parts as they are: a version of each photo in both is told."""
     for part, mark in (("train", "a"), ("valid", "b")):
         names = [f"photo{n}_jpg.rf.{mark}{n}.jpg" for n in range(3)]
         export(tmp_path / part, {name: picture(k) for k, name in enumerate(names)})
-    flags = ["--preset", "custom", "--method", "supervised"]
-    for part, folder in (("train", "train"), ("val", "valid")):
-        flags += [f"--{part}-json", str(tmp_path / folder / "coco.json")]
-        flags += [f"--{part}-images", str(tmp_path / folder / "images")]
+    flags = already_split(tmp_path)
     train_set, _, _ = open_parts(config.parse(flags))
     (said,) = train_set.warnings
     assert "3 images are versions of images in" in said and "prepare own divide them" in said
@@ -316,10 +322,7 @@ def test_images_that_are_in_two_parts_are_told(tmp_path):
     """Whatever their names: a validation image that is trained on judges nothing."""
     export(tmp_path / "train", {f"{k}.png": picture(k) for k in range(4)})
     export(tmp_path / "valid", {"other.png": picture(2), "new.png": picture(9)})
-    flags = ["--preset", "custom", "--method", "supervised"]
-    for part, folder in (("train", "train"), ("val", "valid")):
-        flags += [f"--{part}-json", str(tmp_path / folder / "coco.json")]
-        flags += [f"--{part}-images", str(tmp_path / folder / "images")]
+    flags = already_split(tmp_path)
     train_set, _, _ = open_parts(config.parse(flags))
     (said,) = train_set.warnings
     assert "1 images are in" in said and "2.png is the first" in said

@@ -162,7 +162,7 @@ def test_what_the_validation_images_say_where_there_is_no_audit():
 
 
 def test_a_supervised_run_beside_it_is_found(tmp_path):
-    """Of the same labeled images, finished, the longest, and of these the strongest."""
+    """Of the same labeled images, finished, as long as the run, and the strongest."""
     for name, method, steps, labeled, sha256 in (
         ("own", "full", 9, ["a"], "1"),
         ("other-split", "supervised", 9, ["b"], "1"),
@@ -177,17 +177,18 @@ def test_a_supervised_run_beside_it_is_found(tmp_path):
         (tmp_path / name / "labeled.json").write_text(json.dumps(split))
         (tmp_path / name / "checkpoint.pt").touch()
         if name != "unfinished":
-            ap = dict(student=20.0 if name == "long" else 10.0)
+            ap = dict(student=dict(long=20.0, short=30.0).get(name, 10.0))
             text = json.dumps(dict(method=method, steps=steps, val_mask_ap=ap))
             (tmp_path / name / "summary.json").write_text(text)
     # What is no run of ours is passed over.
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "summary.json").write_text("[]")
     (tmp_path / "list" / "labeled.json").write_text("[]")
-    found = verdict.supervised_beside(tmp_path / "own")
+    found = verdict.supervised_beside(tmp_path / "own", 9)
     assert found == tmp_path / "long" / "checkpoint.pt"
     (tmp_path / "alone").mkdir()
-    assert verdict.supervised_beside(tmp_path / "alone") is None
+    assert verdict.supervised_beside(tmp_path / "alone", 9) is None
+    assert verdict.supervised_beside(tmp_path / "own", 10) is None
 
 
 def nobody_at(ap: float) -> tuple:

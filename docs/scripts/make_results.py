@@ -66,41 +66,43 @@ python train.py --preset custom --method guided-distillation --seed 0 --data COC
 # What was learned, and the numbers it rests on.
 LEARNT = """## What was learned
 
-* **Both papers help, and most together.** The ladder, without scale jitter: supervised training
-  with 64 labeled images reaches
+* **Both papers help, and most together.** Supervised training with 64 labeled images reaches
   {ladder[supervised]}, Guided Distillation {ladder[guided-distillation]}, PL-DC
   {ladder[pl-dc (all three)]}, S4M as published {ladder[s4m (as published)]}, the two together
   {ladder[pl-dc + s4m as published]}, with this project's parts
-  {ladder[full (both papers, own parts)]}, and supervised training with all 1,280 images
-  {ladder[all labels]}: `full` closes {gap} % of the gap (seeds {gap_seeds}). That is more
-  than supervised training has with 256 labeled images ({labels[20% supervised]}), which are more
-  than the 64 and the 128 validation images together.
-* **Against the strongest supervised training the gain is smaller, and stays large.** With scale
-  jitter for all methods, the default, supervised training has {jitter[supervised]}, Guided
-  Distillation {jitter[guided-distillation]} and `full` {jitter[full]} (seeds {jitter_seeds}).
-  Training with all labels has {jitter[all labels]} (one seed), and {ladder[all labels]} without
-  jitter (it helps where labels are few). `full` closes {jitter_gap} % of the gap between
-  supervised training and the better of these two. On the second dataset supervised training has
-  {signs-jitter[supervised]}, `full` {signs-jitter[full]} (seeds {signs_jitter_seeds}), and training
-  with all labels, without jitter, {signs[all labels]}: {signs_jitter_gap} %.
+  {ladder[full (both papers, own parts)]} (seeds {gap_seeds}). Supervised training with all 1,280
+  images has {ladder[all labels]}, and {ladder-one-size[all labels]} without scale jitter, which
+  helps where labels are few. `full` closes {gap_same} % of the gap to the first of these two and
+  {gap} % of the gap to the second. Guided Distillation's gain alone is within the noise.
+* **A stronger baseline makes the gain smaller, and it stays large.** Until 2026-11-30 the built-in
+  data were trained without scale jitter, which flattered the methods: supervised training had
+  {ladder-one-size[supervised]}, Guided Distillation {ladder-one-size[guided-distillation]}, `full`
+  {ladder-one-size[full (both papers, own parts)]}: {gap_one_size} % of that gap. With jitter the
+  first teachers know more, and each part alone adds less.
+* **The gain also holds on a dataset on which no setting was chosen.** On the second built-in
+  dataset, with the settings of the first one (seeds {signs_seeds}): supervised {signs[supervised]},
+  Guided Distillation {signs[guided-distillation]}, `full` {signs[full]}, all labels
+  {signs[all labels]}, and without jitter {signs-one-size[all labels]}: {signs_gap} % of the gap to
+  the better of the two. Without jitter, and with older code, both papers were measured there as
+  well: supervised {signs-one-size[supervised]}, PL-DC {signs-one-size[pl-dc]}, S4M
+  {signs-one-size[s4m]}. The classes are easier to tell apart than those of the shapes, so
+  correction has less to do, and S4M's masks and copy-paste do more.
 * **Of this project's parts, the measured thresholds add most.** With PL-DC's adaptive filter
-  and its falling weight of the correction, `full` ends at {ladder[full, adaptive filter]} (from
-  other first teachers, {first_adaptive} instead of {first_full}). PL-DC's thresholds
+  and its falling weight of the correction, `full` ends at {ladder[full, adaptive filter]} instead
+  of {ladder[full (both papers, own parts)]}. PL-DC's thresholds
   rise with the teacher's confidence, until they drop two instances in five; measured on the
   validation images, they keep nine in ten, with hardly more that are wrong (the table of stages
   below). And the weight of category correction stays where it was measured, instead of falling
   to 0. The price: annotated validation images, which no model is trained on. There are 128; with 20
-  of them and seed 3 `full` ended at 65.7 instead of 65.9 (docs/log.md).
-* **Wrong classes cost more AP than imprecise masks.** With right classes on Guided Distillation's
-  pseudo-labels its AP would be {ladder[oracle: classes]}, with right masks {ladder[oracle: masks]},
-  with both {ladder[oracle: both]}, which is where `full` ends. What `full` still gets wrong at its
-  end, by the audit: 7 % of the classes are wrong, masks have an IoU of 0.92, and 8 % of the
-  instances have no pseudo-label. Each part alone on top of Guided Distillation: category
-  correction {ladder[+ category correction]}, refinement {ladder[+ refinement by SAM]}, copy-paste
-  {ladder[+ copy-paste]}, structural distillation {ladder[+ structural distillation]}, adaptive
-  filter {ladder[+ adaptive filter]}, pixel uncertainty {ladder[+ pixel uncertainty]}. The last
-  three are within the noise. The two papers' gains add up, for they mend
-  different faults.
+  of them, seed 3, and no jitter, `full` ended at 65.7 instead of 65.9 (docs/log.md).
+* **Wrong classes cost more AP than imprecise masks.** With right classes and masks on Guided
+  Distillation's pseudo-labels its AP would be {ladder[oracle: both]}, no more than `full` has
+  without any. Without jitter it would be {ladder-one-size[oracle: classes]} with right classes and
+  {ladder-one-size[oracle: masks]} with right masks. What `full` still gets wrong at its end, by
+  the audit: {wrong_classes} % of the classes are wrong, masks have an IoU of {last_iou}, and
+  {missed} % of the instances have no pseudo-label. Each part alone on top of Guided Distillation:
+  category correction {ladder[+ category correction]}, refinement {ladder[+ refinement by SAM]},
+  copy-paste {ladder[+ copy-paste]}. The two papers' gains add up, for they mend different faults.
 * **Refinement pays twice.** SAM's masks have an IoU with the ground truth that is {refine_burnin}
   above the teacher's at the end of the burn-in (`full`), and better silhouettes are easier to name:
   the category classifier is right more often after SAM than before it. The tiny SAM was never shown
@@ -113,16 +115,11 @@ LEARNT = """## What was learned
   and {labels[5% full]}; with 10 % {labels[10% supervised]} and
   {labels[10% full, adaptive filter]} (measured thresholds were not run); with 20 %
   {labels[20% supervised]}, {labels[20% full, adaptive filter]} and {labels[20% full]}; all labels
-  {ladder[all labels]}. Guided Distillation alone gains two to five AP. The two seeds are two
-  draws of the labeled images, and which images those are can matter as much as a method: with 10
-  % the two supervised runs are 6 AP apart, those of `full` with the adaptive filter 8.
-* **The gain also holds on a dataset on which no setting was chosen.** On the second built-in
-  dataset, with the settings of the first one (seeds: {signs_seeds}): supervised
-  {signs[supervised]}, Guided Distillation {signs[guided-distillation]}, PL-DC {signs[pl-dc]}, S4M
-  {signs[s4m]}, both with PL-DC's adaptive filter {signs[full, adaptive filter]} (these four before
-  2026-11-25, see there), `full` {signs[full]}, all labels {signs[all labels]}: {signs_gap} % of the
-  gap. The classes are easier to tell apart there, so correction has less to do, and S4M's masks and
-  copy-paste do more.
+  {ladder-one-size[all labels]}. So `full` with 64 labeled images has more than supervised training
+  with 256, which are more than the 64 and the 128 validation images together. Guided Distillation
+  alone gains two to five AP. The two seeds are two draws of the labeled images, and which images
+  those are can matter as much as a method: with 10 % the two supervised runs are 6 AP apart, those
+  of `full` with the adaptive filter 8.
 * **On photographs `full` gains, and what it gains is names.** Animals of 6 classes, 38 of 378
   images labeled: supervised {animals[supervised]}, Guided Distillation
   {animals[guided-distillation]}, `full` {animals[full]}, all labels {animals[all labels]} (one
@@ -158,18 +155,20 @@ LEARNT = """## What was learned
 * **bf16 ends where float32 does, within the noise:** `full` {amp[full, bf16]} against
   {amp[full, float32]}, two seeds each, with PL-DC's adaptive filter, on a CPU.
 * **Structural distillation does not make a better first teacher here:** {first_with} with it,
-  {first_without} without (seeds 0 to 2; one of the three is better with it). With seed 3, on which
+  {first_without} without (seeds 0 to 2). Without jitter, seed 3, on which
   the settings were chosen, it has 34.8 with it and 38.2 without; a weight so small that it only
   changes the noise gives 36.0 (docs/log.md). In Mask R-CNN the stride-4 map also feeds the
-  classifier. So `full` leaves it out with the small model. A run does not end lower with it: alone
-  on top of Guided Distillation it ended at {ladder[+ structural distillation]} against
-  {ladder[guided-distillation]}, and with seed 0 S4M at {without[s4m]} with it and at
-  {without[s4m, no distillation]} without. `full` with it was not tried over seeds."""
+  classifier. So `full` leaves it out with the small model. A run does not end lower with it
+  (without jitter): alone on top of Guided Distillation it ended at
+  {ladder-one-size[+ structural distillation]} against {ladder-one-size[guided-distillation]}, and
+  with seed 0 S4M at {without[s4m]} with it and at {without[s4m, no distillation]} without. `full`
+  with it was not tried over seeds."""
 
 FAITHFUL = """
 ## Before and after the recipes were made those of the papers
 
-The ladder's rows from before 2026-11-25 ([raw](results/ladder-before.json)) beside those of now.
+The ladder's rows from before 2026-11-25 ([raw](results/ladder-before.json)) beside those of
+2026-11-30, both without scale jitter.
 What lies between on the built-in data: category correction over the classes alone (PL-DC's released
 rule), S4M as published in `s4m`, calibration of the mask loss in `full`, and the teacher's EMA
 (docs/log.md). Of these changes Guided
@@ -209,17 +208,18 @@ thresholds on validation images, whose labels no model is trained on (128 each f
 signs, 70 animals, 40 blood cells). {real} start from ImageNet features and do not use SAM. On
 blood cells and nuclei unlabeled images brought no gain beyond the noise
 ([results](docs/results.md))."""
+FULL = "full (both papers, own parts)"
 # Study, its row of all parts, what it is, the labeled images, and the study of "all labels": with
 # all of the drawn images labeled, scale jitter does harm.
 BOARD = (
-    ("jitter", "full", "shapes", "64 of 1,280", "ladder"),
-    ("signs-jitter", "full", "signs", "64 of 1,280", "signs"),
+    ("ladder", FULL, "shapes", "64 of 1,280", "ladder-one-size"),
+    ("signs", "full", "signs", "64 of 1,280", "signs-one-size"),
     ("animals", "full", "photographs: animals", "38 of 378", "animals"),
     ("wbc", "full", "blood cells", "20 of 180", "wbc"),
 )
 
 # Stages of making pseudo-labels are shown for these rows of the ladder.
-STAGED = ("pl-dc (all three)", "s4m (as published)", "full (both papers, own parts)")
+STAGED = ("pl-dc (all three)", "s4m (as published)", FULL)
 AUDIT = ("pseudo_per_image", "box_precision", "class_accuracy", "mask_iou", "recall")
 
 
@@ -409,14 +409,17 @@ def facts() -> dict:
     """What the texts may name: the mean AP of each row of each study, and some shares."""
     known = {name: means(name) for name in study.STUDIES}
     # What SAM adds to the mask IoU of kept pseudo-labels, in `full`.
-    both = grouped("ladder").get("full (both papers, own parts)", [])
+    both = grouped("ladder").get(FULL, [])
     stages = [r["summary"]["audit_stages"]["end of burn-in"] for r in both]
     gains = [each["refined"]["mask_iou"] - each["kept"]["mask_iou"] for each in stages]
-    gap, gap_seeds = closed("ladder", "supervised", "full (both papers, own parts)", "all labels")
-    signs_gap, signs_seeds = closed("signs", "supervised", "full", "all labels")
+    last = {key: statistics.mean(r["summary"]["audit"][key] for r in both) for key in AUDIT}
+    # Of the way to the better of two: all labels with and without scale jitter.
+    gap, gap_seeds = closed("ladder", "supervised", FULL, "all labels", other="ladder-one-size")
+    gap_same, _ = closed("ladder", "supervised", FULL, "all labels")
+    gap_one_size, _ = closed("ladder-one-size", "supervised", FULL, "all labels")
     three = ("supervised", "full", "all labels")
-    jitter = closed("jitter", *three, other="ladder")
-    signs_jitter = closed("signs-jitter", *three, other="signs")
+    signs_gap, signs_seeds = closed("signs", *three, other="signs-one-size")
+    signs_gap_same, _ = closed("signs", *three)
     nuclei = json.loads((HERE / "results" / "log-nuclei-before.json").read_text())
     return known | dict(
         nuclei_before={r["row"]: f"{final(r):.1f}" for r in nuclei},
@@ -425,7 +428,10 @@ def facts() -> dict:
         },
         gap=gap,
         gap_seeds=gap_seeds,
+        gap_same=gap_same,
+        gap_one_size=gap_one_size,
         signs_gap=signs_gap,
+        signs_gap_same=signs_gap_same,
         signs_seeds=signs_seeds,
         wbc_supervised=spread([final(r) for r in grouped("wbc").get("supervised", [])]),
         wbc_first=spread(
@@ -440,14 +446,13 @@ def facts() -> dict:
         wbc_gd=spread([final(r) for r in grouped("wbc").get("guided-distillation", [])]),
         wbc_full=spread([final(r) for r in grouped("wbc").get("full", [])]),
         animals_seeds=len(grouped("animals").get("full", [])),
-        jitter_gap=jitter[0],
-        jitter_seeds=jitter[1],
-        signs_jitter_gap=signs_jitter[0],
-        signs_jitter_seeds=signs_jitter[1],
         first_adaptive=first_teachers("full, adaptive filter"),
-        first_full=first_teachers("full (both papers, own parts)"),
-        first_with=first_teachers("+ structural distillation"),
+        first_full=first_teachers(FULL),
+        first_with=first_teachers("s4m (as published)"),
         first_without=first_teachers("guided-distillation"),
+        wrong_classes=f"{100 * (1 - last['class_accuracy']):.0f}",
+        last_iou=f"{last['mask_iou']:.2f}",
+        missed=f"{100 * (1 - last['recall']):.0f}",
         refine_burnin=f"{statistics.mean(gains):.2f}" if gains else "–",
     )
 
@@ -504,9 +509,7 @@ def peer() -> str:
             lines.append(line([*cells, f"{run[way]['minutes']:.0f}"]))
         for name, row in (
             ("ladder", "supervised"),
-            ("jitter", "supervised"),
-            ("ladder", "full (both papers, own parts)"),
-            ("jitter", "full"),
+            ("ladder", FULL),
         ):
             for ours in (r for r in grouped(name).get(row, []) if r["seed"] == seed):
                 words = f"{name}: {row} (seed {seed})"
@@ -520,10 +523,10 @@ def faithful() -> str:
     before = json.loads((HERE / "results" / "ladder-before.json").read_text())
     lines = [FAITHFUL.strip(), "", "| | before | seed by seed | after | seed by seed |"]
     lines.append("|---" * 5 + "|")
-    after = grouped("ladder")
+    after = grouped("ladder-one-size")
     for row in dict.fromkeys(r["row"] for r in before):
         cells = [row]
-        now = row.replace("full (both papers, own parts)", "full, adaptive filter")
+        now = row.replace(FULL, "full, adaptive filter")
         for runs in ([r for r in before if r["row"] == row], after.get(now, [])):
             seeds = "  ".join(f"{r['seed']}: {final(r):.1f}" for r in runs)
             cells += [spread([final(r) for r in runs]), seeds]
@@ -536,7 +539,8 @@ def faithful() -> str:
         runs = [t for t in trials if t["name"] == name]
         cells = [" / ".join(f"{t[key]:.1f}" for t in runs) for key in ("validation", "test")]
         lines.append(line([name, *cells, *(mean([t["audit"][k] for t in runs]) for k in AUDIT)]))
-    lines += ["", "The flags, after those of the ladder and `--seed 3`:", "", "```"]
+    words = "The flags, after those of the ladder without scale jitter and `--seed 3`:"
+    lines += ["", words, "", "```"]
     flags = {t["name"]: t["flags"] for t in trials}
     lines += [f"{name:<34}  {flags[name]}" for name in flags]
     return "\n".join([*lines, "```"])

@@ -86,7 +86,38 @@ GD = "--method guided-distillation"
 # A third longer than the default run, which is to end within ten minutes on two cores.
 LONGER = "--pretrain-steps 900 --mutual-steps 600 --eval-every 250"
 # Until 2026-11-30 the built-in data were trained without scale jitter.
-SHAPES = f"{LONGER} --short-side-min 96"
+ONE_SIZE = f"{LONGER} --short-side-min 96"
+# Both papers, and each of their parts alone on top of Guided Distillation.
+LADDER = {
+    "supervised": "--method supervised",
+    "guided-distillation": GD,
+    "+ adaptive filter": f"{GD} --filter adaptive",
+    "+ category correction": f"{GD} --correction prototypes",
+    "+ pixel uncertainty": f"{GD} --uncertainty",
+    "pl-dc (all three)": "--method pl-dc",
+    "+ structural distillation": f"{GD} --structure-weight 1",
+    "+ refinement by SAM": f"{GD} --refine agreement",
+    "+ copy-paste": f"{GD} --arp unlabeled",
+    "s4m (as published)": "--method s4m",
+    "pl-dc + s4m as published": "--method full --filter adaptive "
+    "--structure-weight 1 --structure-boundary 0 --refine iou --refine-gate 0 "
+    "--no-refine-calibrate",
+    "full, adaptive filter": "--method full --filter adaptive",
+    "full (both papers, own parts)": "--method full",
+    "oracle: classes": f"{GD} --oracle class",
+    "oracle: masks": f"{GD} --oracle mask",
+    "oracle: both": f"{GD} --oracle both",
+    "all labels": "--method supervised --labeled 100%",
+}
+# Rows that were not run again when scale jitter became the default.
+ONE_SIZE_ALONE = (
+    "+ adaptive filter",
+    "+ pixel uncertainty",
+    "+ structural distillation",
+    "oracle: classes",
+    "oracle: masks",
+)
+
 # Real microscope images: fewer, larger, crowded with one class.
 NUCLEI = (
     "--preset custom --labeled-batch 4 --unlabeled-batch 4 --eval-every 2000 "
@@ -138,173 +169,41 @@ BEFORE = (
 STUDIES = {
     "ladder": Study(
         title="The ladder: built-in shapes, 5 % labeled (64 of 1,280 images)",
-        text="Without scale jitter, which all methods have had since 2026-11-30 (next "
-        "table). From supervised training to both papers, each of their parts alone on "
-        "top of Guided Distillation, and the headroom: oracles replace classes, masks "
-        "or both of Guided Distillation's pseudo-labels by hidden ground truth, which "
-        "no method may see; `all labels` is supervised training with all 1,280 images. "
-        "All rows take the same number of steps. The settings of PL-DC and S4M were "
-        "chosen with seed 3, which is not in the table. Those of the training loop "
-        "were chosen with seed 0 on the validation part; however, when three of these "
-        "were chosen, test numbers of seed 0 had been seen too: the strong view for "
-        "labeled images, the learning-rate schedule, and the absence of scale jitter "
-        "(docs/log.md). `s4m` is S4M as published. `full` is both papers and this "
-        "project's parts: thresholds, SAM's gate and the weight of the correction are "
-        "measured on the 128 validation "
-        "images (chosen with seeds 3 and 4), SAM's candidate is the one that agrees "
-        "best with the teacher's mask, and the mask loss is calibrated by their "
-        "agreement; it is without structural distillation, as by default with the "
-        "small model. The oracles bound Guided Distillation, not `full`. Made before "
-        "2026-11-25, when the teacher's EMA changed (Guided Distillation then: 32.3): "
-        "`supervised` and `all labels`, which have no teacher, the oracles, and, each "
-        "alone, filter, uncertainty, distillation, refinement and copy-paste.",
-        rows={
-            "supervised": "--method supervised",
-            "guided-distillation": GD,
-            "+ adaptive filter": f"{GD} --filter adaptive",
-            "+ category correction": f"{GD} --correction prototypes",
-            "+ pixel uncertainty": f"{GD} --uncertainty",
-            "pl-dc (all three)": "--method pl-dc",
-            "+ structural distillation": f"{GD} --structure-weight 1",
-            "+ refinement by SAM": f"{GD} --refine agreement",
-            "+ copy-paste": f"{GD} --arp unlabeled",
-            "s4m (as published)": "--method s4m",
-            "pl-dc + s4m as published": "--method full --filter adaptive "
-            "--structure-weight 1 --structure-boundary 0 --refine iou --refine-gate 0 "
-            "--no-refine-calibrate",
-            "full, adaptive filter": "--method full --filter adaptive",
-            "full (both papers, own parts)": "--method full",
-            "oracle: classes": f"{GD} --oracle class",
-            "oracle: masks": f"{GD} --oracle mask",
-            "oracle: both": f"{GD} --oracle both",
-            "all labels": "--method supervised --labeled 100% --eval-every 800",
-        },
-        seeds=(0, 1, 2),
-        common=SHAPES,
-    ),
-    "jitter": Study(
-        title="Built-in shapes with scale jitter, 5 % labeled",
-        text="The ladder's main rows as the built-in data are trained since "
-        "2026-11-30: with the short side drawn from 72 to 96 pixels, the strongest "
-        "augmentation of supervised training that is known on these data "
-        "(docs/log.md). Rows with one run are marked by it.",
-        rows={
-            "supervised": "--method supervised",
-            "guided-distillation": GD,
-            "full": "--method full",
-            "supervised, copy-paste": "--method supervised --arp labeled",
-            "all labels": "--method supervised --labeled 100%",
-        },
+        text="From supervised training to both papers, parts of theirs alone on top of "
+        "Guided Distillation, and the headroom: `oracle: both` replaces classes and "
+        "masks of Guided Distillation's pseudo-labels by hidden ground truth, which no "
+        "method may see, and so bounds Guided Distillation, not `full`; `all labels` "
+        "is supervised training with all 1,280 images. All rows take the same number "
+        "of steps, and all have scale jitter, the short side being drawn from 72 to 96 "
+        "pixels: the strongest augmentation of supervised training that is known on "
+        "these data (docs/log.md). `s4m` is S4M as published. `full` is both papers "
+        "and this project's parts: thresholds, SAM's gate and the weight of the "
+        "correction are measured on the 128 validation images, SAM's candidate is the "
+        "one that agrees best with the teacher's mask, and the mask loss is calibrated "
+        "by their agreement; it is without structural distillation, as by default with "
+        "the small model. The settings of PL-DC, S4M and `full` were chosen with seeds "
+        "3 and 4, which are not in the table, without scale jitter. Those of the "
+        "training loop were chosen with seed 0 on the validation part; however, when "
+        "three of these were chosen, test numbers of seed 0 had been seen too: the "
+        "strong view for labeled images, the learning-rate schedule, and scale jitter "
+        "(docs/log.md).",
+        rows={row: LADDER[row] for row in LADDER if row not in ONE_SIZE_ALONE},
         seeds=(0, 1, 2),
         common=LONGER,
-        once=("supervised, copy-paste", "all labels"),
-    ),
-    "signs-jitter": Study(
-        title="The second built-in dataset with scale jitter, 5 % labeled",
-        text="The same for the signs: the short side is drawn from 84 to 112 pixels.",
-        rows={
-            "supervised": "--method supervised",
-            "full": "--method full",
-        },
-        seeds=(0, 1),
-        common=f"--preset signs {LONGER}",
-    ),
-    "without": Study(
-        title="Each paper without each of its parts",
-        text="What is lost when one part is switched off. One seed: two runs of the "
-        "same settings differ by up to 2 AP, so smaller differences say nothing."
-        + BEFORE,
-        rows={
-            "pl-dc": "--method pl-dc",
-            "pl-dc, filter by class score": "--method pl-dc --filter score",
-            "pl-dc, no correction": "--method pl-dc --correction none",
-            "pl-dc, no uncertainty": "--method pl-dc --no-uncertainty",
-            "s4m": S4M_BEFORE,
-            "s4m, no distillation": f"{S4M_BEFORE} --structure-weight 0",
-            "s4m, no refinement": f"{S4M_BEFORE} --refine none",
-            "s4m, no copy-paste": f"{S4M_BEFORE} --arp none",
-            "s4m, no gate": "--method s4m --refine agreement",
-        },
-        seeds=(0,),
-        common=SHAPES,
-    ),
-    "labels": Study(
-        title="How many labels: built-in shapes, 2.5 to 20 %",
-        text="The curve that every paper on the subject draws, without scale jitter. "
-        "The rows `full` were "
-        "made on 2026-11-30, with thresholds measured on the 128 validation images."
-        + BEFORE.replace("Made", "The others were made"),
-        rows={
-            f"{share} {name}": f"{flags} --labeled {share}"
-            for share in ("2.5%", "5%", "10%", "20%")
-            for name, flags in {
-                "supervised": "--method supervised",
-                "guided-distillation": GD,
-                "full, adaptive filter": FULL_BEFORE,
-                "full": "--method full",
-            }.items()
-            # Measured thresholds at both ends and in the middle.
-            if (share, name) != ("10%", "full")
-        },
-        seeds=(0, 1),
-        common=SHAPES,
     ),
     "signs": Study(
         title="Generality: the second built-in dataset, 5 % labeled",
         text="Other classes, sizes and textures (`ssis/datasets/signs.py`), on which "
-        "nothing was ever chosen: the settings are those of the shapes, and "
-        "so is the tiny SAM. Without scale jitter. The row `full` was "
-        "made on 2026-11-30, with thresholds measured on the 128 validation images."
-        + BEFORE.replace("Made", "The others were made"),
+        "nothing was ever chosen: the settings are those of the shapes, and so is the "
+        "tiny SAM. The short side is drawn from 84 to 112 pixels.",
         rows={
             "supervised": "--method supervised",
             "guided-distillation": GD,
-            "pl-dc": "--method pl-dc",
-            "s4m": S4M_BEFORE,
-            "full, adaptive filter": FULL_BEFORE,
             "full": "--method full",
             "all labels": "--method supervised --labeled 100%",
         },
         seeds=(0, 1),
-        common=f"--preset signs {LONGER} --short-side-min 112",
-    ),
-    "amp": Study(
-        title="Mixed precision: bf16 on a CPU",
-        text="`full` with PL-DC's adaptive filter, once more with `--amp bf16`, to be "
-        "read with what two runs of the same settings differ by: up to 2 AP." + BEFORE,
-        rows={
-            "full, float32": FULL_BEFORE,
-            "full, bf16": f"{FULL_BEFORE} --amp bf16",
-        },
-        seeds=(0, 1),
-        common=SHAPES,
-    ),
-    "nuclei": Study(
-        title="Cell nuclei: real images of one class, 20 of 200 labeled",
-        text="Microscope images of the 2018 Data Science Bowl (CC0), at 256 pixels. Of "
-        "the 240 training images 40 are kept for validation, and the published "
-        "validation part is the test part: `python -m ssis prepare own --json "
-        "nuclei/instances_train.json --root nuclei/train --out FOLDER --val 40`, and "
-        "that part copied to `FOLDER/instances_test.json` and `FOLDER/test`. `full` is "
-        "PL-DC with measured thresholds; it is without category correction, since "
-        "there is one class, without SAM, of which no official weights could be had, "
-        "and without copy-paste, which made first teachers worse on the validation "
-        "images (test numbers of two runs with it had been seen, docs/log.md). Guided "
-        "Distillation's threshold and the weight of unlabeled images were chosen with "
-        "seed 3 (docs/log.md). Rows with one run are marked by it.",
-        rows={
-            "supervised": "--method supervised",
-            "guided-distillation": f"{GD} --tau-class 0.5",
-            "full": "--method full --filter calibrated --correction none "
-            "--refine none --no-refine-calibrate --arp none",
-            "supervised, copy-paste": "--method supervised --arp labeled",
-            "all labels": "--method supervised --labeled 100%",
-        },
-        seeds=(0, 1, 2),
-        common=f"{NUCLEI} --labeled 10%",
-        data=True,
-        once=("supervised, copy-paste", "all labels"),
-        judged=True,
+        common=f"--preset signs {LONGER}",
     ),
     "animals": Study(
         title="Photographs: animals of 6 classes, 38 of 378 images labeled",
@@ -334,6 +233,114 @@ STUDIES = {
         data=True,
         once=PHOTO_ONCE,
         judged=True,
+    ),
+    "nuclei": Study(
+        title="Cell nuclei: real images of one class, 20 of 200 labeled",
+        text="Microscope images of the 2018 Data Science Bowl (CC0), at 256 pixels. Of "
+        "the 240 training images 40 are kept for validation, and the published "
+        "validation part is the test part: `python -m ssis prepare own --json "
+        "nuclei/instances_train.json --root nuclei/train --out FOLDER --val 40`, and "
+        "that part copied to `FOLDER/instances_test.json` and `FOLDER/test`. `full` is "
+        "PL-DC with measured thresholds; it is without category correction, since "
+        "there is one class, without SAM, of which no official weights could be had, "
+        "and without copy-paste, which made first teachers worse on the validation "
+        "images (test numbers of two runs with it had been seen, docs/log.md). Guided "
+        "Distillation's threshold and the weight of unlabeled images were chosen with "
+        "seed 3 (docs/log.md). Rows with one run are marked by it.",
+        rows={
+            "supervised": "--method supervised",
+            "guided-distillation": f"{GD} --tau-class 0.5",
+            "full": "--method full --filter calibrated --correction none "
+            "--refine none --no-refine-calibrate --arp none",
+            "supervised, copy-paste": "--method supervised --arp labeled",
+            "all labels": "--method supervised --labeled 100%",
+        },
+        seeds=(0, 1, 2),
+        common=f"{NUCLEI} --labeled 10%",
+        data=True,
+        once=("supervised, copy-paste", "all labels"),
+        judged=True,
+    ),
+    "labels": Study(
+        title="How many labels: built-in shapes, 2.5 to 20 %",
+        text="The curve that every paper on the subject draws, without scale jitter. "
+        "The rows `full` were "
+        "made on 2026-11-30, with thresholds measured on the 128 validation images."
+        + BEFORE.replace("Made", "The others were made"),
+        rows={
+            f"{share} {name}": f"{flags} --labeled {share}"
+            for share in ("2.5%", "5%", "10%", "20%")
+            for name, flags in {
+                "supervised": "--method supervised",
+                "guided-distillation": GD,
+                "full, adaptive filter": FULL_BEFORE,
+                "full": "--method full",
+            }.items()
+            # Measured thresholds at both ends and in the middle.
+            if (share, name) != ("10%", "full")
+        },
+        seeds=(0, 1),
+        common=ONE_SIZE,
+    ),
+    "without": Study(
+        title="Each paper without each of its parts",
+        text="What is lost when one part is switched off, without scale jitter. One seed: two runs of the "
+        "same settings differ by up to 2 AP, so smaller differences say nothing."
+        + BEFORE,
+        rows={
+            "pl-dc": "--method pl-dc",
+            "pl-dc, filter by class score": "--method pl-dc --filter score",
+            "pl-dc, no correction": "--method pl-dc --correction none",
+            "pl-dc, no uncertainty": "--method pl-dc --no-uncertainty",
+            "s4m": S4M_BEFORE,
+            "s4m, no distillation": f"{S4M_BEFORE} --structure-weight 0",
+            "s4m, no refinement": f"{S4M_BEFORE} --refine none",
+            "s4m, no copy-paste": f"{S4M_BEFORE} --arp none",
+            "s4m, no gate": "--method s4m --refine agreement",
+        },
+        seeds=(0,),
+        common=ONE_SIZE,
+    ),
+    "amp": Study(
+        title="Mixed precision: bf16 on a CPU",
+        text="`full` with PL-DC's adaptive filter and without scale jitter, once more "
+        "with `--amp bf16`, to be read with what two runs of the same settings differ by: up to 2 AP."
+        + BEFORE,
+        rows={
+            "full, float32": FULL_BEFORE,
+            "full, bf16": f"{FULL_BEFORE} --amp bf16",
+        },
+        seeds=(0, 1),
+        common=ONE_SIZE,
+    ),
+    "ladder-one-size": Study(
+        title="The ladder without scale jitter",
+        text="As the built-in data were trained until 2026-11-30, with more parts "
+        "alone and more oracles. Made before 2026-11-25, when the teacher's EMA "
+        "changed (Guided Distillation then: 32.3): `supervised` and `all labels`, "
+        "which have no teacher, the oracles, and, each alone, filter, uncertainty, "
+        "distillation, refinement and copy-paste.",
+        rows=LADDER
+        | {"all labels": "--method supervised --labeled 100% --eval-every 800"},
+        seeds=(0, 1, 2),
+        common=ONE_SIZE,
+    ),
+    "signs-one-size": Study(
+        title="The second built-in dataset without scale jitter",
+        text="As it was trained until 2026-11-30. The row `full` was made then, with "
+        "thresholds measured on the 128 validation images."
+        + BEFORE.replace("Made", "The others were made"),
+        rows={
+            "supervised": "--method supervised",
+            "guided-distillation": GD,
+            "pl-dc": "--method pl-dc",
+            "s4m": S4M_BEFORE,
+            "full, adaptive filter": FULL_BEFORE,
+            "full": "--method full",
+            "all labels": "--method supervised --labeled 100%",
+        },
+        seeds=(0, 1),
+        common=f"--preset signs {LONGER} --short-side-min 112",
     ),
 }
 
@@ -616,7 +623,7 @@ def overview() -> str:
     for name, study in STUDIES.items():
         there, listed = load(name), jobs(name, name if study.data else "")
         done = sum(any(matches(job, record) for record in there) for job in listed)
-        lines.append(f"{name:<10} {done:>3} of {len(listed):>3} runs   {study.title}")
+        lines.append(f"{name:<15} {done:>3} of {len(listed):>3} runs   {study.title}")
     return "\n".join(lines)
 
 

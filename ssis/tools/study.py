@@ -284,9 +284,9 @@ STUDIES = {
     ),
     "without": Study(
         title="Each paper without each of its parts",
-        text="What is lost when one part is switched off, without scale jitter. One seed: two runs of the "
-        "same settings differ by up to 2 AP, so smaller differences say nothing."
-        + BEFORE,
+        text="What is lost when one part is switched off, without scale "
+        "jitter. One seed: two runs of the same settings differ by up to 2 AP, so "
+        "smaller differences say nothing." + BEFORE,
         rows={
             "pl-dc": "--method pl-dc",
             "pl-dc, filter by class score": "--method pl-dc --filter score",
@@ -304,8 +304,8 @@ STUDIES = {
     "amp": Study(
         title="Mixed precision: bf16 on a CPU",
         text="`full` with PL-DC's adaptive filter and without scale jitter, once more "
-        "with `--amp bf16`, to be read with what two runs of the same settings differ by: up to 2 AP."
-        + BEFORE,
+        "with `--amp bf16`, to be read with what two runs of the same settings differ "
+        "by: up to 2 AP." + BEFORE,
         rows={
             "full, float32": FULL_BEFORE,
             "full, bf16": f"{FULL_BEFORE} --amp bf16",

@@ -132,7 +132,6 @@ PHOTO_ROWS = {
     "full": "--method full",
     "supervised, copy-paste": "--method supervised --arp labeled",
     "s4m, without SAM": "--method s4m",
-    "full, tiny SAM": "--method full --sam tiny",
     "all labels": "--method supervised --labeled 100%",
 }
 # Three seeds for the rows that are compared; the others show where the gain comes from.
@@ -141,9 +140,7 @@ PHOTO_TEXT = (
     " Every method has the same augmentation of labeled images, scale jitter; "
     "pasting them into each other as well makes supervised training worse. Official "
     "SAM weights could not be had, so S4M's gains on photographs are not measured "
-    "here: `s4m` is without SAM (its copy-paste alone), `full` without both, and "
-    "`full, tiny SAM` has the one that was trained on drawings, whose gate is "
-    "measured. `pl-dc` is no row of its own: without SAM it is `full`, bit for bit. "
+    "here: `s4m` is without SAM (its copy-paste alone), `full` without both. `pl-dc` is no row of its own: without SAM it is `full`, bit for bit. "
     "`full` is PL-DC's levels with this project's parts: category correction by "
     "ImageNet's features and measured thresholds. Settings were chosen on the "
     "validation parts with seeds 3 and 4, which are not in the table; those of the "
@@ -210,12 +207,14 @@ STUDIES = {
         text="Photographs of COCO and Open Images, 160 pixels, EfficientNet-Lite0 with "
         "ImageNet weights. Seeds 3 and 4 chose the rule that a weight above one half "
         "must pass a test (ssis Eq. (overrule)); by then test numbers of `full` with "
-        "one half at most had been seen (docs/log.md)." + PHOTO_TEXT,
-        rows=PHOTO_ROWS,
+        "one half at most had been seen (docs/log.md). `full, tiny SAM` has the SAM "
+        "that was trained on drawings; the gate that is measured takes none of its "
+        "masks." + PHOTO_TEXT,
+        rows=PHOTO_ROWS | {"full, tiny SAM": "--method full --sam tiny"},
         seeds=(0, 1, 2),
         common=f"{PHOTOS} --labeled 38",
         data=True,
-        once=PHOTO_ONCE,
+        once=(*PHOTO_ONCE, "full, tiny SAM"),
         judged=True,
     ),
     "wbc": Study(

@@ -196,7 +196,6 @@ STUDIES = {
         "tiny SAM. The short side is drawn from 84 to 112 pixels.",
         rows={
             "supervised": "--method supervised",
-            "guided-distillation": GD,
             "full": "--method full",
             "all labels": "--method supervised --labeled 100%",
         },

@@ -85,7 +85,8 @@ LEARNT = """## What was learned
   {signs[all labels]}, and without jitter {signs-one-size[all labels]}: {signs_gap} % of the gap to
   the better of the two. Without jitter, and with older code, both papers were measured there as
   well: supervised {signs-one-size[supervised]}, Guided Distillation
-  {signs-one-size[guided-distillation]}, PL-DC {signs-one-size[pl-dc]}, S4M {signs-one-size[s4m]}. The classes are easier to tell apart than those of the shapes, so
+  {signs-one-size[guided-distillation]}, PL-DC {signs-one-size[pl-dc]}, S4M
+  {signs-one-size[s4m]}. The classes are easier to tell apart than those of the shapes, so
   correction has less to do, and S4M's masks and copy-paste do more.
 * **Of this project's parts, the measured thresholds add most.** With PL-DC's adaptive filter
   and its falling weight of the correction, `full` ends at {ladder[full, adaptive filter]} instead

@@ -224,8 +224,7 @@ STUDIES = {
         "unlabeled training images; the test AP of seeds 0 to 2 without it had been "
         "seen (docs/log.md). The rows `supervised` and `full`, and Guided "
         "Distillation with seed 0, are of 2026-11-27, before weights of the correction "
-        "above one half were allowed by a test; the others are of 2026-11-30."
-        + PHOTO_TEXT,
+        "above one half were allowed by a test; the others are newer." + PHOTO_TEXT,
         rows=PHOTO_ROWS,
         seeds=(0, 1, 2),
         common=f"{PHOTOS} --labeled 20",

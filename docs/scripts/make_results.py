@@ -66,7 +66,8 @@ python train.py --preset custom --method guided-distillation --seed 0 --data COC
 # What was learned, and the numbers it rests on.
 LEARNT = """## What was learned
 
-* **Together the papers gain much, each alone hardly more than pasting does.** Supervised training with 64 labeled images reaches
+* **Together the papers gain much, each alone hardly more than pasting does.** Supervised
+  training with 64 labeled images reaches
   {ladder[supervised]}, and {ladder[supervised, copy-paste]} when labeled instances are pasted into
   other labeled images: the line to beat. Guided Distillation has {ladder[guided-distillation]},
   PL-DC {ladder[pl-dc (all three)]}, S4M as published {ladder[s4m (as published)]}, the two together
@@ -213,10 +214,9 @@ README = """{table}
 
 Mask AP on the test images, in percent: mean ± standard deviation (number of seeds); runs of a row
 take the same number of steps. Minutes: the fastest run with unlabeled images, on one CPU core.
-Shapes and signs are drawn images; no setting was chosen on signs. Training with labels alone has
-the augmentation that serves it best: on drawn images scale jitter, and labeled instances pasted
-into each other; without both where all are labeled. `full`, the default method, measures its
-thresholds on validation images, whose labels no model is trained on (128 each for shapes and
+Shapes and signs are drawn; no setting was chosen on signs. Labels alone: with the augmentation that
+serves this best, on drawn images scale jitter and pasted instances. `full`, the default method,
+measures its thresholds on validation images, whose labels no model is trained on (128 each for shapes and
 signs, 70 animals, 40 blood cells). {real} start from ImageNet features and do not use SAM. On
 blood cells and nuclei unlabeled images brought no gain beyond the noise
 ([results](docs/results.md))."""

@@ -216,9 +216,9 @@ Mask AP on the test images, in percent: mean ± standard deviation (number of se
 take the same number of steps. Minutes: the fastest run with unlabeled images, on one CPU core.
 Shapes and signs are drawn; no setting was chosen on signs. Labels alone: with the augmentation that
 serves this best, on drawn images scale jitter and pasted instances. `full`, the default method,
-measures its thresholds on validation images, whose labels no model is trained on (128 each for shapes and
-signs, 70 animals, 40 blood cells). {real} start from ImageNet features and do not use SAM. On
-blood cells and nuclei unlabeled images brought no gain beyond the noise
+measures its thresholds on validation images, whose labels no model is trained on (128 each for
+shapes and signs, 70 animals, 40 blood cells). {real} start from ImageNet features and do not use
+SAM. On blood cells and nuclei unlabeled images brought no gain beyond the noise
 ([results](docs/results.md))."""
 FULL = "full (both papers, own parts)"
 # Study, its row of all parts, what it is, the labeled images.

@@ -802,7 +802,7 @@ class Config:
         if self.backbone_weights != "none" and self.model == "small":
             raise UserError(
                 f"--backbone-weights {self.backbone_weights}: the small model has "
-                "none; add --model timm or resnet50"
+                "none; give --backbone-weights none, or --model timm or resnet50"
             )
         if self.backbone != Config.backbone and self.model != "timm":
             raise UserError(

@@ -9,7 +9,7 @@ until SAM or pasting changes its mask. Targets made of pseudo-labels may have
 *The batches are a pure function of the seed and the step.* Item k of a stream decides
 which image it is and the seed of its augmentation. So a resumed run needs nothing but
 the number of the step, and neither the number of loader workers nor that of processes
-changes what is trained on.
+changes which views are drawn. (What is pasted onto them is chosen within a process.)
 
 *Rare classes.* If each labeled image comes once in an epoch, a class that few of them
 have is seldom seen. With repeat-factor sampling (GD, S4M) an image comes in proportion

@@ -105,8 +105,8 @@ PHOTOS = dict(
 )
 
 # COCO's views: large-scale jitter, and crops of 1024 pixels. Evaluation has a short
-# side of 800. The learning rate falls to a tenth at step 327,778 and again at 355,092
-# of 368,750.
+# side of 800. The learning rate falls to a tenth at about step 327,800 and again at
+# about 355,100 of 368,750 (327,778 and 355,092 in the paper's code).
 LSJ = dict(
     short_side=800,
     long_side=1333,

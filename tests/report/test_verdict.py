@@ -196,7 +196,7 @@ def nobody_at(ap: float) -> tuple:
     return dict(mask=dict(AP=ap)), []
 
 
-def test_a_run_that_gained_for_certain_is_not_told_to_change(four):
+def test_a_run_that_gained_for_certain_is_not_told_to_change(four, monkeypatch):
     """Whatever the audit says; one that may have gained by chance is."""
     audit = dict(box_precision=0.5, class_accuracy=0.5, recall=0.1)
     summary = dict(audit=audit, audit_stages=dict(end=None))
@@ -204,6 +204,12 @@ def test_a_run_that_gained_for_certain_is_not_told_to_change(four):
     best, nobody = (dict(mask=dict(AP=100.0)), everything), (dict(mask=dict(AP=0.0)), [])
     first = [(verdict.FIRST, *nobody)]
     assert verdict.verdict(config, summary, best, first, four)["advice"] == []
+    # Without an interval, on many images, a clear gain is one as well.
+    with monkeypatch.context() as patch:
+        patch.setattr(verdict, "LARGE", 3)
+        assert verdict.verdict(config, summary, best, first, four)["advice"] == []
+        close = [(verdict.FIRST, *nobody_at(99.5))]
+        assert verdict.verdict(config, summary, best, close, four)["advice"]
     # The images that chose the thresholds make nothing certain.
     made = verdict.verdict(config, dict(summary, test_is_validation=True), best, first, four)
     assert made["advice"] and made["sentence"].endswith("which are no test")

@@ -520,7 +520,7 @@ class Config:
         absent=False,
     )
     arp: str = setting(
-        "unlabeled",
+        "both",
         "paste instances between images: pseudo-labeled ones (S4M), labeled ones "
         "(only after pretraining, if S4M's distillation is on), or both",
         choices=("none", "unlabeled", "labeled", "both"),

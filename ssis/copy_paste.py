@@ -18,8 +18,9 @@ the built-in data it helps either way (docs/results.md).
 
 $$x = M \odot x_{\mathrm{above}} + (1 - M) \odot x_{\mathrm{below}}$$ S4M Eq. (ARP)
 
-    occlusion   pasted instances lie in front; among them, the best pseudo-label does.
-                No pixel belongs to two instances afterwards
+    occlusion   pasted instances lie in front; with `arp_jitter` the best pseudo-label
+                among them does. What overlapped in its own image still does: a tie
+                stays on its shirt
     labels      masks lose what is hidden; boxes are those of the new masks; an instance
                 of which less than a tenth is left is dropped
 
@@ -117,6 +118,19 @@ def largest(target: dict, pixels: float) -> dict:
     return data.instances(target, big)
 
 
+def hide(masks: Tensor, seen: Tensor) -> Tensor:
+    """Masks without what is hidden; empty where less than `VISIBLE` of one is left.
+
+    Args:
+        masks: (N, H, W) uint8.
+        seen: (H, W) or (N, H, W) bool, where they can be seen.
+    """
+    left = masks * seen
+    # A sliver of an instance is no good example of its class: it loses its last pixels.
+    enough = left.flatten(1).sum(dim=1) >= VISIBLE * masks.flatten(1).sum(dim=1)
+    return left * enough[:, None, None]
+
+
 def place(image: Tensor, target: dict, frame: tuple[int, int]) -> tuple[Tensor, dict]:
     """An image and its target in the middle of another frame.
 
@@ -153,7 +167,8 @@ def scatter(
         generator: of the scales and places.
 
     Returns:
-        As `place`: (3, h, w), which is 0 where no instance lies, and the target there.
+        As `place`: (3, h, w), which is 0 where no instance lies, and the target there,
+        whose masks are disjoint.
     """
     # Pixels and maps in the new frame, which fill up instance by instance.
     canvas = image.new_zeros(3, *frame)
@@ -185,7 +200,10 @@ def scatter(
             part[name] = pad(maps, room, value=beyond)
         canvas = torch.where(part["masks"].bool(), part["image"], canvas)
         moved = {name: torch.cat([part[name], moved[name]]) for name in names}
-    return canvas, {**target, **moved}
+    # From front to back: a pixel belongs to the first instance that has it, where the
+    # running count is 1.
+    first = moved["masks"].cumsum(dim=0, dtype=torch.int16) == 1
+    return canvas, {**target, **moved, "masks": hide(moved["masks"], first)}
 
 
 def paste(
@@ -198,18 +216,14 @@ def paste(
         above, source: the image that is pasted, in the same frame (`place`).
 
     Returns:
-        The new image and its target: disjoint masks, their boxes, nothing degenerate.
+        The new image and its target: boxes of the masks that can be seen, nothing
+        degenerate.
     """
-    stack = torch.cat([source["masks"], target["masks"]]).bool()  # (N, H, W)
-    # From front to back: pasted instances first, the best of them in front. A pixel
-    # belongs to the first instance that has it, where the running count is 1.
-    visible = stack & (stack.cumsum(dim=0, dtype=torch.int16) == 1)
-    # M of the equation: every pixel that some pasted instance owns.
-    pasted = visible[: len(source["labels"])].any(dim=0)
-    both = dict(
-        masks=visible.to(torch.uint8),
-        labels=torch.cat([source["labels"], target["labels"]]),
-    )
+    # M of the equation: every pixel of some pasted instance.
+    pasted = source["masks"].bool().any(dim=0)  # (H, W)
+    # What was there loses what is pasted over, and nothing else.
+    masks = torch.cat([source["masks"], hide(target["masks"], ~pasted)])  # (N, H, W)
+    both = dict(masks=masks, labels=torch.cat([source["labels"], target["labels"]]))
     if "mask_weights" in target:
         weights = torch.cat([source["mask_weights"], target["mask_weights"]])
         # Two kinds of pixels are certain whatever the teacher thought: for a pasted
@@ -217,12 +231,8 @@ def paste(
         # image), and for the others all that was pasted over. They get the largest
         # weight of their instance.
         number = torch.arange(len(weights), device=weights.device)[:, None, None]
-        sure = torch.where(number < len(source["labels"]), ~visible, pasted)
+        sure = torch.where(number < len(source["labels"]), masks == 0, pasted)
         most = weights.amax(dim=(1, 2), keepdim=True)
         both["mask_weights"] = torch.where(sure, most, weights)
-    # A sliver of an instance is no good example of its class: it loses its last pixels.
-    area = stack.flatten(1).sum(dim=1)
-    seen = visible.flatten(1).sum(dim=1) >= VISIBLE * area
-    both["masks"] = both["masks"] * seen[:, None, None]
     # S4M Eq. (ARP). Instances without a visible pixel are dropped by `sanitize`.
     return torch.where(pasted, above, image), data.sanitize(both)

@@ -596,8 +596,7 @@ pictures.show(
 #
 # S4M's ARP pastes the instances of one image onto another, and the other way round, max(1, B // 4)
 # pairs in a batch. Images without any pseudo-label are left out of the step, not trained as
-# background. What is pasted lies in front; afterwards no pixel belongs to two instances. With M the
-# union of what is pasted,
+# background. What is pasted lies in front of what was there. With M the union of what is pasted,
 #
 # $$x = M \odot x_{\mathrm{above}} + (1 - M) \odot x_{\mathrm{below}}$$
 #

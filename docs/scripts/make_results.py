@@ -607,7 +607,7 @@ def scoreboard() -> list[str]:
 
 def printed() -> str:
     """What the default run prints at its end, of the run in docs/results."""
-    run = json.loads((HERE / "results" / "log-default-run-jitter.json").read_text())
+    run = json.loads((HERE / "results" / "log-default-run-pasting.json").read_text())
     lines = run_folder.table(run, Path("runs/shapes-full-5pct-s0")).splitlines()
     last = next(k for k, each in enumerate(lines) if each.startswith("verdict"))
     return "\n".join(textwrap.fill(each, 100, subsequent_indent="  ") for each in lines[: last + 2])

@@ -47,7 +47,6 @@ SIDE, PATCH = 96, 6
 LR, WARMUP = 1e-3, 200
 # Prompts of one image in a step; smallest object, as a fraction of the image's area.
 PROMPTS, SMALLEST = 4, 0.004
-SCENES = ("mixed", "blobs")
 
 
 # ----------------------------------------------------------------------------- scenes
@@ -120,63 +119,33 @@ def surface(rng: np.random.RandomState, side: int) -> np.ndarray:
     return color + (rng.uniform(0, 0.5) * blend)[..., None] * (other - color)
 
 
-def scene(rng: np.random.RandomState, side: int, kind: str):
-    """A scene.
+def scene(rng: np.random.RandomState, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """A scene of 2 to 5 objects of all outlines.
 
     Args:
         rng: source of randomness.
         side: of the image, pixels.
-        kind: "mixed": 2 to 5 objects of all outlines; "blobs": 5 to 40 small ones, all
-            with blobs' outlines and much the same surface, half of them in gray, some
-            out of focus, as cells in a microscope.
 
     Returns:
         image (side, side, 3) uint8, and the visible masks (N, side, side) bool.
-
-    Raises:
-        ValueError: another kind.
     """
-    if kind not in SCENES:
-        raise ValueError(f"no scenes of kind {kind!r}; there are {', '.join(SCENES)}")
-    blobs = kind == "blobs"
     image, masks = surface(rng, side), []
     y, x = np.mgrid[:side, :side] + 0.5
-    if blobs:
-        # Dark backgrounds, as in fluorescence, and light ones.
-        image = image * rng.uniform(0.0, 1.0)
-    size = rng.uniform(0.025, 0.07) if blobs else 0.0
-    paint = surface(rng, side)
-    for _ in range(rng.randint(5, 41) if blobs else rng.randint(2, 6)):
+    for _ in range(rng.randint(2, 6)):
         cx, cy = rng.uniform(0.0, 1.0, 2) * side
         stretch, turn = rng.uniform(0.6, 1.0), math.pi * rng.rand()
         across = (x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)
         down = ((y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)) / stretch
-        radius = size * rng.uniform(0.7, 1.4) if blobs else rng.uniform(0.07, 0.3)
         angle = np.arctan2(down, across)
-        distance = np.hypot(across, down) / (side * radius)
-        mask = distance < outline(rng, angle, 0 if blobs else rng.randint(4))
-        if not blobs and rng.rand() < 0.15:
+        distance = np.hypot(across, down) / (side * rng.uniform(0.07, 0.3))
+        mask = distance < outline(rng, angle, rng.randint(4))
+        if rng.rand() < 0.15:
             # A plate with a hole: what is seen through the hole is not the object.
             mask &= distance > rng.uniform(0.3, 0.6)
-        if blobs:
-            # Alike, but each lighter or darker, and darker towards its edge.
-            fading = 20 * distance[..., None].clip(0, 1)
-            shade = paint * rng.uniform(0.5, 1.2) - fading
-        else:
-            shade = surface(rng, side)
-        image = np.where(mask[..., None], shade, image)
+        image = np.where(mask[..., None], surface(rng, side), image)
         masks = [old & ~mask for old in masks] + [mask]
-    if blobs:
-        if rng.rand() < 0.5:
-            image = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
-        # Out of focus: every pixel the mean of its 3 x 3, up to twice.
-        for _ in range(rng.randint(3)):
-            maps = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-            maps = F.avg_pool2d(maps[None], 3, 1, 1, count_include_pad=False)[0]
-            image = maps.permute(1, 2, 0).numpy()
     image = image + rng.normal(0, rng.uniform(0, 10), image.shape)
-    smallest = (0.1 if blobs else 1) * SMALLEST * side**2
-    masks = [mask for mask in masks if mask.sum() >= smallest]
+    masks = [mask for mask in masks if mask.sum() >= SMALLEST * side**2]
     return image.clip(0, 255).astype(np.uint8), np.array(masks, bool)
 
 
@@ -311,7 +280,6 @@ def train(
     out: Path,
     minutes: float,
     seed: int = 0,
-    kind: str = "mixed",
     side: int = SIDE,
     patch: int = PATCH,
     weights: Path | None = None,
@@ -322,7 +290,6 @@ def train(
         out: the checkpoint.
         minutes: time to train; the learning rate follows the clock, not the step.
         seed: of weights and scenes.
-        kind: of scenes, "mixed" or "blobs".
         side: of the frame, pixels.
         patch: side of a patch, pixels; it divides `side`.
         weights: checkpoint to start from; None: random weights.
@@ -342,7 +309,7 @@ def train(
     while progress < 1:
         scenes = []
         while len(scenes) < 8:
-            image, masks = scene(rng, side, kind)
+            image, masks = scene(rng, side)
             if len(masks):
                 scenes.append((torch.as_tensor(image), torch.as_tensor(masks)))
         images = torch.stack([image for image, _ in scenes]).permute(0, 3, 1, 2)
@@ -397,12 +364,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")
     parser.add_argument("--minutes", type=float, default=40, help="time to train")
     parser.add_argument("--seed", type=int, default=0, help="of weights and scenes")
-    parser.add_argument(
-        "--scenes",
-        choices=SCENES,
-        default="mixed",
-        help="mixed: few objects of all outlines; blobs: many like cells",
-    )
     parser.add_argument("--side", type=int, default=SIDE, help="of the frame, pixels")
     parser.add_argument("--patch", type=int, default=PATCH, help="divides the side")
     parser.add_argument(
@@ -414,6 +375,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     frame = (args.side, args.patch)
     try:
-        train(args.out, args.minutes, args.seed, args.scenes, *frame, args.weights)
+        train(args.out, args.minutes, args.seed, *frame, args.weights)
     except UserError as error:
         distributed.give_up(error)

@@ -50,7 +50,6 @@ def test_every_option_in_the_documents_exists():
         "--steps",
         "--out",
         "--minutes",
-        "--scenes",
         "--side",
         "--patch",
         "--weights",

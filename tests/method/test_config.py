@@ -19,8 +19,13 @@ def test_the_defaults_are_those_of_a_bare_call():
     for method, own in config.METHODS.items():
         assert set(own) - {"structure_boundary"} <= parts, method
         assert set(own) >= set(config.METHODS["guided-distillation"]), method
-        made = config.parse(["--method", method, "--model", "resnet50"])
+        given = ["--method", method, "--model", "resnet50", "--sam", "tiny"]
+        made = config.parse(["--preset", "custom", *given])
         assert {name: getattr(made, name) for name in own} == own
+        # On the built-in data each pastes labeled images too, and is else the same.
+        drawn = config.parse(given)
+        pasted = dict(own, arp="both" if own["arp"] == "unlabeled" else "labeled")
+        assert {name: getattr(drawn, name) for name in own} == pasted
 
 
 def test_help_says_what_a_bare_call_uses(capsys, monkeypatch):
@@ -161,6 +166,7 @@ def test_a_first_teacher_without_sam_serves_methods_with_it():
     plain = config.METHODS["guided-distillation"]
     saved = dataclasses.asdict(config.Config(method="guided-distillation", labeled="8", **plain))
     there = dict(sam="vit_b", sam_checkpoint="there.pth", structure_boundary=0.0)
+    there["arp"] = "unlabeled"
     later = config.Config(method="full", labeled="8", **there)
     assert config.differences(later, saved, config.after_pretraining(later)) == []
     distilled = dataclasses.replace(later, structure_weight=1.0)

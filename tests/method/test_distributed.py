@@ -71,7 +71,7 @@ def test_processes_without_pseudo_labels_among_them_agree_with_one(
 
 
 def test_a_whole_run_under_torchrun_with_two_processes(tmp_path, shapes_folder):
-    arguments = [*dataset_of(shapes_folder), *TINY, "--output", tmp_path]
+    arguments = [*dataset_of(shapes_folder), *TINY, "--labeled-batch", "4", "--output", tmp_path]
     done = launch(TWO, "train.py", *arguments)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 12 and done.stdout.count("AP in percent") == 1
@@ -97,7 +97,7 @@ def test_copy_paste_without_a_second_image_in_a_process_is_refused():
     coco += ["--pretrain-batch", "12"]
     check_batches(config.parse(coco), 4)
     check_batches(config.parse([*coco, "--arp", "none"]), 12)
-    check_batches(config.parse(["--method", "supervised"]), 8)
+    check_batches(config.parse(["--method", "supervised"]), 4)
     with pytest.raises(UserError) as error:
         check_batches(config.parse(coco), 12)
     said = str(error.value)
@@ -142,6 +142,7 @@ def test_statistics_are_the_mean_over_the_processes(monkeypatch):
 
 def test_an_error_stops_all_processes_with_its_line(tmp_path, shapes_folder):
     arguments = [*dataset_of(shapes_folder), *TINY, "--output", tmp_path, "--labeled", "99"]
+    arguments += ["--labeled-batch", "4"]
     done = launch(TWO, "train.py", *arguments, status=1)
     assert "error: --labeled 99: that is 99 of 40 images" in done.stderr
     assert "UserError" not in done.stderr

@@ -147,12 +147,6 @@ def check_same_run(
     first_teacher: bool,
 ) -> None:
     """Raise UserError if a checkpoint is not of this run; arguments as `restore`."""
-    if saved["format"] == 1 and not first_teacher:
-        raise UserError(
-            f"{path}: is of an older version, whose teacher was averaged otherwise; "
-            "evaluate.py reads it, but the run cannot go on; give another --output, or "
-            "--resume never to replace it"
-        )
     if "random" not in saved:
         raise UserError(
             f"{path}: holds a model alone, without what a run needs to go on; "

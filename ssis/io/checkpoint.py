@@ -106,20 +106,12 @@ def load(path: Path) -> dict:
         ) from error
     if not isinstance(state, dict) or not KEYS <= state.keys():
         raise UserError(f"{path}: not a checkpoint of this project")
-    if state["format"] == 1:
-        state["teacher"] = teacher_of_format_1(state["teacher"])
-    elif state["format"] != FORMAT:
+    if state["format"] != FORMAT:
         raise UserError(
-            f"{path}: format {state['format']}, this version reads {FORMAT}"
+            f"{path}: format {state['format']}, this version reads {FORMAT}; use the "
+            "version that wrote it"
         )
     return state
-
-
-def teacher_of_format_1(weights: dict) -> dict | None:
-    """The teacher of an older checkpoint, which held PyTorch's `AveragedModel`."""
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    # How often it was updated; never is no teacher yet.
-    return weights if weights.pop("n_averaged").item() else None
 
 
 def latest(path: Path) -> Path | None:

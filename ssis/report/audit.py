@@ -19,6 +19,7 @@ aligned. So each part shows what it does and what it costs.
 
 A pseudo-label and an instance are matched one to one, in the order of the teacher's
 score, as COCO does, but regardless of the class: the class is what is being audited.
+A pseudo-label on a crowd lies on no instance.
 
 Read next: `ssis/report/pictures.py`, which draws the same stages.
 """

@@ -193,7 +193,7 @@ STUDIES = {
         title="Generality: the second built-in dataset, 5 % labeled",
         text="Other classes, sizes and textures (`ssis/datasets/signs.py`), on which "
         "nothing was ever chosen: the settings are those of the shapes, and so is the "
-        "tiny SAM. The short side is drawn from 84 to 112 pixels, and labeled instances "
+        "tiny SAM. The short side is drawn from 84 to 112 pixels; labeled instances "
         "are pasted but in the last rows.",
         rows={
             "supervised": "--method supervised",

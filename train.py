@@ -141,7 +141,7 @@ def train_step(
     row, kept = unlabeled_pass(net, labeler, unlabeled, step, config, scaler) if both else ({}, [])
 
     images, targets = data.to_device(labeled, device)
-    # Our option; S4M pastes unlabeled ones. Its distillation needs the images as SAM saw them.
+    # Ours; S4M pastes unlabeled images alone. Its distillation needs the images as SAM saw them.
     if config.pastes_labeled and (both or not structure):
         images, targets = copy_paste.arp(images, targets, **config.pasting(labeled[0]["seed"]))
     # Labeled images get the strong view too, or the augmentation would pass for a gain of the

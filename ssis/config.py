@@ -522,7 +522,8 @@ class Config:
     arp: str = setting(
         "both",
         "paste instances between images: pseudo-labeled ones (S4M), labeled ones "
-        "(only after pretraining, if S4M's distillation is on), or both",
+        "(only after pretraining, if S4M's distillation is on; on the built-in data by "
+        "every method), or both",
         choices=("none", "unlabeled", "labeled", "both"),
         scope=LATER,
         part=True,

@@ -5,7 +5,9 @@ strong view: the instances of one image are pasted onto another, and the other w
 round. This makes occlusions, new backgrounds and crowds, which are rare in a few
 labeled images. If the masks are loose, the student learns to find pasted borders of
 background (in S4M's ablation ARP then hurts); with masks redrawn by SAM it helps. On
-the built-in data it helps either way (docs/results.md).
+the built-in shapes it helps either way (docs/results.md). Labeled images can be pasted
+into each other in the same way (`--arp labeled`), as an augmentation that every method
+can have.
 
     pairs       max(1, B // 4) disjoint pairs of the batch's images, both directions
     what        every instance of at least `arp_min_area` of the image that it is pasted
@@ -18,9 +20,9 @@ the built-in data it helps either way (docs/results.md).
 
 $$x = M \odot x_{\mathrm{above}} + (1 - M) \odot x_{\mathrm{below}}$$ S4M Eq. (ARP)
 
-    occlusion   pasted instances lie in front; with `arp_jitter` the best pseudo-label
-                among them does. What overlapped in its own image still does: a tie
-                stays on its shirt
+    occlusion   pasted instances hide what was there, and nothing else does: a tie
+                stays on its shirt. Only with `arp_jitter`, where each has a new place,
+                do they hide each other, and the best pseudo-label is in front
     labels      masks lose what is hidden; boxes are those of the new masks; an instance
                 of which less than a tenth is left is dropped
 

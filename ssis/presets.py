@@ -8,7 +8,8 @@ Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL
 Chain: 20 of 20. Read next: back to `train.py`.
 """
 
-# The parts that a method switches on or off. Guided Distillation has none of them.
+# The parts that a method switches on or off. Guided Distillation has none of them; what
+# the built-in data add to `arp` is below (PASTED).
 PLAIN = dict(
     filter="score",
     correction="none",
@@ -126,7 +127,7 @@ STEPS_90K = dict(pretrain_steps=90_000, burnin_steps=50_000, mutual_steps=40_000
 PRESETS = {
     # The defaults of `config.Config`: 10 minutes on two CPU cores.
     "shapes": {},
-    # The second built-in dataset, on which nothing was ever chosen: the same settings.
+    # The second built-in dataset, on which no setting was chosen: those of the shapes.
     "signs": dict(data="data/signs", short_side_min=84, short_side=112),
     # Your own data: the small model and the short schedule, until you choose otherwise.
     "custom": dict(
@@ -236,7 +237,7 @@ PHOTOS_CALIBRATED = dict(
 )
 
 # On the built-in data all methods also paste labeled instances: supervised training
-# gains 8 AP by it, which must not look like a gain of the unlabeled images. On the
+# gains 7 to 9 AP by it, which must not look like a gain of the unlabeled images. On the
 # photographs, cells and nuclei of docs/results.md it does harm.
 DRAWN = ("shapes", "signs")
 PASTED = {"none": "labeled", "unlabeled": "both"}

@@ -34,7 +34,7 @@ from ssis.engine import resume
 from ssis.engine.build import build, model_of
 from ssis.engine.guard import Guard
 from ssis.io import checkpoint
-from ssis.presets import METHODS
+from ssis.presets import METHODS, switches
 
 
 class Run:
@@ -149,7 +149,8 @@ def measure_levels(pretrained: str, steps: int) -> None:
         # The parts as the method has them, whatever the run had: no oracle, the default gate.
         # The first teacher is the same for all: what came before it costs nothing here.
         usual = {f.name: f.default for f in dataclasses.fields(config.Config) if f.metadata["part"]}
-        own = usual | METHODS[method] | dict(structure_weight=saved.get("structure_weight", 0.0))
+        own = usual | switches(saved["preset"], method, saved["model"])
+        own["structure_weight"] = saved.get("structure_weight", 0.0)
         made = config.from_saved({**saved, "method": method, **own})
         train_set, val_set, _ = parts.open_parts(made)
         # The split of the run itself, which lies beside the checkpoint.

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # is sure of something. One that is not leaves nothing to do for refinement and copy-paste.
 PRETRAIN, BURNIN = 4000, 50
 FLAGS = (
-    f"--labeled 20% --labeled-batch 2 --unlabeled-batch 1 --pretrain-steps {PRETRAIN} "
+    f"--labeled 20% --labeled-batch 2 --unlabeled-batch 2 --pretrain-steps {PRETRAIN} "
     f"--burnin-steps {BURNIN} --workers 2 --checkpoint-every 500 --audit-images 40 "
     "--ema-decay 0.99999 --sam-memory-gb 0"
 )

@@ -65,8 +65,8 @@ from ssis.teacher import ema_update
 #
 # The settings are those of the row "full, adaptive filter" of the ladder without scale jitter in
 # docs/results.md: the built-in shapes, seed 0, 64 of 1,280 images labeled. With PL-DC's filter,
-# every part of the papers is there to be seen; what `full` measures instead comes at the end. And
-# a first teacher that has seen little variety makes more of the mistakes that are to be mended.
+# every part of the papers is there to be seen; what `full` measures instead comes at the end.
+# Without jitter and pasted labels the first teacher makes more mistakes: there is more to mend.
 
 # %%
 FLAGS = "--method full --filter adaptive --seed 0 --pretrain-steps 900 --mutual-steps 600"

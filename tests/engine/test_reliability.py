@@ -34,6 +34,8 @@ def whole(shapes_folder, tmp_path_factory):
     """An uninterrupted run: its folder, and its arguments without the folder."""
     folder = tmp_path_factory.mktemp("calm")
     arguments = [*dataset_of(shapes_folder), *TINY, "--checkpoint-every", "1"]
+    # Two of them for each of two processes, or there is nobody to paste from.
+    arguments += ["--labeled-batch", "4"]
     launch("train.py", *arguments, "--output", folder)
     return folder, arguments
 

@@ -199,8 +199,8 @@ def test_the_pixels_that_are_pasted_are_those_of_the_resized_box():
         assert torch.equal((made != 2).any(dim=0), labels["masks"].bool().any(dim=0))
         assert torch.equal(labels["boxes"], data.boxes_of(labels["masks"]))
         assert labels["masks"].sum(dim=0).max() == 1
-        # The first instance is in front, so all of it is there. The second is drawn first:
-        # from the same seed it lies alone where it lies behind the first.
+        # The first instance is in front, so all of it is there. `scatter` places the last one
+        # first: from the same seed the second alone gets the same place.
         last = data.instances(target, torch.tensor([False, True]))
         generator = torch.Generator().manual_seed(seed)
         alone = copy_paste.scatter(image, last, (50, 60), 0.2, generator)[1]

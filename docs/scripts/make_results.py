@@ -221,9 +221,9 @@ README = """{table}
 
 Mask AP on the test images, in percent: mean ± standard deviation (number of seeds); runs of a row
 take the same number of steps. Minutes: the fastest run with unlabeled images, on one CPU core.
-Shapes and signs are drawn; settings were chosen on shapes. Labels alone and with unlabeled images:
-both with the augmentation of labeled images that serves labels alone best, on drawn images scale
-jitter and pasted instances; all labels: the best of several. `full`, the default method,
+Shapes and signs are drawn; settings were chosen on shapes. With and without unlabeled images, the
+labeled ones have the same augmentation, the best for labels alone (drawn: scale jitter and pasted
+instances); with all labels, the best of several. `full`, the default method,
 measures its thresholds on validation images, whose labels no model is trained on (128 each for
 shapes and signs, 70 animals, 40 blood cells). {real} start from ImageNet features and do not use
 SAM. On blood cells and nuclei unlabeled images brought no gain beyond the noise
@@ -468,7 +468,9 @@ def facts() -> dict:
         },
         gap=gap,
         gap_seeds=gap_seeds,
-        over_gd={row: above("ladder", row, "guided-distillation") for row in grouped("ladder")},
+        over_gd=Known(
+            {row: above("ladder", row, "guided-distillation") for row in grouped("ladder")}
+        ),
         gap_one_size=gap_one_size,
         signs_gap=signs_gap,
         signs_seeds=signs_seeds,

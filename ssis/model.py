@@ -53,7 +53,7 @@ are the backward pass (each gradient has the type of its forward operation), the
 the losses, S4M's distillation loss, and the optimizer. The weights are always float32:
 a step of 1e-4 on a weight of 1 would be rounded away in 16 bits.
 
-Chain: 5 of 20. Read next: `ssis/teacher.py`, the second copy of this model.
+Chain: 5 of 21. Read next: `ssis/teacher.py`, the second copy of this model.
 """
 
 from collections import OrderedDict

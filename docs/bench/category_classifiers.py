@@ -11,7 +11,7 @@ instance get a class again, from each candidate for a category classifier:
 
 with descriptions: features averaged over a region (mask, band around its edge, box), the box
 head's 256 numbers, the 7 x 7 feature map in the box without and with the mask, the
-silhouette, and the last two together, which is `correction.Prototypes`; of a run with
+silhouette, and the last two together, which is `prototypes.Prototypes`; of a run with
 `--model timm` also the pretrained backbone's features of the crop: `imagenet.ClassMeans`.
 
 Printed: fraction of right classes of the candidate alone, and mixed with the teacher at
@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssis import config, correction, data, filters, imagenet, model, teacher
+from ssis import config, data, filters, imagenet, model, prototypes, teacher
 from ssis.datasets import parts, split
 from ssis.engine import build
 from ssis.io import checkpoint
 
-NEAREST = correction.NEAREST
+NEAREST = prototypes.NEAREST
 IMAGENET = "ImageNet features of the crop"
 
 
@@ -65,8 +65,8 @@ def descriptions(net, encoder, image: Tensor, boxes: Tensor, masks: Tensor) -> d
     described["box head"] = roi.box_head(roi.box_roi_pool(maps, [boxes], [size]))
     cells = teacher.features_in(net, [image], [boxes])[0]
     described["7 x 7 map in the box"] = cells.flatten(1)
-    both = correction.Prototypes.describe(cells, masks, boxes)
-    shape = correction.SILHOUETTE**2
+    both = prototypes.Prototypes.describe(cells, masks, boxes)
+    shape = prototypes.SILHOUETTE**2
     described["7 x 7 map, masked"] = both[:, :-shape]
     described["silhouette"] = both[:, -shape:]
     described["7 x 7 map, masked + silhouette"] = both
@@ -192,7 +192,7 @@ def main() -> None:
         near = [(query @ rows.T).topk(min(NEAREST, len(rows))).values.mean(1) for rows in members]
         near = torch.stack(near, dim=1)
         for kind, score in (("mean", query @ means.T), ("nearest", near)):
-            scale = imagenet.TEMPERATURE if name == IMAGENET else correction.TEMPERATURE
+            scale = imagenet.TEMPERATURE if name == IMAGENET else prototypes.TEMPERATURE
             line(f"{kind}: {name}", (score / scale).softmax(1))
 
 

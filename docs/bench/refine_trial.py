@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from category_classifiers import first_teacher
 
-from ssis import correction, data, filters, refine, sam, teacher
+from ssis import correction, data, filters, prototypes, refine, sam, teacher
 
 TRIALS = {
     f"{rule}, gate {gate}, {count} points, {sampling}": (rule, count, sampling, gate, False, 5)
@@ -46,7 +46,7 @@ def main() -> None:
     net, dataset, settings, labeled, rest, names = first_teacher(args.checkpoint)
     known = data.Stream(dataset, labeled, settings.view_size, 0, True)
     asked = data.Stream(dataset, rest, settings.view_size, 1, True)
-    classifier = correction.Prototypes(len(names), net.backbone.out_channels, 64)
+    classifier = prototypes.Prototypes(len(names), net.backbone.out_channels, 64)
     for k in range(0, correction.START_VIEWS, 8):
         classifier.learn(net, [known[i] for i in range(k, k + 8)])
     tiny = sam.SegmentAnything("tiny", args.sam_checkpoint, "cpu")

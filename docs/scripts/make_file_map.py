@@ -26,6 +26,7 @@ PARTS = {
     "PL-DC: dual-threshold filtering": "ssis/filters.py",
     "S4M: refinement by SAM": "ssis/refine.py",
     "PL-DC: dynamic category correction": "ssis/correction.py",
+    "ours: prototypes as the category classifier": "ssis/prototypes.py",
     "PL-DC: CLIP as the category classifier": "ssis/clip.py",
     "S4M: copy-paste": "ssis/copy_paste.py",
     "PL-DC: pixel uncertainty; all losses": "ssis/losses.py",

@@ -52,7 +52,7 @@ from walk_pictures import table
 
 import train
 from ssis import augment, calibration, config, copy_paste, correction, data, filters, losses
-from ssis import refine, sam
+from ssis import prototypes, refine, sam
 from ssis.datasets import parts, split
 from ssis.engine import loader, resume
 from ssis.engine.build import build
@@ -526,9 +526,9 @@ nearest, means = [], []
 for k in range(len(train_set.names)):
     memory = classifier.bank[k, : classifier.seen[k]]  # (remembered, 49 D + 256)
     cosines, order = (memory @ query).sort(descending=True)
-    means.append(cosines[: correction.NEAREST].mean())
+    means.append(cosines[: prototypes.NEAREST].mean())
     nearest.append((cosines[0].item(), memory[order[0]]))
-by_hand = (torch.stack(means) / correction.TEMPERATURE).softmax(dim=0)
+by_hand = (torch.stack(means) / prototypes.TEMPERATURE).softmax(dim=0)
 assert torch.allclose(by_hand, opinion[one], atol=1e-3)
 rows = list(zip(train_set.names, means, by_hand, strict=True))
 print(f"#{ids[one]}")

@@ -10,7 +10,7 @@ from matplotlib.patheffects import withStroke
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssis import correction
+from ssis import prototypes
 from ssis.report import pictures
 
 # Where pictures (and a first teacher, if one has to be trained) go.
@@ -151,8 +151,8 @@ def bars(axis, values: Tensor, names: list[str], title: str) -> None:
 
 
 def silhouette(description: Tensor) -> Tensor:
-    """The square at the end of a description of `correction.Prototypes`, as an image."""
-    side = correction.SILHOUETTE
+    """The square at the end of a description of `prototypes.Prototypes`, as an image."""
+    side = prototypes.SILHOUETTE
     square = description[-(side**2) :].reshape(side, side)
     return (square - square.min()) / (square.max() - square.min()).clamp(min=1e-6)
 

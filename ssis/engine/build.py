@@ -19,6 +19,7 @@ from ssis.clip import Clip
 from ssis.config import Config
 from ssis.imagenet import ClassMeans
 from ssis.io import timm_backbone
+from ssis.prototypes import Prototypes
 from ssis.teacher import make_teacher
 
 
@@ -150,7 +151,7 @@ def make_classifier(
     if kind == "none":
         return None
     if kind == "prototypes":
-        return correction.Prototypes(len(names), channels, size).to(device)
+        return Prototypes(len(names), channels, size).to(device)
     if kind == "imagenet":
         return ClassMeans(*timm_backbone.load(*encoder), len(names), device)
     if kind == "clip":

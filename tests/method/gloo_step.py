@@ -21,7 +21,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import train
 from ssis import alignment, augment, correction, data, distributed, filters, imagenet, model
-from ssis import teacher
+from ssis import prototypes, teacher
 from ssis.config import Config
 from ssis.datasets import coco_json
 from ssis.engine.build import build
@@ -151,7 +151,7 @@ def main(out: str, folder: str) -> None:
     # This project's class shares.
     shares = alignment.Alignment(torch.ones(6))
     shares.update(predicted)
-    classifier = correction.Prototypes(6, net.backbone.out_channels, 64)
+    classifier = prototypes.Prototypes(6, net.backbone.out_channels, 64)
     classifier.learn(labeler.teacher, [labeled[k] for k in range(4)][mine])
     # This project's class means, of the colors themselves.
     means = imagenet.ClassMeans(Colors(), [0.0] * 3, [1.0] * 3, 6, "cpu")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import made_labels
 
-from ssis import correction, model, teacher
+from ssis import correction, model, prototypes, teacher
 from ssis.datasets.coco_json import load_coco
 from ssis import data
 
@@ -57,7 +57,7 @@ def seen(shapes_folder):
     dataset = load_coco(f"{shapes_folder}/instances_train.json", f"{shapes_folder}/train")
     labeled = data.Stream(dataset, list(range(24)), size, 0, True)
     others = data.Stream(dataset, list(range(24, 40)), size, 1, True)
-    second = correction.Prototypes(6, 64, 32)
+    second = prototypes.Prototypes(6, 64, 32)
     for k in range(0, 24, 8):
         second.learn(net, [labeled[k + i] for i in range(8)])
     return net, second, labeled, others
@@ -102,16 +102,16 @@ def test_descriptions_are_of_length_one_and_ignore_what_is_outside_the_mask():
     masks[0, 20:60, 20:40] = 1
     boxes = torch.tensor([[20.0, 20.0, 60.0, 60.0]])
     features = torch.rand(1, 64, 7, 7)
-    one = correction.Prototypes.describe(features, masks, boxes)
+    one = prototypes.Prototypes.describe(features, masks, boxes)
     torch.testing.assert_close(one.norm(dim=1), torch.ones(1))
     # Columns 4 to 7 of 7 are right of the mask, whose right half of the box is empty.
     features[..., 4:] = 9
-    assert torch.equal(one, correction.Prototypes.describe(features, masks, boxes))
+    assert torch.equal(one, prototypes.Prototypes.describe(features, masks, boxes))
 
 
 def test_the_memory_keeps_the_newest_and_counts_only_what_is_there(seen):
     net, _, labeled, _ = seen
-    second = correction.Prototypes(6, 64, 2)
+    second = prototypes.Prototypes(6, 64, 2)
     asked = made_labels([1], [0.9], [0.9], torch.full((1, 6), 0.1), (64, 7, 7))
     nothing = second(torch.rand(3, 96, 96), asked)
     # Nothing seen, no opinion.
@@ -129,7 +129,7 @@ def test_the_memory_keeps_the_newest_and_counts_only_what_is_there(seen):
 
 def test_an_image_without_instances_teaches_nothing_and_asks_nothing(seen):
     net = seen[0]
-    second = correction.Prototypes(6, 64, 4)
+    second = prototypes.Prototypes(6, 64, 4)
     none = dict(
         boxes=torch.zeros(0, 4),
         labels=torch.zeros(0, dtype=torch.int64),
@@ -141,9 +141,9 @@ def test_an_image_without_instances_teaches_nothing_and_asks_nothing(seen):
     assert seen[1](item["image"], as_pseudo(net, item)).shape == (0, 6)
 
 
-def bank_of(cosines: list[list[float]], found, size: int = 4) -> correction.Prototypes:
+def bank_of(cosines: list[list[float]], found, size: int = 4) -> prototypes.Prototypes:
     """Prototypes whose instances have given cosines with the one found instance."""
-    second = correction.Prototypes(len(cosines), 1, size)
+    second = prototypes.Prototypes(len(cosines), 1, size)
     query = second.describe(found.features, found.mask_probs, found.feature_boxes)[0]
     other = torch.randn_like(query)
     other = other - (other @ query) * query
@@ -172,7 +172,7 @@ def test_places_that_are_empty_have_no_say():
     opinion = second(torch.zeros(3, 20, 20), found)
     torch.testing.assert_close(opinion, (means / 0.005).softmax(1), atol=1e-3, rtol=0)
     # Nothing in the memory at all, or nobody to ask about: no opinion.
-    nothing = correction.Prototypes(3, 1, 4)
+    nothing = prototypes.Prototypes(3, 1, 4)
     assert nothing(torch.zeros(3, 20, 20), found).tolist() == [[0.0] * 3]
     none = found[torch.zeros(1, dtype=torch.bool)]
     assert second(torch.zeros(3, 20, 20), none).shape == (0, 3)
@@ -191,7 +191,7 @@ def test_of_a_class_never_seen_the_teacher_decides():
 
 def test_a_class_that_was_never_seen_keeps_what_the_teacher_gives_it(seen):
     net, full, labeled, _ = seen
-    second = correction.Prototypes(6, 64, 4)
+    second = prototypes.Prototypes(6, 64, 4)
     for k in (0, 1):
         second.bank[k], second.seen[k] = full.bank[k, :4], 4
     found = as_pseudo(net, labeled[0])

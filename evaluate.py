@@ -13,7 +13,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from ssis import UserError, distributed, model
+from ssis import UserError, distributed, networks
 from ssis.datasets import coco_json, parts
 from ssis.engine.resume import add_model_flags, load_model
 from ssis.report import ap
@@ -42,7 +42,7 @@ def run(argv: list[str] | None) -> None:
     dataset.check_files()
     rank, world_size, device = distributed.start(args.device)
     if args.max_detections:
-        model.set_detections(net, args.max_detections)
+        networks.set_detections(net, args.max_detections)
     report, results = ap.evaluate(net.to(device), dataset, device, rank, world_size, progress=True)
     if rank == 0:
         print(f"{who} of {args.checkpoint} on {source}, {len(dataset)} images")

@@ -15,14 +15,14 @@ keeps it alive (progress, files, resuming, evaluation) in `ssis/engine/session.p
 
 B = images in this process's batch, N = instances, C = classes.
 
-Chain: 1 of 21. Read next: `ssis/data.py`, where the batches come from.
+Chain: 1 of 22. Read next: `ssis/data.py`, where the batches come from.
 """
 
 import torch
 from torch import Tensor, nn
 
 from ssis import augment, calibration, copy_paste, correction, data, distributed, filters
-from ssis import losses, model, refine, sam_distill
+from ssis import losses, model, networks, refine, sam_distill
 from ssis.config import Config, parse
 from ssis.engine.build import Labeler, build, model_of
 from ssis.engine.guard import Guard
@@ -66,7 +66,7 @@ def train(config: Config) -> None:
                 correction.fill(*filling)
                 if config.burnin_init == "fresh":
                     # GD: a new student, not biased towards its own teacher; AdamW forgets.
-                    model.start_afresh(net, config.seed, *model_of(config))
+                    networks.start_afresh(net, config.seed, *model_of(config))
                     optimizer.state.clear()
             if step == burnin_end:
                 # PL-DC's correction has weight 0.5 until here, 0 at the end (ours: measured).

@@ -15,7 +15,7 @@ the labeled images. If the student started afresh (`--burnin-init fresh`), the f
 teacher's instances are thrown away with it: the features of two networks cannot be
 compared.
 
-Chain: 11 of 21. Read next: `ssis/clip.py`, the paper's own category classifier.
+Chain: 12 of 22. Read next: `ssis/clip.py`, the paper's own category classifier.
 """
 
 import math

@@ -46,7 +46,7 @@ $$m' = m \cdot \mathrm{IoU}(M_{SAM}, M_T)$$ ssis Eq. (calibration)
 SAM works in the original frame, on the one embedding of the image. The points are
 mapped to that frame, and the masks back to the view (`augment.Geometry`).
 
-Chain: 9 of 21. Read next: `ssis/correction.py`, which doubts the classes.
+Chain: 10 of 22. Read next: `ssis/correction.py`, which doubts the classes.
 """
 
 import dataclasses

@@ -36,7 +36,7 @@ rounded to a multiple of 4, and a probability of 0.9 by up to 0.002, which is en
 move it across a threshold. `Tensor.float` marks the border. The EMA update is float32
 too, like all weights: adding 0.0004 of a difference would change nothing in 16 bits.
 
-Chain: 6 of 21. Read next: `ssis/filters.py`, which decides what is kept.
+Chain: 7 of 22. Read next: `ssis/filters.py`, which decides what is kept.
 """
 
 import copy

@@ -171,13 +171,13 @@ def coco_folder(tmp_path) -> Path:
 @pytest.fixture
 def few(monkeypatch):
     """Six detections an image: a teacher of four steps finds a hundred, SAM redraws all."""
-    from ssis import model
+    from ssis import networks
 
-    build = model.build
+    build = networks.build
 
     def build_with_few(*arguments, **more):
         net = build(*arguments, **more)
         net.roi_heads.detections_per_img = 6
         return net
 
-    monkeypatch.setattr(model, "build", build_with_few)
+    monkeypatch.setattr(networks, "build", build_with_few)

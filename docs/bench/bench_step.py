@@ -28,7 +28,7 @@ from torch import nn
 from torchvision.models.detection.mask_rcnn import MaskRCNN as TorchvisionMaskRCNN
 
 import train
-from ssis import augment, calibration, config, correction, data, model, refine, teacher
+from ssis import augment, calibration, config, correction, data, model, networks, refine, teacher
 from ssis.datasets import parts, split
 from ssis.engine import resume
 from ssis.engine.build import build, model_of
@@ -90,7 +90,7 @@ def setup(**settings) -> tuple[Run, list, list]:
 def plain_net(run: Run) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A copy of the student with torchvision's own losses and samplers, and AdamW."""
     kind, *rest = model_of(run.config)
-    net = model.build(kind, len(run.net.roi_heads.box_predictor.cls_score.bias), *rest).train()
+    net = networks.build(kind, len(run.net.roi_heads.box_predictor.cls_score.bias), *rest).train()
     net.load_state_dict(run.net.state_dict())
     net.rpn.__class__, net.roi_heads.__class__ = model.RegionProposalNetwork, model.RoIHeads
     for part in (net.rpn, net.roi_heads):

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssis import config, data, filters, imagenet, model, prototypes, teacher
+from ssis import config, data, filters, imagenet, networks, prototypes, teacher
 from ssis.datasets import parts, split
 from ssis.engine import build
 from ssis.io import checkpoint
@@ -140,7 +140,7 @@ def first_teacher(path: str) -> tuple:
     dataset, _, _ = parts.open_parts(settings)
     labeled, _ = split.draw_split(dataset, settings.labeled, settings.seed)
     kind, *rest = build.model_of(settings)
-    net = model.build(kind, len(state["names"]) + 1, *rest).eval()
+    net = networks.build(kind, len(state["names"]) + 1, *rest).eval()
     net.load_state_dict(state["student"])
     rest = sorted(set(range(dataset.annotated)) - set(labeled))
     encoder = None

@@ -31,7 +31,7 @@ from segment_anything import sam_model_registry  # noqa: E402
 from torchvision.models import resnet50  # noqa: E402
 
 import train  # noqa: E402
-from ssis import model  # noqa: E402
+from ssis import networks  # noqa: E402
 
 SMALL = "--crop-height 256 --crop-width 256 --short-side-min 256 --short-side 256 --long-side 448"
 # Name -> flags; the first two at full size.
@@ -99,14 +99,14 @@ def run(name: str, own: str, files: list[str], folder: Path) -> str:
 
 def work(flags: list[str]) -> None:
     """One process of a run: `train.py`, but at most eight instances an image."""
-    build = model.build
+    build = networks.build
 
     def few(*args, **settings):
         net = build(*args, **settings)
         net.roi_heads.detections_per_img = 8
         return net
 
-    model.build = few
+    networks.build = few
     train.main(flags)
     print("peak_kb", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
 

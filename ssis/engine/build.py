@@ -12,7 +12,16 @@ from typing import NamedTuple
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ssis import correction, distributed, filters, model, optimizer, sam, sam_distill
+from ssis import (
+    correction,
+    distributed,
+    filters,
+    model,
+    networks,
+    optimizer,
+    sam,
+    sam_distill,
+)
 from ssis.alignment import Alignment
 from ssis.calibration import Calibration
 from ssis.clip import Clip
@@ -59,8 +68,8 @@ def build(
     # The same seed on all processes: the same first weights.
     torch.manual_seed(config.seed)
     kind, *rest = model_of(config)
-    net = model.build(kind, len(names) + 1, *rest).to(device).train()
-    model.set_detections(net, detections)
+    net = networks.build(kind, len(names) + 1, *rest).to(device).train()
+    networks.set_detections(net, detections)
     student, teacher = distributed.wrap(net, device), make_teacher(net)
     thresholds = filters.Thresholds(
         len(names),

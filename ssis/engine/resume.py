@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ssis import UserError, distributed, model
+from ssis import UserError, distributed, model, networks
 from ssis.config import (
     Config,
     after_pretraining,
@@ -198,10 +198,10 @@ def load_model(path: Path, who: str) -> tuple[model.MaskRCNN, Config, list[str],
     config = from_saved(state["config"])
     kind, *rest = model_of(config)
     # The weights are in the checkpoint: none are to be fetched.
-    net = model.build(kind, len(state["names"]) + 1, *rest, fetch=False)
+    net = networks.build(kind, len(state["names"]) + 1, *rest, fetch=False)
     load_weights(net, state[who], path)
     # Older checkpoints are of runs in which it was always 100.
-    model.set_detections(net, state.get("detections", 100))
+    networks.set_detections(net, state.get("detections", 100))
     return net.eval(), config, state["names"], who
 
 

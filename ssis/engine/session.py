@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssis import UserError, copy_paste, data, distributed, losses, model
+from ssis import UserError, copy_paste, data, distributed, losses, networks
 from ssis.config import Config, flag
 from ssis.datasets import parts, split
 from ssis.engine import loader, resume, run_folder
@@ -502,7 +502,7 @@ class Session:
                 "another --output"
             )
         # As many detections of each model that is compared here.
-        model.set_detections(net, self.detections)
+        networks.set_detections(net, self.detections)
         return net.to(self.device)
 
 

@@ -12,7 +12,7 @@ from ssis import UserError
 
 
 def read_weights(weights: str) -> dict[str, Tensor]:
-    """The state dict that `--backbone-weights` names; see `model.build_resnet50`.
+    """The state dict that `--backbone-weights` names; see `networks.build_resnet50`.
 
     Args:
         weights: "imagenet", "coco", or the path of a state dict.

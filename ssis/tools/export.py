@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ssis import UserError, distributed, model
+from ssis import UserError, distributed, model, networks
 from ssis.datasets import coco_json, parts, rle
 from ssis.engine import resume
 from ssis.io.files import whole, write_text, writing
@@ -39,7 +39,7 @@ from ssis.report import ap
 # What tells an exported `model.py` from any other.
 MARK = "as a plain torchvision model."
 # The file that is written beside the weights. Its builder of the small model is copied
-# from `model.build_small`.
+# from `networks.build_small`.
 SMALL = '''"""{title}
 
     from model import CLASSES, load
@@ -104,7 +104,7 @@ def load(weights=Path(__file__).with_name("weights.pt")):
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return model.eval()
 '''
-# COCO's published weights were trained with norms without epsilon (`model.build`).
+# COCO's published weights were trained with norms without epsilon (`networks.build`).
 NO_EPSILON = """
     for part in model.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
@@ -132,9 +132,13 @@ def program(
         detections=detections,
         builder="\n\n".join(
             inspect.getsource(part)
-            for part in (model.build_small, model.light_heads, model.set_detections)
+            for part in (
+                networks.build_small,
+                networks.light_heads,
+                networks.set_detections,
+            )
         ),
-        limit=inspect.getsource(model.set_detections),
+        limit=inspect.getsource(networks.set_detections),
         norms=NO_EPSILON if no_epsilon else "",
     )
 

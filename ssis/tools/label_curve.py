@@ -29,7 +29,7 @@ from pathlib import Path
 import matplotlib
 from tqdm import tqdm
 
-from ssis import UserError, config, distributed, model
+from ssis import UserError, config, distributed, networks
 from ssis.datasets import coco_json, parts, split
 from ssis.engine import resume
 from ssis.io.files import write_text, writing
@@ -126,7 +126,7 @@ def measure(folders: list[Path], device) -> list[dict]:
     measured = []
     for folder, (net, settings, names, _) in zip(folders, tqdm(loaded), strict=True):
         test_set = coco_json.load_coco(*parts.part_paths(settings, "test"), names)
-        model.set_detections(net, limit)
+        networks.set_detections(net, limit)
         found = ap.evaluate(net.to(device), test_set, device)
         if found[0]["mask"]["AP"] is None:
             raise UserError(f"{test_set.source}: has no instance to judge by")

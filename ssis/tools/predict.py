@@ -33,7 +33,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
-from ssis import UserError, distributed, model
+from ssis import UserError, distributed, networks
 from ssis.datasets import rle
 from ssis.engine import resume
 from ssis.io.files import writing
@@ -228,7 +228,7 @@ def run(argv: list[str] | None) -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     net, _, names, who = resume.load_model(args.checkpoint, args.who)
     if args.max_detections:
-        model.set_detections(net, args.max_detections)
+        networks.set_detections(net, args.max_detections)
     _, _, device = distributed.start(args.device)
     count, unsure, full = predict(net.to(device), names, files, args.out, args)
     if not count:

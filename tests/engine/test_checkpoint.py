@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from ssis import UserError, config, model
+from ssis import UserError, config, networks
 from ssis.engine import resume
 from ssis.io import checkpoint
 
@@ -162,8 +162,8 @@ def test_the_one_before_is_kept_and_gone_back_to(tmp_path, capsys):
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
-    net = model.build_small(4, 64, 64)
-    other = model.build_small(5, 64, 64)
+    net = networks.build_small(4, 64, 64)
+    other = networks.build_small(5, 64, 64)
     with pytest.raises(UserError, match=r"checkpoint of another model: 'roi_heads"):
         checkpoint.load_weights(net, other.state_dict(), tmp_path / "c.pt")
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import evaluate
 import train
-from ssis import config, distributed, model
+from ssis import config, distributed, networks
 from ssis.engine import run_folder
 from ssis.io import checkpoint
 
@@ -246,7 +246,7 @@ def test_evaluating_what_is_no_checkpoint_or_another_models(tmp_path, capsys):
     assert "checkpoint not found" in error_of(capsys, evaluate.main, [path, *data])
     # Weights of a model with other classes than the checkpoint says it has.
     settings = config.Config(short_side=32)
-    weights = model.build("small", 9, 32, 160).state_dict()
+    weights = networks.build("small", 9, 32, 160).state_dict()
     teacher = None
     names = ["cat", "dog", "unused"]
     state = dict(config=vars(settings), names=names, student=weights, teacher=teacher)

@@ -21,7 +21,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import train
 from ssis import alignment, augment, correction, data, distributed, filters, imagenet, model
-from ssis import prototypes, teacher
+from ssis import networks, prototypes, teacher
 from ssis.config import Config
 from ssis.datasets import coco_json
 from ssis.engine.build import build
@@ -97,8 +97,8 @@ def main(out: str, folder: str) -> None:
     torch.set_num_threads(1)
     rank, world_size, device = distributed.start("cpu")
     # Before the model is wrapped in DDP: it cannot be wrapped twice.
-    build_model = model.build
-    model.build = lambda *args: frozen(build_model(*args))
+    build_model = networks.build
+    networks.build = lambda *args: frozen(build_model(*args))
     dataset = coco_json.load_coco(f"{folder}/instances_train.json", f"{folder}/train")
     student, labeler, structure, _, _, scaler = build(config, dataset, rank, world_size, device)
     net = distributed.unwrap(student)

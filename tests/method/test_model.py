@@ -9,14 +9,14 @@ import pytest
 from helpers import batch
 import torch
 
-from ssis import model, teacher
+from ssis import model, networks, teacher
 
 pytestmark = pytest.mark.fast
 
 
 def test_small_boxes_far_from_the_corner_survive_bf16():
     """Beyond 1024 pixels a bf16 coordinate is a multiple of 8: a 3-pixel box would vanish."""
-    coder = model.build_small(4, 64, 96).roi_heads.box_coder
+    coder = networks.build_small(4, 64, 96).roi_heads.box_coder
     box = torch.tensor([[1025.0, 8.0, 1028.0, 12.0]])
     codes = coder.encode([box], [box])[0].repeat(1, 4).bfloat16()
     decoded = coder.decode(codes, [box])
@@ -26,7 +26,7 @@ def test_small_boxes_far_from_the_corner_survive_bf16():
 
 def test_a_model_is_its_state_dict_whatever_batch_it_saw_first():
     """torchvision guesses the RoI strides from the first batch and keeps the guess."""
-    first, second = model.build_small(4, 48, 48).eval(), model.build_small(4, 48, 48).eval()
+    first, second = networks.build_small(4, 48, 48).eval(), networks.build_small(4, 48, 48).eval()
     second.load_state_dict(first.state_dict())
     image = torch.rand(3, 48, 48)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def test_a_model_is_its_state_dict_whatever_batch_it_saw_first():
 
 
 def test_counts_are_what_the_losses_were_averaged_over():
-    net = model.build_small(4, 64, 96).train()
+    net = networks.build_small(4, 64, 96).train()
     # So many that all anchors and proposals are taken, and the numbers can be predicted.
     net.rpn.fg_bg_sampler.batch_size_per_image = 10**6
     net.roi_heads.fg_bg_sampler.batch_size_per_image = 10**6
@@ -63,7 +63,7 @@ def test_counts_are_what_the_losses_were_averaged_over():
 
 def test_the_first_stage_with_weight_one_is_torchvisions_and_with_less_a_weighted_mean():
     """GD Eq. (no object) in the RPN: against torchvision, and against a loop over anchors."""
-    net = model.build_small(4, 64, 96).train()
+    net = networks.build_small(4, 64, 96).train()
     objectness, deltas = torch.randn(40, 1) * 20, torch.randn(40, 4)
     labels = [torch.tensor([1.0] * 3 + [0.0] * 15 + [-1.0] * 2), torch.tensor([0.0] * 20)]
     targets = [torch.randn(20, 4), torch.randn(20, 4)]
@@ -107,7 +107,7 @@ def test_the_sampler_counts_its_draw():
 
 def test_the_second_stage_without_weights_is_torchvisions():
     """The same draw of proposals: the same four losses."""
-    net = model.build_small(4, 64, 96).train()
+    net = networks.build_small(4, 64, 96).train()
     images, targets = batch((2, 1))
     targets[0]["labels"] = torch.tensor([1, 3])
     features = net.backbone(torch.stack(images))
@@ -127,7 +127,7 @@ def test_the_second_stage_without_weights_is_torchvisions():
 
 
 def test_a_negative_image_is_legal_and_has_no_mask_loss():
-    net = model.build_small(4, 64, 96).train()
+    net = networks.build_small(4, 64, 96).train()
     losses, counts, _ = net(*batch(instances=(0, 0)))
     assert counts[4] == 0 and losses["loss_mask"] == 0 and losses["loss_classifier"] > 0
     sum(losses.values()).backward()
@@ -135,7 +135,7 @@ def test_a_negative_image_is_legal_and_has_no_mask_loss():
 
 
 def test_training_does_not_resize():
-    net = model.build_small(4, 32, 40).train()
+    net = networks.build_small(4, 32, 40).train()
     images, targets = batch()
     assert net.transform(images, targets)[0].image_sizes == [(64, 64), (64, 64)]
     assert net.eval().transform(images)[0].image_sizes == [(32, 32), (32, 32)]
@@ -143,7 +143,7 @@ def test_training_does_not_resize():
 
 def test_mask_weights_of_one_change_nothing_and_of_zero_leave_no_gradient():
     """PL-DC's pixel level: aligned as the masks are, so that 1 is torchvision's own loss."""
-    net = model.build_small(4, 64, 96).train()
+    net = networks.build_small(4, 64, 96).train()
     last = net.roi_heads.mask_predictor.mask_fcn_logits.weight
     found = {}
     for weight in (None, 1.0, 0.0, 0.5):
@@ -163,7 +163,7 @@ def test_mask_weights_of_one_change_nothing_and_of_zero_leave_no_gradient():
 
 def test_mask_weights_go_where_the_mask_goes():
     """Weights of the object's own shape: only what the target calls foreground counts."""
-    net = model.build_small(4, 64, 96).train()
+    net = networks.build_small(4, 64, 96).train()
     images, targets = batch((1, 1))
     for target in targets:
         target["mask_weights"] = target["masks"].float()

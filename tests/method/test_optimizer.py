@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ssis import model, optimizer
+from ssis import networks, optimizer
 
 pytestmark = pytest.mark.fast
 
@@ -52,7 +52,7 @@ def test_an_unknown_schedule_is_an_error():
 
 
 def test_biases_and_norms_do_not_decay_and_the_backbone_has_its_own_rate():
-    net = model.build_small(4, 64, 96)
+    net = networks.build_small(4, 64, 96)
     groups = optimizer.make(net, 0.1, 0.5, 0.05).param_groups
     of = {id(p): g for g in groups for p in g["params"]}
     for name, parameter in net.named_parameters():
@@ -67,7 +67,7 @@ def test_frozen_stages_of_the_backbone_are_in_no_group(tmp_path):
 
     torch.save(resnet50(weights=None).state_dict(), tmp_path / "r50.pth")
     for trained, stages in ((0, set()), (3, {"layer2", "layer3", "layer4"})):
-        net = model.build("resnet50", 5, 96, 160, str(tmp_path / "r50.pth"), trained)
+        net = networks.build("resnet50", 5, 96, 160, str(tmp_path / "r50.pth"), trained)
         body = {n for n, p in net.backbone.body.named_parameters() if p.requires_grad}
         assert {name.split(".")[0] for name in body} == stages
         listed = sum(len(g["params"]) for g in optimizer.make(net, 0.1, 1.0, 0.05).param_groups)

@@ -12,12 +12,12 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d
 
-from ssis import UserError, model
+from ssis import UserError, model, networks
 
 
 def test_losses_are_torchvisions_own():
     """A ResNet-50 built by torchvision alone, with the same weights and the same draw."""
-    ours = model.build_resnet50(4, 64, 64, "none").train()
+    ours = networks.build_resnet50(4, 64, 64, "none").train()
     theirs = maskrcnn_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=64
     ).train()
@@ -37,7 +37,7 @@ def test_losses_are_torchvisions_own():
 def test_resnet50_starts_from_a_classifiers_weights(tmp_path):
     classifier = resnet50(weights=None)
     torch.save(classifier.state_dict(), tmp_path / "r50.pth")
-    net = model.build("resnet50", 5, 96, 160, str(tmp_path / "r50.pth"))
+    net = networks.build("resnet50", 5, 96, 160, str(tmp_path / "r50.pth"))
     assert torch.equal(net.backbone.body.layer3[2].conv2.weight, classifier.layer3[2].conv2.weight)
     assert torch.equal(net.backbone.body.bn1.weight, classifier.bn1.weight)
     assert not net.backbone.body.conv1.weight.requires_grad
@@ -61,7 +61,7 @@ def test_frozen_norms_have_torchvisions_values_in_the_type_of_their_input():
 
 def test_anchors_are_exact_in_mixed_precision():
     """torchvision's follow the maps: at 800 x 1333 and in bf16, pixels beside the truth."""
-    net = model.build("resnet50", 5, 800, 1333)
+    net = networks.build("resnet50", 5, 800, 1333)
     sides = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
     images = ImageList(torch.zeros(1, 3, 800, 1344), [(800, 1333)])
     exact, mixed, after = (
@@ -84,11 +84,11 @@ def test_anchors_are_exact_in_mixed_precision():
 def test_resnet50_starts_from_a_mask_rcnns_weights_with_other_classes(tmp_path):
     theirs = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
     torch.save(theirs.state_dict(), tmp_path / "mask_rcnn.pth")
-    net = model.build("resnet50", 5, 96, 160, str(tmp_path / "mask_rcnn.pth"))
+    net = networks.build("resnet50", 5, 96, 160, str(tmp_path / "mask_rcnn.pth"))
     assert torch.equal(net.roi_heads.box_head.fc7.weight, theirs.roi_heads.box_head.fc7.weight)
     assert net.roi_heads.box_predictor.cls_score.out_features == 5
     # Without weights nothing is downloaded, and the norms are trained.
-    fresh = model.build("resnet50", 5, 96, 160)
+    fresh = networks.build("resnet50", 5, 96, 160)
     assert fresh.backbone.body.bn1.weight.requires_grad
 
 
@@ -97,4 +97,4 @@ def test_weights_of_something_else_are_refused(tmp_path):
     for name, line in (("other.pth", "not of this model"), ("absent.pth", "readable state dict")):
         source = str(tmp_path / name)
         with pytest.raises(UserError, match=line):
-            model.build("resnet50", 5, 96, 160, source)
+            networks.build("resnet50", 5, 96, 160, source)

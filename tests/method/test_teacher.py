@@ -11,14 +11,14 @@ from torchvision.models.detection.roi_heads import (
     project_masks_on_boxes,
 )
 
-from ssis import model, teacher
+from ssis import model, networks, teacher
 
 pytestmark = pytest.mark.fast
 
 
 def small(seed: int = 0) -> model.MaskRCNN:
     torch.manual_seed(seed)
-    return model.build_small(4, 64, 96)
+    return networks.build_small(4, 64, 96)
 
 
 def test_ema_is_the_formula_over_parameters_and_float_buffers():

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 from helpers import batch
 
-from ssis import UserError, config, model, teacher
+from ssis import UserError, config, networks, teacher
 from ssis.io import timm_backbone
 
 timm = pytest.importorskip("timm")
@@ -21,7 +21,7 @@ WEIGHTS = ROOT.parent / "shared" / "weights" / "tf_efficientnet_lite0.pth"
 def test_a_backbone_starts_from_a_file_and_its_norms_are_frozen(name, tmp_path):
     whole = timm.create_model(name)
     torch.save(whole.state_dict(), tmp_path / "own.pth")
-    net = model.build("timm", 4, 64, 96, str(tmp_path / "own.pth"), backbone=name).train()
+    net = networks.build("timm", 4, 64, 96, str(tmp_path / "own.pth"), backbone=name).train()
     path = "blocks.2.0.conv_dw" if "efficientnet" in name else "layer2.0.conv1"
     ours = net.backbone.body.get_submodule(path)
     assert torch.equal(ours.weight, whole.get_submodule(path).weight)
@@ -58,7 +58,7 @@ def test_a_backbone_starts_from_a_file_and_its_norms_are_frozen(name, tmp_path):
 
 
 def test_without_weights_the_norms_learn():
-    net = model.build("timm", 4, 64, 96, backbone=SMALL[0])
+    net = networks.build("timm", 4, 64, 96, backbone=SMALL[0])
     norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert norms and all(m.weight.requires_grad for m in norms)
 
@@ -67,8 +67,8 @@ def test_a_teacher_of_a_checkpoint_is_the_same_network(tmp_path):
     """Built without its file, which may be gone: frozen norms all the same."""
     whole = timm.create_model(SMALL[0])
     torch.save(whole.state_dict(), tmp_path / "own.pth")
-    net = model.build("timm", 4, 64, 96, str(tmp_path / "own.pth"), backbone=SMALL[0])
-    again = model.build("timm", 4, 64, 96, "gone.pth", backbone=SMALL[0], fetch=False)
+    net = networks.build("timm", 4, 64, 96, str(tmp_path / "own.pth"), backbone=SMALL[0])
+    again = networks.build("timm", 4, 64, 96, "gone.pth", backbone=SMALL[0], fetch=False)
     again.load_state_dict(net.state_dict())
     assert net.state_dict().keys() == again.state_dict().keys()
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from ssis import distributed, model
+from ssis import distributed, networks
 from ssis.datasets import coco_json
 from ssis.report import ap
 
@@ -22,7 +22,7 @@ def main(out: str, folder: str) -> None:
     rank, world_size, device = distributed.start("cpu")
     dataset = coco_json.load_coco(f"{folder}/coco.json", f"{folder}/images")
     torch.manual_seed(0)
-    net = model.build_small(2, 48, 96).eval()
+    net = networks.build_small(2, 48, 96).eval()
     # An untrained model's scores are low.
     net.roi_heads.score_thresh, net.roi_heads.detections_per_img = 0.05, 10
     report, results = ap.evaluate(net, dataset, device, rank, world_size)

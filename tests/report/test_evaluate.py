@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import evaluate
-from ssis import UserError, model
+from ssis import UserError, networks
 from ssis.datasets import coco_json, rle
 from ssis.report import ap
 
@@ -144,7 +144,7 @@ def test_ap_by_size_goes_by_the_mask_not_by_its_box(coco_folder):
 def test_predictions_lie_in_the_original_frame(shapes_folder):
     """The model resizes to 48 pixels, the results speak of 96."""
     dataset = coco_json.load_coco(f"{shapes_folder}/instances_val.json", f"{shapes_folder}/val")
-    net = model.build_small(7, 48, 48).eval()
+    net = networks.build_small(7, 48, 48).eval()
     net.roi_heads.score_thresh = 0.0
     results = ap.predictions(net, dataset, [0, 3], torch.device("cpu"))
     assert {r["image_id"] for r in results} == {0, 3}
@@ -154,7 +154,7 @@ def test_predictions_lie_in_the_original_frame(shapes_folder):
 
 def test_a_strip_has_other_scales_down_and_across(monkeypatch):
     """Half a pixel of the view, by which masks are moved: 40 x 2000 pixels in 16 x 160."""
-    net, seen = model.build_small(7, 96, 160).eval(), []
+    net, seen = networks.build_small(7, 96, 160).eval(), []
     monkeypatch.setattr(ap, "encode", lambda *given: seen.append(given[2:]) or [{}] * len(given[0]))
     ap.detect_instances(net, [torch.zeros(3, 40, 2000, dtype=torch.uint8)], "cpu", 0.0)
     assert seen == [((40, 2000), (0.5 * 40 / 16, 0.5 * 2000 / 160))]
@@ -198,7 +198,7 @@ def test_an_evaluation_in_a_run_ends_by_giving_memory_back(shapes_folder, monkey
     dataset = coco_json.load_coco(f"{shapes_folder}/instances_val.json", f"{shapes_folder}/val")
     called = []
     monkeypatch.setattr(ap, "give_back_memory", lambda: called.append(True))
-    net = model.build_small(7, 48, 48).train()
+    net = networks.build_small(7, 48, 48).train()
     ap.evaluate(net, dataset, torch.device("cpu"))
     # A model that is being trained goes on in training mode.
     assert called == [True] and net.training

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssis import UserError, config, model
+from ssis import UserError, config, model, networks
 from ssis.engine import resume
 from ssis.io import checkpoint
 from ssis.tools import export
@@ -23,7 +23,7 @@ def trained(settings, names):
     """A model with random weights and norms that do something."""
     torch.manual_seed(1)
     sides, weights = (settings.short_side, settings.long_side), settings.backbone_weights
-    net = model.build(settings.model, len(names) + 1, *sides, weights, fetch=False)
+    net = networks.build(settings.model, len(names) + 1, *sides, weights, fetch=False)
     with torch.no_grad():
         for part in net.modules():
             if hasattr(part, "running_var"):
@@ -175,7 +175,7 @@ def test_a_backbone_of_timm_is_refused_in_one_line(tmp_path):
     pytest.importorskip("timm")
     settings = config.parse(["--model", "timm", "--method", "supervised"])
     sides = (settings.short_side, settings.long_side)
-    net = model.build("timm", 3, *sides, backbone=settings.backbone)
+    net = networks.build("timm", 3, *sides, backbone=settings.backbone)
     state = resume.model_alone(net, settings, ["cat", "dog"], 0)
     checkpoint.save(tmp_path / "best.pt", state)
     with pytest.raises(UserError, match="has a backbone of timm, which torchvision does not"):

@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from ssis import config, model
+from ssis import config, networks
 from ssis.datasets import coco_json
 from ssis.io import checkpoint
 from ssis.report import pictures
@@ -32,7 +32,7 @@ def trained(tmp_path_factory, shapes_folder):
     train_set = coco_json.load_coco(
         str(shapes_folder / "instances_train.json"), str(shapes_folder / "train")
     )
-    net = model.build_small(len(train_set.names) + 1, 64, settings.long_side)
+    net = networks.build_small(len(train_set.names) + 1, 64, settings.long_side)
     # Not all at one score: the order must mean something.
     torch.nn.init.normal_(net.roi_heads.box_predictor.cls_score.weight, std=0.3)
     path = tmp_path_factory.mktemp("trained") / "checkpoint.pt"

@@ -17,7 +17,7 @@ masks are pasted by torchvision's own code, which widens each by up to a pixel
 values (pytorch/vision issues 9306 and 9321). The ONNX file is made by the tracing
 exporter (`dynamo=False`), which torchvision supports.
 
-Read next: `ssis/model.py`, where the small model is built.
+Read next: `ssis/networks.py`, where the small model is built.
 """
 
 import argparse

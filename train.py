@@ -15,7 +15,7 @@ keeps it alive (progress, files, resuming, evaluation) in `ssis/engine/session.p
 
 B = images in this process's batch, N = instances, C = classes.
 
-Chain: 1 of 22. Read next: `ssis/data.py`, where the batches come from.
+Chain: 1 of 23. Read next: `ssis/data.py`, where the batches come from.
 """
 
 import torch

@@ -29,7 +29,7 @@ on which a small network relies most, so that shape is left to agree on.
 Every view has a seed of its own, so a run does not depend on how the images are spread
 over workers and processes.
 
-Chain: 3 of 22. Read next: `ssis/copy_paste.py`, what comes between the two views.
+Chain: 3 of 23. Read next: `ssis/copy_paste.py`, what comes between the two views.
 """
 
 from typing import NamedTuple

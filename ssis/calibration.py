@@ -69,7 +69,7 @@ evaluation but the last, since the teacher changes. What was measured is printed
 the report. Where the validation part is also the test part, the test's ground truth
 decides what is kept: the run then says so.
 
-Chain: 16 of 22. Read next: `ssis/losses.py`, what the student learns from all this.
+Chain: 17 of 23. Read next: `ssis/losses.py`, what the student learns from all this.
 """
 
 from collections.abc import Iterable

@@ -18,7 +18,7 @@ What is known of a field stands with it: its reason, its choices or range, and
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
 
-Chain: 21 of 22. Read next: `ssis/presets.py`, the settings of papers and datasets.
+Chain: 22 of 23. Read next: `ssis/presets.py`, the settings of papers and datasets.
 """
 
 import argparse

@@ -30,7 +30,7 @@ The pairs are made within one process, so with N processes they differ from one'
 process with a single image has no pair, and the run is refused
 (`engine.session.check_batches`).
 
-Chain: 4 of 22. Read next: `ssis/model.py`, the network that sees the views.
+Chain: 4 of 23. Read next: `ssis/model.py`, the network that sees the views.
 """
 
 import torch

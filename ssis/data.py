@@ -19,7 +19,7 @@ to the need of its rarest class; an epoch keeps its length.
 student, and the audit's measures the pseudo-labels. The unlabeled stream does not even
 read the annotations of its images, so nothing can leak.
 
-Chain: 2 of 22. Read next: `ssis/augment.py`, the views of an image.
+Chain: 2 of 23. Read next: `ssis/augment.py`, the views of an image.
 """
 
 import hashlib

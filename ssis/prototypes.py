@@ -15,7 +15,7 @@ the labeled images. If the student started afresh (`--burnin-init fresh`), the f
 teacher's instances are thrown away with it: the features of two networks cannot be
 compared.
 
-Chain: 12 of 22. Read next: `ssis/clip.py`, the paper's own category classifier.
+Chain: 13 of 23. Read next: `ssis/clip.py`, the paper's own category classifier.
 """
 
 import math
@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from ssis import data, distributed
-from ssis import teacher as teacher_module
+from ssis import data, distributed, inference
 from ssis.correction import CategoryClassifier, among_seen
 from ssis.teacher import PseudoLabels
 
@@ -51,7 +50,7 @@ class Prototypes(nn.Module, CategoryClassifier):
         super().__init__()
         # A ring of K slots for each class: the newest instance replaces the oldest.
         # Buffers are saved in the checkpoint, so a resumed run remembers the same.
-        length = channels * teacher_module.CELLS**2 + SILHOUETTE**2
+        length = channels * inference.CELLS**2 + SILHOUETTE**2
         self.register_buffer("bank", torch.zeros(classes, size, length))
         # How many instances of each class were ever put in; number k is in slot k mod
         # K.
@@ -76,7 +75,7 @@ class Prototypes(nn.Module, CategoryClassifier):
         # The mask at the resolution of the feature map. Times it, cells in the box that
         # are not on the object become 0.
         rois = torch.cat([number.to(boxes), boxes], dim=1)
-        inside = roi_align(masks[:, None], rois, teacher_module.CELLS, aligned=True)
+        inside = roi_align(masks[:, None], rois, inference.CELLS, aligned=True)
         # All 49 cells, not their average: where in the box a part lies (the points of
         # a star, the hole of a ring) says what the object is.
         appearance = F.normalize((features * inside).flatten(1))
@@ -103,9 +102,7 @@ class Prototypes(nn.Module, CategoryClassifier):
         # teacher gets into the memory.
         device = self.bank.device
         views, targets = data.to_device(items, device)
-        pooled = teacher_module.features_in(
-            teacher, views, [t["boxes"] for t in targets]
-        )
+        pooled = inference.features_in(teacher, views, [t["boxes"] for t in targets])
         described = [
             self.describe(features.float(), target["masks"], target["boxes"])
             for features, target in zip(pooled, targets, strict=True)

@@ -46,7 +46,7 @@ $$m' = m \cdot \mathrm{IoU}(M_{SAM}, M_T)$$ ssis Eq. (calibration)
 SAM works in the original frame, on the one embedding of the image. The points are
 mapped to that frame, and the masks back to the view (`augment.Geometry`).
 
-Chain: 10 of 22. Read next: `ssis/correction.py`, which doubts the classes.
+Chain: 11 of 23. Read next: `ssis/correction.py`, which doubts the classes.
 """
 
 import dataclasses
@@ -56,7 +56,8 @@ from torch import Tensor
 
 from ssis import data
 from ssis.sam import CHUNK, Embeddings
-from ssis.teacher import PseudoLabels, mask_quality, paste
+from ssis.inference import paste
+from ssis.teacher import PseudoLabels, mask_quality
 
 
 def point_weights(pseudo: PseudoLabels, rule: str) -> Tensor:

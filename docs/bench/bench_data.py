@@ -44,7 +44,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from ssis import augment, data, teacher
+from ssis import augment, data, inference
 from ssis.datasets import coco_json, parts, shapes
 from ssis.engine import resume
 from ssis.report import ap
@@ -334,7 +334,7 @@ def measure_parts(rounds: int) -> None:
         medians(
             {
                 f"paste_parts, {count} masks": lambda given=given: list(
-                    teacher.paste_parts(*given)
+                    inference.paste_parts(*given)
                 ),
                 f"torchvision, {height} x {width}": lambda given=given: paste_masks_in_image(
                     *given

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssis import config, data, filters, imagenet, networks, prototypes, teacher
+from ssis import config, data, filters, imagenet, inference, networks, prototypes, teacher
 from ssis.datasets import parts, split
 from ssis.engine import build
 from ssis.io import checkpoint
@@ -63,7 +63,7 @@ def descriptions(net, encoder, image: Tensor, boxes: Tensor, masks: Tensor) -> d
         described[f"FPN, three levels, over the {name}"] = torch.cat(levels, dim=1)
     roi = net.roi_heads
     described["box head"] = roi.box_head(roi.box_roi_pool(maps, [boxes], [size]))
-    cells = teacher.features_in(net, [image], [boxes])[0]
+    cells = inference.features_in(net, [image], [boxes])[0]
     described["7 x 7 map in the box"] = cells.flatten(1)
     both = prototypes.Prototypes.describe(cells, masks, boxes)
     shape = prototypes.SILHOUETTE**2

@@ -5,7 +5,7 @@ of them, for masks and for boxes. Three details keep them right:
 
 * mask results carry no box, since pycocotools would take their area from it and file
   them under the wrong size;
-* masks are pasted without torchvision's shift of half a pixel (`teacher.paste`);
+* masks are pasted without torchvision's shift of half a pixel (`inference.paste`);
 * each image is evaluated exactly once over all processes (a sampler that pads to
   equal parts counts some images twice).
 
@@ -25,7 +25,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from tqdm import tqdm
 
-from ssis import UserError, augment, distributed, teacher
+from ssis import UserError, augment, distributed, inference
 from ssis.datasets import rle
 
 
@@ -101,7 +101,7 @@ def detect_instances(
     views = [augment.resize(x, short, longest).to(device).float() / 255 for x in images]
     if min_score is None:
         min_score = net.roi_heads.score_thresh
-    outputs = teacher.detect(net, views, min_score)
+    outputs = inference.detect(net, views, min_score)
     results = []
     for image, view, output in zip(images, views, outputs, strict=True):
         frame = tuple(image.shape[-2:])
@@ -126,13 +126,13 @@ def encode(
     frame: tuple[int, int],
     shift: tuple[float, float],
 ) -> list[dict]:
-    """Masks of the mask head as RLEs in a frame; arguments as for `teacher.paste`.
+    """Masks of the mask head as RLEs in a frame; arguments as for `inference.paste`.
 
     One at a time: a hundred detections in a photograph of 12 megapixels would be
     gigabytes of soft masks, and as RLEs they are kilobytes.
     """
     rles = []
-    for rows, columns, soft in teacher.paste_parts(masks, boxes, frame, shift):
+    for rows, columns, soft in inference.paste_parts(masks, boxes, frame, shift):
         # Fortran order is what pycocotools reads without copying.
         whole = np.zeros(frame, np.uint8, order="F")
         whole[rows, columns] = (soft > 0.5).cpu().numpy()

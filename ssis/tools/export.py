@@ -10,7 +10,7 @@ time: the runtime refuses a batch.
 
 The weights are the same, and so are the boxes of an image that needs no resizing. But
 masks are pasted by torchvision's own code, which widens each by up to a pixel
-(`teacher.paste`), and images are resized without antialiasing. Small objects lose AP:
+(`inference.paste`), and images are resized without antialiasing. Small objects lose AP:
 `--check` evaluates both models on the run's test part (docs/log.md has numbers).
 
 `torch.export` cannot take this model: torchvision's non-maximum suppression branches on

@@ -121,8 +121,8 @@ def test_the_method_lies_flat_and_nothing_else_does():
     flat = {path.stem for path in (ROOT / "ssis").glob("*.py")} - {"__init__", "__main__"}
     assert flat == set(
         "alignment augment calibration clip config copy_paste correction data distributed filters "
-        "imagenet losses model networks optimizer presets prototypes refine sam sam_distill "
-        "teacher".split()
+        "imagenet inference losses model networks optimizer presets prototypes refine sam "
+        "sam_distill teacher".split()
     )
     folders = {path.name for path in (ROOT / "ssis").iterdir() if path.is_dir()}
     assert folders - {"__pycache__", ".ruff_cache"} == set(ALLOWED) - {""}

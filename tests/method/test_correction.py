@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import made_labels
 
-from ssis import correction, networks, prototypes, teacher
+from ssis import correction, inference, networks, prototypes, teacher
 from ssis.datasets.coco_json import load_coco
 from ssis import data
 
@@ -67,7 +67,7 @@ def as_pseudo(net, item) -> teacher.PseudoLabels:
     """The truth of an image in the form of pseudo-labels."""
     target = item["target"]
     n = len(target["labels"])
-    features = teacher.features_in(net, [item["image"]], [target["boxes"]])[0]
+    features = inference.features_in(net, [item["image"]], [target["boxes"]])[0]
     masks = target["masks"].bool()
     return teacher.PseudoLabels(
         target["boxes"], target["labels"], torch.ones(n), torch.ones(n), masks.float(), masks,

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ssis import augment, data, refine, sam, teacher
+from ssis import augment, data, inference, refine, sam
 from ssis.data import boxes_of
 from ssis.teacher import PseudoLabels, mask_quality
 
@@ -81,8 +81,8 @@ def test_the_released_codes_points_are_a_softmax_over_the_logits():
     soft[:, 2:28, 4:28] = 0.9
     pseudo = dataclasses.replace(labels_of(soft), mask_logits=logits, feature_boxes=boxes)
     weights = refine.point_weights(pseudo, "code")
-    # As written, pixel by pixel, for pasting that shifts by half a pixel (`teacher.paste`).
-    pasted = teacher.paste(logits, boxes, size)
+    # As written, pixel by pixel, for pasting that shifts by half a pixel (`inference.paste`).
+    pasted = inference.paste(logits, boxes, size)
     for n, (left, top) in enumerate([(4, 2), (0, 0)]):
         exp = {
             (y, x): math.exp(pasted[n, y, x].item())

@@ -11,7 +11,7 @@ from torchvision.models.detection.roi_heads import (
     project_masks_on_boxes,
 )
 
-from ssis import model, networks, teacher
+from ssis import inference, model, networks, teacher
 
 pytestmark = pytest.mark.fast
 
@@ -114,7 +114,7 @@ def test_a_true_mask_made_a_target_and_pasted_again_is_itself():
         box = box + torch.randn(1, 4, generator=generator)
         target = project_masks_on_boxes(disc[None].float(), box, torch.tensor([0]), 28)
         pasted = dict(
-            ours=teacher.paste(target[:, None], box, (96, 96))[0],
+            ours=inference.paste(target[:, None], box, (96, 96))[0],
             torchvision=paste_masks_in_image(target[:, None], box, (96, 96))[0, 0],
         )
         for who, soft in pasted.items():
@@ -138,7 +138,7 @@ def test_the_features_of_a_box_are_the_same_found_or_given():
     net = small().eval()
     images = [torch.rand(3, 64, 64), torch.rand(3, 64, 96)]
     found = teacher.predict(net, images, 0.25)
-    given = teacher.features_in(net, images, [p.boxes for p in found])
+    given = inference.features_in(net, images, [p.boxes for p in found])
     for pseudo, features in zip(found, given, strict=True):
         assert features.shape == (len(pseudo), 64, 7, 7)
         torch.testing.assert_close(pseudo.features, features, atol=1e-5, rtol=1e-4)
@@ -187,10 +187,10 @@ def test_masks_pasted_within_their_boxes_are_those_pasted_in_the_whole_frame():
     grid = torch.stack(torch.broadcast_tensors(across[:, None], down[:, :, None]), dim=3)
     soft = F.grid_sample(small, grid, padding_mode="border", align_corners=False)[:, 0]
     inside = ((x >= x1) & (x <= x2))[:, None] & ((y >= y1) & (y <= y2))[:, :, None]
-    pasted = teacher.paste(small, boxes, (height, width), shift)
+    pasted = inference.paste(small, boxes, (height, width), shift)
     torch.testing.assert_close(pasted, soft * inside)
     assert (pasted.flatten(1).sum(1) > 0).tolist() == [True] * 4 + [False] * 2
-    assert teacher.paste(small[:0], boxes[:0], (height, width)).shape == (0, height, width)
+    assert inference.paste(small[:0], boxes[:0], (height, width)).shape == (0, height, width)
 
 
 def test_detections_are_torchvisions_with_the_whole_distribution():
@@ -207,7 +207,7 @@ def test_detections_are_torchvisions_with_the_whole_distribution():
     for limit in (1000, 7):
         roi.detections_per_img = limit
         theirs = roi.postprocess_detections(logits, regression, [proposals], [size])
-        ours = teacher.select_detections(decoded, probs, size, 0.2, 0.3, limit)
+        ours = inference.select_detections(decoded, probs, size, 0.2, 0.3, limit)
         boxes, labels, scores, distributions = ours
         torch.testing.assert_close(boxes, theirs[0][0])
         torch.testing.assert_close(scores, theirs[1][0])

@@ -16,6 +16,7 @@ from pathlib import Path
 from ssis import UserError, distributed, networks
 from ssis.datasets import coco_json, parts
 from ssis.engine.resume import add_model_flags, load_model
+from ssis.io import program
 from ssis.report import ap
 
 
@@ -69,7 +70,7 @@ def text(value: float | None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """`run`, with one line and status 2 for what the user did wrong."""
-    distributed.program(run, argv)
+    program.run(run, argv)
 
 
 if __name__ == "__main__":

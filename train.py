@@ -9,9 +9,8 @@ One run has three stages (Guided Distillation, arXiv 2308.02668, section 3):
     guided burn-in     teacher := student, frozen; the student learns from both
     mutual learning    teacher := student once more, then its EMA in every step
 
-The file has the order of a newspaper: what a run is (`train`), what a step is (`train_step`), how
-pseudo-labels are made (`pseudo_labels`). What a run is made of is in `ssis/engine/build.py`; what
-keeps it alive (progress, files, resuming, evaluation) in `ssis/engine/session.py`.
+The file has the order of a newspaper: a run (`train`), a step (`train_step`), pseudo-labels
+(`pseudo_labels`). `ssis/engine/build.py` makes the parts; `ssis/engine/session.py` keeps it alive.
 
 B = images in this process's batch, N = instances, C = classes.
 
@@ -27,6 +26,7 @@ from ssis.config import Config, parse
 from ssis.engine.build import Labeler, build, model_of
 from ssis.engine.guard import Guard
 from ssis.engine.session import open_session
+from ssis.io import program
 from ssis.report import audit
 from ssis.teacher import ema_update, predict
 
@@ -293,7 +293,7 @@ def pseudo_labels(
 
 def main(argv: list[str] | None = None) -> None:
     """One line and status 2 for what the user did wrong, a traceback for what we did."""
-    distributed.program(lambda given: train(parse(given)), argv)
+    program.run(lambda given: train(parse(given)), argv)
 
 
 if __name__ == "__main__":

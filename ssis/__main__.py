@@ -48,10 +48,10 @@ def main(argv: list[str]) -> None:
             module.main(argv[words:])
             break
     else:
-        from ssis import distributed
+        from ssis.io import program
 
         names = ", ".join(COMMANDS)
-        distributed.give_up(UserError(f"no command {argv[0]!r}; there is {names}"))
+        program.give_up(UserError(f"no command {argv[0]!r}; there is {names}"))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ Chain: 21 of 23. Read next: `ssis/config.py`, where every number comes from.
 """
 
 import os
-import sys
 import warnings
 from datetime import timedelta
 
@@ -33,26 +32,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ssis import UserError
 
-
-# Of all programs: training has these flags, the others have --device.
-SMALLER = (
-    "train with smaller batches (--pretrain-batch, --labeled-batch, "
-    "--unlabeled-batch) or smaller views (--short-side, --long-side, --crop-height, "
-    "--crop-width)"
-)
-NO_MEMORY = (
-    f"the GPU's memory is full; {SMALLER}, or with --amp (the last checkpoint is "
-    "kept); evaluate and predict with --device cpu"
-)
-# What PyTorch says where it is not its code that is wrong, and what we say.
-KNOWN = {
-    "out of memory": NO_MEMORY,
-    "STATUS_ALLOC_FAILED": NO_MEMORY,
-    "can't allocate memory": f"the computer's memory is full; {SMALLER} (the last "
-    "checkpoint is kept)",
-    "does not have a deterministic implementation": "--deterministic: this GPU "
-    "computes one of the operations in a varying way only ({}); leave the flag out",
-}
 
 # How long a process waits for the others. When one dies, torchrun ends the others at
 # once; this limit is for one that hangs. It must be longer than what rank 0 does alone:
@@ -268,49 +247,3 @@ def from_main(function, *args):
         # Only rank 0 prints the message, not each of eight processes.
         raise UserError(value if dist.get_rank() == 0 else "")
     return value
-
-
-def program(run, argv: list[str] | None) -> None:
-    """Run a command; a mistake of the user is one line and status 2, no traceback.
-
-    Ctrl-C is one line too, and status 130. While a training run makes steps, it handles
-    Ctrl-C itself (`ssis/engine/signals.py`).
-
-    Args:
-        run: the command, called with `argv`.
-        argv: arguments; None: those of the command line.
-    """
-    try:
-        run(argv)
-    except UserError as error:
-        give_up(error)
-    except RuntimeError as error:
-        for sign, line in KNOWN.items():
-            if sign in str(error):
-                give_up(UserError(line.format(str(error).split(" ")[0])))
-        raise
-    except KeyboardInterrupt:
-        said = "stopped; what was saved stays, the same command goes on"
-        print(said, file=sys.stderr)
-        sys.exit(130)
-
-
-def give_up(error: UserError) -> None:
-    """Print one line and end this process with status 2.
-
-    Args:
-        error: with an empty message nothing is printed; another process has done it.
-    """
-    # An error raised in a loader worker arrives with the worker's traceback around it,
-    # whose last line is the message.
-    if str(error):
-        line = str(error).strip().splitlines()[-1].removeprefix("ssis.UserError: ")
-        # It may quote a value of any length.
-        if len(line) > 1000:
-            line = f"{line[:600]} … {line[-300:]}"
-        print(f"error: {line}", file=sys.stderr, flush=True)
-    # With several processes not `sys.exit`: it would leave the process group in order,
-    # and so wait for the others, which may be waiting for this one. torchrun ends them.
-    if dist.is_initialized():
-        os._exit(2)
-    sys.exit(2)

@@ -35,8 +35,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ssis import UserError, distributed
+from ssis import UserError
 from ssis.datasets import rle
+from ssis.io import program
 from ssis.io.files import write_text
 
 CLASSES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -314,5 +315,5 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--seed must be >= 0 and --images >= 1")
         make(args.out, args.seed, {**PARTS, "train": args.images})
     except UserError as error:
-        distributed.give_up(error)
+        program.give_up(error)
     print(f"wrote {args.out}: {', '.join(f'instances_{part}.json' for part in PARTS)}")

@@ -31,9 +31,10 @@ import numpy as np
 from matplotlib import pyplot as plt
 from pycocotools import mask as mask_utils
 
-from ssis import UserError, distributed
+from ssis import UserError
 from ssis.report import curves, pictures
 from ssis.config import Config, flag, from_saved
+from ssis.io import program
 from ssis.io.files import write_text, writing
 from ssis.report.curves import MODELS, TITLES
 
@@ -369,4 +370,4 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """`run`, with one line and status 2 for what the user did wrong."""
-    distributed.program(run, argv)
+    program.run(run, argv)

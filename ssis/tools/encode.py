@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ssis import UserError, config, distributed, sam
 from ssis.datasets import parts
+from ssis.io import program
 
 
 def run(argv: list[str] | None) -> None:
@@ -70,4 +71,4 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """`run`, with one line and status 2 for what the user did wrong."""
-    distributed.program(run, argv)
+    program.run(run, argv)

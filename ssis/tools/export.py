@@ -30,9 +30,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ssis import UserError, distributed, model, networks
+from ssis import UserError, model, networks
 from ssis.datasets import coco_json, parts, rle
 from ssis.engine import resume
+from ssis.io import program
 from ssis.io.files import whole, write_text, writing
 from ssis.report import ap
 
@@ -111,7 +112,7 @@ NO_EPSILON = """
             part.eps = 0.0"""
 
 
-def program(
+def model_text(
     config, names: list[str], title: str, no_epsilon: bool, detections: int = 100
 ) -> str:
     """The text of `model.py`.
@@ -269,7 +270,7 @@ def run(argv: list[str] | None) -> None:
         with whole(args.out / "weights.pt") as temporary:
             torch.save(weights(net), temporary)
         limit = net.roi_heads.detections_per_img
-        text = program(config, names, title, no_epsilon, limit)
+        text = model_text(config, names, title, no_epsilon, limit)
         write_text(args.out / "model.py", text)
     plain = load_plain(args.out)
     print(f"{args.out}/weights.pt and {args.out}/model.py: {who}, {len(names)} classes")
@@ -283,4 +284,4 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """`run`, with one line and status 2 for what the user did wrong."""
-    distributed.program(run, argv)
+    program.run(run, argv)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from ssis import UserError, config, distributed, networks
 from ssis.datasets import coco_json, parts, split
 from ssis.engine import resume
+from ssis.io import program
 from ssis.io.files import write_text, writing
 from ssis.report import ap, verdict
 
@@ -266,4 +267,4 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """`run`, with one line and status 2 for what the user did wrong."""
-    distributed.program(run, argv)
+    program.run(run, argv)

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from ssis import UserError, distributed, networks
 from ssis.datasets import rle
 from ssis.engine import resume
+from ssis.io import program
 from ssis.io.files import writing
 from ssis.io.images import IMAGE_TYPES, read_image
 from ssis.report import ap, pictures
@@ -243,4 +244,4 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """`run`, with one line and status 2 for what the user did wrong."""
-    distributed.program(run, argv)
+    program.run(run, argv)

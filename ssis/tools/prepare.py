@@ -30,9 +30,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ssis import UserError, distributed
+from ssis import UserError
 from ssis.datasets import coco_json, convert, published, split
 from ssis.datasets.dataset import Dataset
+from ssis.io import program
 from ssis.io.files import whole, write_text, writing
 from ssis.tools import prepare_own
 
@@ -221,4 +222,4 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """`run`, with one line for what the user did wrong, and for Ctrl-C."""
-    distributed.program(run, argv)
+    program.run(run, argv)

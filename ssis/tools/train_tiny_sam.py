@@ -41,6 +41,7 @@ from torch.nn.utils import parameters_to_vector
 
 from ssis import UserError, distributed
 from ssis import sam as sam_module
+from ssis.io import program
 from ssis.io.files import whole
 
 SIDE, PATCH = 96, 6
@@ -377,4 +378,4 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(args.out, args.minutes, args.seed, *frame, args.weights)
     except UserError as error:
-        distributed.give_up(error)
+        program.give_up(error)

@@ -14,9 +14,10 @@ from PIL import Image
 
 import evaluate
 import train
-from ssis import config, distributed, networks
+from ssis import config, networks
 from ssis.engine import run_folder
 from ssis.io import checkpoint
+from ssis.io import program
 
 
 def drop(key):
@@ -332,7 +333,7 @@ def test_a_mistake_of_this_code_keeps_its_traceback(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "train_step", fail)
     with pytest.raises(RuntimeError, match="is invalid for input of size"):
-        distributed.program(train.main, arguments(tmp_path))
+        program.run(train.main, arguments(tmp_path))
 
 
 def test_apples_gpu_is_refused_with_a_reason(tmp_path, capsys):

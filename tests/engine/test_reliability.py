@@ -130,8 +130,9 @@ def test_a_worker_killed_while_it_hands_over_a_batch_is_one_line_too():
 
 LIVELY = """
 import torch
-from ssis import UserError, distributed
+from ssis import UserError
 from ssis.engine import loader
+from ssis.io import program
 
 kept = []
 
@@ -144,7 +145,7 @@ def run(argv):
         raise UserError("something is wrong")
 
 
-distributed.program(run, None)
+program.run(run, None)
 """
 
 

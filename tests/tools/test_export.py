@@ -63,7 +63,7 @@ def test_the_plain_model_gives_the_same_detections(tmp_path, flags):
     net = trained(settings, names)
     torch.save(export.weights(net), tmp_path / "weights.pt")
     no_epsilon = "coco" in flags
-    text = export.program(settings, names, "A test.", no_epsilon)
+    text = export.model_text(settings, names, "A test.", no_epsilon)
     (tmp_path / "model.py").write_text(text)
     plain = export.load_plain(tmp_path)
     assert not isinstance(plain, model.MaskRCNN)

@@ -55,8 +55,9 @@ import torch
 from torch import Tensor
 
 from ssis import data
-from ssis.sam import CHUNK, Embeddings
+from ssis.sam import CHUNK
 from ssis.inference import paste
+from ssis.io.embeddings import Embeddings
 from ssis.teacher import PseudoLabels, mask_quality
 
 

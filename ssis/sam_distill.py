@@ -50,7 +50,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ssis.augment import Geometry
-from ssis.sam import CHUNK, Embeddings, SegmentAnything
+from ssis.io.embeddings import Embeddings
+from ssis.sam import CHUNK, SegmentAnything
 
 # Half the width of the boundary band, as a fraction of the image's longer side.
 BAND = 0.01

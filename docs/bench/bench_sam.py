@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ssis import config, data, refine, sam, sam_distill
 from ssis.datasets import parts
-from ssis.io import embedding_file
+from ssis.io.embeddings import Embeddings, write_entry
 from ssis.io.images import read_image
 from ssis.tools import train_tiny_sam
 
@@ -92,9 +92,9 @@ def measure_cache(prompts: int = 5) -> None:
         none = dict(memory_gb=0.0, cache_gb=0.0)
         disk = dict(memory_gb=0.0, cache=f"{folder}/cache")
         ways = {
-            "encoded in every step": sam.Embeddings(official, pictures, **none),
-            "cached on disk": sam.Embeddings(official, pictures, **disk),
-            "cached in memory": sam.Embeddings(official, pictures),
+            "encoded in every step": Embeddings(official, pictures, **none),
+            "cached on disk": Embeddings(official, pictures, **disk),
+            "cached in memory": Embeddings(official, pictures),
         }
         for name in ("cached on disk", "cached in memory"):
             for index in range(2):
@@ -124,9 +124,9 @@ def measure_memory() -> None:
         path = Path(folder) / "sam_vit_b.pth"
         torch.save(sam_model_registry["vit_b"]().state_dict(), path)
         official = sam.SegmentAnything("vit_b", str(path), "cpu")
-        embeddings = sam.Embeddings(official, Photographs(Path(folder)), f"{folder}/cache")
+        embeddings = Embeddings(official, Photographs(Path(folder)), f"{folder}/cache")
         # The rows alone: an embedding that is there already.
-        embedding_file.write_entry(embeddings.entry(0), torch.randn(256, 64, 64).half(), 1e9)
+        write_entry(embeddings.entry(0), torch.randn(256, 64, 64).half(), 1e9)
         structure = sam_distill.Structure(embeddings, 128, 0.0, 0)
         Path("/proc/self/clear_refs").write_text("5")
         before, began = kilobytes("VmRSS"), time.perf_counter()

@@ -18,6 +18,7 @@ import torch
 from category_classifiers import first_teacher
 
 from ssis import correction, data, filters, prototypes, refine, sam, teacher
+from ssis.io.embeddings import Embeddings
 
 TRIALS = {
     f"{rule}, gate {gate}, {count} points, {sampling}": (rule, count, sampling, gate, False, 5)
@@ -50,7 +51,7 @@ def main() -> None:
     for k in range(0, correction.START_VIEWS, 8):
         classifier.learn(net, [known[i] for i in range(k, k + 8)])
     tiny = sam.SegmentAnything("tiny", args.sam_checkpoint, "cpu")
-    embeddings = sam.Embeddings(tiny, dataset)
+    embeddings = Embeddings(tiny, dataset)
     sums: Counter = Counter()
     for k in range(args.images):
         item = asked[k]

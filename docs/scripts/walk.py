@@ -52,11 +52,12 @@ from walk_pictures import table
 
 import train
 from ssis import augment, calibration, config, copy_paste, correction, data, filters, losses
-from ssis import prototypes, refine, sam
+from ssis import prototypes, refine
 from ssis.datasets import parts, split
 from ssis.engine import loader, resume
 from ssis.engine.build import build
 from ssis.engine.guard import Guard
+from ssis.io.embeddings import Embeddings
 from ssis.report import audit
 from ssis.teacher import ema_update
 
@@ -903,7 +904,7 @@ pictures.show(figure, "9-ground-truth", "Pseudo-labels before and after, beside 
 stream = data.Stream(val_set, list(range(len(val_set))), settings.view_size, 2, True)
 looked = [stream[k] for k in range(min(40, len(val_set)))]
 # SAM's view of the validation images, which a calibrated run has.
-labeler = labeler._replace(val_embeddings=sam.Embeddings(embeddings.sam, val_set))
+labeler = labeler._replace(val_embeddings=Embeddings(embeddings.sam, val_set))
 seen, images, instances = calibration.look(labeler, looked, settings)
 found, quality = seen.true_labels > 0, seen.foreground
 f_all, n_all = calibration.counts(quality, found)

@@ -28,6 +28,7 @@ from ssis.clip import Clip
 from ssis.config import Config
 from ssis.imagenet import ClassMeans
 from ssis.io import timm_backbone
+from ssis.io.embeddings import Embeddings
 from ssis.prototypes import Prototypes
 from ssis.teacher import make_teacher
 
@@ -44,9 +45,9 @@ class Labeler(NamedTuple):
     teacher: model.MaskRCNN
     thresholds: filters.Thresholds
     classifier: correction.CategoryClassifier | None
-    embeddings: sam.Embeddings | None
+    embeddings: Embeddings | None
     calibration: Calibration
-    val_embeddings: sam.Embeddings | None
+    val_embeddings: Embeddings | None
     alignment: Alignment | None
 
 
@@ -96,11 +97,11 @@ def build(
             config.sam_memory_gb,
             world_size,
         )
-        embeddings = sam.Embeddings(segmenter, train_set, *limits)
+        embeddings = Embeddings(segmenter, train_set, *limits)
         if rank == 0 and (line := embeddings.shortage()):
             print(f"warning: {line}", file=sys.stderr)
         if config.filter == "calibrated":
-            val_embeddings = sam.Embeddings(segmenter, val_set, *limits)
+            val_embeddings = Embeddings(segmenter, val_set, *limits)
     if config.structure_weight:
         structure = sam_distill.Structure(
             embeddings, config.structure_queries, config.structure_boundary, config.seed

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ssis import UserError, config, distributed, sam
 from ssis.datasets import parts
 from ssis.io import program
+from ssis.io.embeddings import Embeddings
 
 
 def run(argv: list[str] | None) -> None:
@@ -54,7 +55,7 @@ def run(argv: list[str] | None) -> None:
     for images in sets:
         # Nothing in memory; the whole limit for each process, which has its part of the
         # images.
-        cache = sam.Embeddings(segmenter, images, settings.sam_cache, limit, 0.0)
+        cache = Embeddings(segmenter, images, settings.sam_cache, limit, 0.0)
         for index in tqdm(range(rank, len(images), world_size), disable=rank > 0):
             cache.load(index)
             if cache.encoded and not cache.entry(index).exists():

@@ -9,6 +9,7 @@ import torch
 
 from ssis import augment, data, inference, refine, sam
 from ssis.data import boxes_of
+from ssis.io.embeddings import Embeddings
 from ssis.teacher import PseudoLabels, mask_quality
 
 pytestmark = pytest.mark.fast
@@ -50,7 +51,7 @@ class Drawn:
 @pytest.fixture(scope="module")
 def embeddings():
     tiny = sam.SegmentAnything("tiny", "", "cpu")
-    return sam.Embeddings(tiny, Drawn())
+    return Embeddings(tiny, Drawn())
 
 
 def test_points_are_drawn_by_the_masks_probability():

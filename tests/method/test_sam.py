@@ -13,6 +13,7 @@ from ssis.engine.guard import Guard
 from ssis import UserError, config, data, distributed, refine, sam
 from ssis.datasets import coco_json, shapes
 from ssis.io import sam_weights
+from ssis.io.embeddings import Embeddings
 from ssis.tools import train_tiny_sam
 
 fast = pytest.mark.fast
@@ -99,13 +100,13 @@ def test_a_prompt_is_what_the_librarys_encoder_makes_of_it(tiny):
 @fast
 def test_each_image_is_encoded_once_and_the_cache_changes_nothing(tiny, tmp_path):
     pictures, folder = Pictures(tmp_path), tmp_path / "cache"
-    first = sam.Embeddings(tiny, pictures, str(folder))
+    first = Embeddings(tiny, pictures, str(folder))
     values = [first[k] for k in (0, 1, 2, 1, 0)]
     assert first.encoded == 3 and torch.equal(values[0], values[4])
     # Another run: from disk. And a third, without room anywhere: anew each time.
-    second = sam.Embeddings(tiny, pictures, str(folder))
+    second = Embeddings(tiny, pictures, str(folder))
     assert all(torch.equal(second[k], first[k]) for k in range(3)) and second.encoded == 0
-    third = sam.Embeddings(tiny, pictures, memory_gb=0.0)
+    third = Embeddings(tiny, pictures, memory_gb=0.0)
     assert all(torch.equal(third[k], first[k]) for k in (0, 0, 1)) and third.encoded == 3
     points = torch.tensor([[[30.0, 30.0]]])
     masks = [
@@ -115,11 +116,11 @@ def test_each_image_is_encoded_once_and_the_cache_changes_nothing(tiny, tmp_path
     # The limits hold: room for one on disk, for none in memory.
     size = values[0].numel() * 2
     small = (str(tmp_path / "small"), (1.5 * size) / 1e9, 0.0)
-    fourth = sam.Embeddings(tiny, pictures, *small)
+    fourth = Embeddings(tiny, pictures, *small)
     assert [fourth[k] is not None for k in (0, 1, 0, 1)] and fourth.encoded == 3
     assert len(list((tmp_path / "small").iterdir())) == 1 and not fourth.memory
     # A limit that the folder has reached already holds for the next run too.
-    fifth = sam.Embeddings(tiny, pictures, *small)
+    fifth = Embeddings(tiny, pictures, *small)
     assert fifth[2] is not None and len(list((tmp_path / "small").iterdir())) == 1
 
 
@@ -127,32 +128,32 @@ def test_each_image_is_encoded_once_and_the_cache_changes_nothing(tiny, tmp_path
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_entry_is_noticed_and_made_again(tiny, tmp_path, damage, capsys):
     pictures, folder = Pictures(tmp_path, 1), tmp_path / "cache"
-    wanted = sam.Embeddings(tiny, pictures, str(folder))[0]
+    wanted = Embeddings(tiny, pictures, str(folder))[0]
     (entry,) = folder.iterdir()
     content = bytearray(entry.read_bytes())
     if damage == "flipped":
         content[500] ^= 4
     entry.write_bytes(dict(cut=content[:-10], flipped=content, empty=b"")[damage])
-    again = sam.Embeddings(tiny, pictures, str(folder))
+    again = Embeddings(tiny, pictures, str(folder))
     assert torch.equal(again[0], wanted) and again.encoded == 1
     assert "damaged" in capsys.readouterr().err
-    last = sam.Embeddings(tiny, pictures, str(folder))
+    last = Embeddings(tiny, pictures, str(folder))
     assert torch.equal(last[0], wanted) and last.encoded == 0
 
 
 @fast
 def test_another_image_or_another_sam_is_not_served_the_old_entry(tiny, tmp_path):
     pictures, folder = Pictures(tmp_path, 2), tmp_path / "cache"
-    first = sam.Embeddings(tiny, pictures, str(folder))
+    first = Embeddings(tiny, pictures, str(folder))
     old, other = first[0], first[1]
     # The same name, another content.
     pictures.paths[0].write_bytes(pictures.paths[1].read_bytes())
-    again = sam.Embeddings(tiny, pictures, str(folder))
+    again = Embeddings(tiny, pictures, str(folder))
     assert torch.equal(again[0], other) and not torch.equal(again[0], old)
     path = tmp_path / "tiny.pt"
     weights = {k: v.half() for k, v in sam.build_tiny(96, 6).state_dict().items()}
     torch.save(dict(side=96, patch=6, model=weights), path)
-    third = sam.Embeddings(sam.SegmentAnything("tiny", str(path), "cpu"), pictures, str(folder))
+    third = Embeddings(sam.SegmentAnything("tiny", str(path), "cpu"), pictures, str(folder))
     assert not torch.equal(third[1], other) and third.encoded == 1
 
 

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from ssis import augment, sam, sam_distill
+from ssis.io.embeddings import Embeddings
 
 pytestmark = pytest.mark.fast
 # Query points, fraction of them on the edges, seed.
@@ -31,7 +32,7 @@ class Scene:
 @pytest.fixture(scope="module")
 def structure():
     tiny = sam.SegmentAnything("tiny", "", "cpu")
-    return sam_distill.Structure(sam.Embeddings(tiny, Scene()), *SETTINGS)
+    return sam_distill.Structure(Embeddings(tiny, Scene()), *SETTINGS)
 
 
 def item(flip: bool = False, view=(64, 96)) -> dict:
@@ -82,7 +83,7 @@ def test_rotations_change_nothing(structure):
 def test_a_student_with_sams_own_features_has_no_loss():
     """One query, so that one map says it all; a view in which cells are whole blocks."""
     tiny = sam.SegmentAnything("tiny", "", "cpu")
-    structure = sam_distill.Structure(sam.Embeddings(tiny, Scene()), 1, 0.0, 0)
+    structure = sam_distill.Structure(Embeddings(tiny, Scene()), 1, 0.0, 0)
     generator = torch.Generator().manual_seed(0)
     point = sam_distill.query_points(Scene().masks, 1, 0.0, generator)
     theirs = tiny.features(structure.embeddings[0], point, (64, 96))[0]  # (P, D)
@@ -222,10 +223,10 @@ def test_rows_are_computed_once_and_come_out_the_same_when_not_kept():
     tiny = sam.SegmentAnything("tiny", "", "cpu")
     calls = []
     tiny.net.mask_decoder.transformer.register_forward_hook(lambda *args: calls.append(1))
-    kept = sam_distill.Structure(sam.Embeddings(tiny, Scene()), *SETTINGS)
+    kept = sam_distill.Structure(Embeddings(tiny, Scene()), *SETTINGS)
     first, second = kept[0], kept[0]
     assert first[1] is second[1] and len(calls) == 1
-    no_room = sam.Embeddings(tiny, Scene(), memory_gb=0.0)
+    no_room = Embeddings(tiny, Scene(), memory_gb=0.0)
     fresh = sam_distill.Structure(no_room, *SETTINGS)
     assert torch.equal(fresh[0][1], first[1]) and torch.equal(fresh[0][0], first[0])
     assert fresh.embeddings.encoded == 2 and not fresh.memory

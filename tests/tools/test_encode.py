@@ -10,6 +10,7 @@ from helpers import dataset_of
 
 from ssis import UserError, sam
 from ssis.datasets import coco_json
+from ssis.io.embeddings import Embeddings
 from ssis.tools import encode
 
 FLAGS = ["--method", "s4m", "--sam", "tiny", "--device", "cpu"]
@@ -38,7 +39,7 @@ def test_two_processes_encode_each_image_once_and_go_on(shapes_folder, tmp_path)
     train_set = coco_json.load_coco(
         f"{shapes_folder}/instances_train.json", f"{shapes_folder}/train"
     )
-    cache = sam.Embeddings(sam.SegmentAnything("tiny", "", "cpu"), train_set, str(tmp_path))
+    cache = Embeddings(sam.SegmentAnything("tiny", "", "cpu"), train_set, str(tmp_path))
     assert cache[0].shape == cache[39].shape and cache.encoded == 0
     assert entries[0].stat().st_size == cache.sam.entry_bytes
 
@@ -63,10 +64,10 @@ def test_what_cannot_be_kept_is_refused(shapes_folder, tmp_path):
 def test_a_run_says_when_not_all_embeddings_can_be_kept(tmp_path):
     tiny = sam.SegmentAnything("tiny", "", "cpu")
     many = range(117_266)
-    line = sam.Embeddings(tiny, many, memory_gb=1000 * tiny.entry_bytes / 1e9).shortage()
+    line = Embeddings(tiny, many, memory_gb=1000 * tiny.entry_bytes / 1e9).shortage()
     assert line.startswith(
         "SAM's embeddings of 1,000 of 117,266 images can be kept (0.049 MB each)"
     )
     enough = 117_266 * tiny.entry_bytes / 1e9
     assert f"--sam-cache-gb {int(enough) + 1}" in line and "ssis sam encode" in line
-    assert not sam.Embeddings(tiny, many, str(tmp_path), cache_gb=enough + 1).shortage()
+    assert not Embeddings(tiny, many, str(tmp_path), cache_gb=enough + 1).shortage()

@@ -14,7 +14,7 @@ The file has the order of a newspaper: a run (`train`), a step (`train_step`), p
 
 B = images in this process's batch, N = instances, C = classes.
 
-Chain: 1 of 23. Read next: `ssis/data.py`, where the batches come from.
+Chain: 1 of 24. Read next: `ssis/data.py`, where the batches come from.
 """
 
 import torch

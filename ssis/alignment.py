@@ -28,7 +28,7 @@ often as all images do. It is assumed that the unlabeled images have the classes
 often as the annotated ones, and that the filter keeps about the same part of each
 class. Where that is not so, `--no-align`.
 
-Chain: 16 of 23. Read next: `ssis/calibration.py`, which measures what can be measured.
+Chain: 17 of 24. Read next: `ssis/calibration.py`, which measures what can be measured.
 """
 
 import dataclasses

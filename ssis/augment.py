@@ -29,7 +29,7 @@ on which a small network relies most, so that shape is left to agree on.
 Every view has a seed of its own, so a run does not depend on how the images are spread
 over workers and processes.
 
-Chain: 3 of 23. Read next: `ssis/copy_paste.py`, what comes between the two views.
+Chain: 4 of 24. Read next: `ssis/copy_paste.py`, what comes between the two views.
 """
 
 from typing import NamedTuple
@@ -39,7 +39,6 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ssis import data
 
 NEAREST_EXACT = v2.InterpolationMode.NEAREST_EXACT
 
@@ -72,6 +71,28 @@ DISTORT = v2.Compose(
         v2.RandomApply([v2.ColorJitter(hue=0.1)]),
     ]
 )
+
+
+class ViewSize(NamedTuple):
+    """What a weak view may look like.
+
+    Attributes:
+        short_min, short_max, long_max: pixels; the short side is drawn from the first
+            to the second, unless the long side would pass the third.
+        crop: height and width, pixels. With a crop the three do not count: the image is
+            resized to `scale` times what fits into the crop, and cut. (0, 0): no crop.
+        scale: the smallest and the largest scale before a crop.
+        color: whether colors are distorted.
+        flip: whether one view in two is mirrored, left to right.
+    """
+
+    short_min: int
+    short_max: int
+    long_max: int
+    crop: tuple[int, int] = (0, 0)
+    scale: tuple[float, float] = (1.0, 1.0)
+    color: bool = False
+    flip: bool = True
 
 
 class Geometry(NamedTuple):
@@ -137,7 +158,7 @@ class Geometry(NamedTuple):
 def weak_view(
     image: Tensor,
     target: dict | None,
-    size: "data.ViewSize",
+    size: ViewSize,
     seed: int,
     original: tuple[int, int] | None = None,
 ):
@@ -152,7 +173,7 @@ def weak_view(
 
     Returns:
         image (3, h, w) float32 in [0, 1], the target with its masks in that frame, and
-        its `Geometry`. Masks may have become empty: `data.sanitize` comes next.
+        its `Geometry`. Masks may have become empty: `targets.sanitize` comes next.
     """
     # One generator for each view, seeded by the stream: it does not matter which worker
     # makes the view, or what was made before it. With a crop not with the strong view's
@@ -179,7 +200,7 @@ def weak_view(
 
 
 def draw_geometry(
-    original: tuple[int, int], size: "data.ViewSize", generator: torch.Generator
+    original: tuple[int, int], size: ViewSize, generator: torch.Generator
 ) -> Geometry:
     """Size, crop and flip of a view.
 

@@ -10,7 +10,7 @@ and which no model is trained on. (The labeled images will not do: the teacher k
 them by heart, and is right on nearly all of them.) With `--filter calibrated` the
 teacher labels the validation images as it labels unlabeled ones, and every instance
 that it predicts is compared with the ground truth. It is *found* if its box lies on an
-instance (IoU >= 0.5, `data.match`), one prediction for each instance.
+instance (IoU >= 0.5, `targets.match`), one prediction for each instance.
 
 *Thresholds of the foreground quality.* A threshold that is too low teaches objects
 where there are none, one that is too high teaches that objects are background. F1, the
@@ -69,7 +69,7 @@ evaluation but the last, since the teacher changes. What was measured is printed
 the report. Where the validation part is also the test part, the test's ground truth
 decides what is kept: the run then says so.
 
-Chain: 17 of 23. Read next: `ssis/losses.py`, what the student learns from all this.
+Chain: 18 of 24. Read next: `ssis/losses.py`, what the student learns from all this.
 """
 
 from collections.abc import Iterable
@@ -78,9 +78,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from ssis import data, distributed, refine
+from ssis import distributed, refine
 from ssis.filters import LOWEST, area, foreground, objects
 from ssis.model import autocast
+from ssis.targets import mask_iou, match
 from ssis.teacher import predict
 
 # kappa: as how many instances all classes together count in each class.
@@ -184,7 +185,7 @@ def look(labeler, items: Iterable[dict], config) -> tuple[Instances, int, Tensor
             opinion = refined_opinion = labeler.classifier(image, predicted)
             if config.refine != "none":
                 refined_opinion = labeler.classifier(image, refined)
-        partner = data.match(predicted.boxes, target["boxes"])
+        partner = match(predicted.boxes, target["boxes"])
         found = partner >= 0
         # An image without instances has no true mask to be compared with.
         size = (len(partner), *target["masks"].shape[1:])
@@ -194,8 +195,8 @@ def look(labeler, items: Iterable[dict], config) -> tuple[Instances, int, Tensor
         labels[found] = target["labels"][partner[found]]
         masks, redrawn = predicted.masks.cpu(), refined.masks.cpu()
         columns = (predicted.labels, foreground(predicted), predicted.mask_quality)
-        columns += (labels, data.mask_iou(masks, true))
-        columns += (data.mask_iou(masks, redrawn), data.mask_iou(redrawn, true))
+        columns += (labels, mask_iou(masks, true))
+        columns += (mask_iou(masks, redrawn), mask_iou(redrawn, true))
         columns += (predicted.distribution, opinion, refined_opinion)
         parts.append([column.cpu() for column in columns])
         images += 1

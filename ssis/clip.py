@@ -45,7 +45,7 @@ Differences from the released code:
   that ends with a period, otherwise "a photo of a {description}.". Here the JSON file
   has whole prompts, and `TEMPLATES` are for bare class names.
 
-Chain: 14 of 23. Read next: `ssis/imagenet.py`, where CLIP's weights cannot be had.
+Chain: 15 of 24. Read next: `ssis/imagenet.py`, where CLIP's weights cannot be had.
 """
 
 import json

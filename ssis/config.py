@@ -18,7 +18,7 @@ What is known of a field stands with it: its reason, its choices or range, and
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
 
-Chain: 22 of 23. Read next: `ssis/presets.py`, the settings of papers and datasets.
+Chain: 23 of 24. Read next: `ssis/presets.py`, the settings of papers and datasets.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssis import UserError, filters, sam
-from ssis.data import ViewSize
+from ssis.augment import ViewSize
 from ssis.io.files import write_text
 from ssis.presets import METHODS, OF_BOTH, PRESETS, WITHOUT_SAM, switches
 

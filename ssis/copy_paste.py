@@ -30,7 +30,7 @@ The pairs are made within one process, so with N processes they differ from one'
 process with a single image has no pair, and the run is refused
 (`engine.session.check_batches`).
 
-Chain: 4 of 23. Read next: `ssis/model.py`, the network that sees the views.
+Chain: 5 of 24. Read next: `ssis/model.py`, the network that sees the views.
 """
 
 import torch
@@ -39,8 +39,8 @@ from torch.nn.functional import pad
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ssis import data
 from ssis.augment import NEAREST_EXACT
+from ssis.targets import boxes_of, instances, sanitize
 
 # An instance of which less than this fraction is still visible is dropped.
 VISIBLE = 0.1
@@ -117,7 +117,7 @@ def fill_up(image: Tensor, target: dict, size: tuple[int, int]) -> tuple[Tensor,
 def largest(target: dict, pixels: float) -> dict:
     """The instances of at least so many pixels: most of the tiny ones are wrong."""
     big = target["masks"].flatten(1).ne(0).sum(dim=1) >= pixels
-    return data.instances(target, big)
+    return instances(target, big)
 
 
 def hide(masks: Tensor, seen: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def scatter(
     # From the worst to the best instance: what is put down later lies in front.
     for k in reversed(range(len(target["labels"]))):
         # Cut out by the box of its mask; what else is in the box is not pasted.
-        left, top, right, bottom = data.boxes_of(target["masks"][k : k + 1])[0].int()
+        left, top, right, bottom = boxes_of(target["masks"][k : k + 1])[0].int()
         part = {name: target[name][k, top:bottom, left:right][None] for name in names}
         part["image"] = image[:, top:bottom, left:right]
         # Scale and place; the same for the pixels and all maps of the instance.
@@ -237,4 +237,4 @@ def paste(
         most = weights.amax(dim=(1, 2), keepdim=True)
         both["mask_weights"] = torch.where(sure, most, weights)
     # S4M Eq. (ARP). Instances without a visible pixel are dropped by `sanitize`.
-    return torch.where(pasted, above, image), data.sanitize(both)
+    return torch.where(pasted, above, image), sanitize(both)

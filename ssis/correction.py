@@ -39,7 +39,7 @@ embeddings of described class names. For photographs of things that have names.
 *imagenet* (`ssis/imagenet.py`). Class means of the features of the ImageNet backbone
 that the run starts from, as it was downloaded. For photographs on a CPU.
 
-Chain: 12 of 23. Read next: `ssis/prototypes.py`, the default category classifier.
+Chain: 13 of 24. Read next: `ssis/prototypes.py`, the default category classifier.
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ each other here: in the backward pass of the labeled loss, which every process h
 (The first pass could not go through the wrapper under `no_sync`: even then its second
 forward pass waits for all processes, to rebuild its buckets.)
 
-Chain: 21 of 23. Read next: `ssis/config.py`, where every number comes from.
+Chain: 22 of 24. Read next: `ssis/config.py`, where every number comes from.
 """
 
 import os

@@ -87,7 +87,7 @@ no instance *is* background, so a dropped object is trained as background, at th
 of the step (PL-DC does so if no image on its GPU has one), or the whole image is
 trained as background, as in Guided Distillation and S4M (`empty_images`).
 
-Chain: 9 of 23. Read next: `ssis/sam.py`, which redraws the masks of what is kept.
+Chain: 10 of 24. Read next: `ssis/sam.py`, which redraws the masks of what is kept.
 """
 
 import torch

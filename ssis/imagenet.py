@@ -25,7 +25,7 @@ in 100, but it would have to be trained; docs/log.md.)
 The memory is filled when the first teacher is ready, and grows with the labeled views
 that the run sees. It never grows old: the encoder does not change.
 
-Chain: 15 of 23. Read next: `ssis/alignment.py`, a last word on the classes.
+Chain: 16 of 24. Read next: `ssis/alignment.py`, a last word on the classes.
 """
 
 import torch

@@ -17,7 +17,7 @@ and mask probabilities. bf16 has 8 significant bits, so a coordinate of 1,000 wo
 rounded to a multiple of 4, and a probability of 0.9 by up to 0.002, which is enough to
 move it across a threshold. `Tensor.float` marks the border.
 
-Chain: 7 of 23. Read next: `ssis/teacher.py`, which makes pseudo-labels of it.
+Chain: 8 of 24. Read next: `ssis/teacher.py`, which makes pseudo-labels of it.
 """
 
 from collections.abc import Iterator

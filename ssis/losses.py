@@ -53,7 +53,7 @@ $$\frac{n_{\mathrm{rank}} \cdot \mathrm{world\_size}}{n_{\mathrm{total}}}$$
 With this factor a process without pseudo-labels (n = 0) counts for nothing. On one
 process the factor is 1.
 
-Chain: 18 of 23. Read next: `ssis/sam_distill.py`, the one loss beside these five.
+Chain: 19 of 24. Read next: `ssis/sam_distill.py`, the one loss beside these five.
 """
 
 import torch

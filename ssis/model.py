@@ -42,7 +42,7 @@ are the backward pass (each gradient has the type of its forward operation), the
 the losses, S4M's distillation loss, and the optimizer. The weights are always float32:
 a step of 1e-4 on a weight of 1 would be rounded away in 16 bits.
 
-Chain: 5 of 23. Read next: `ssis/networks.py`, in which sizes it is built.
+Chain: 6 of 24. Read next: `ssis/networks.py`, in which sizes it is built.
 """
 
 import torch

@@ -11,7 +11,7 @@ All are `model.MaskRCNN`; they differ in their backbone and in the size of their
   are light and come with ImageNet weights. From these, a few dozen labeled photographs
   can be learned on a CPU, which no network can from scratch.
 
-Chain: 6 of 23. Read next: `ssis/inference.py`, what a network says of an image.
+Chain: 7 of 24. Read next: `ssis/inference.py`, what a network says of an image.
 """
 
 from collections import OrderedDict

@@ -18,7 +18,7 @@ rate that never fell would label badly, so pretraining has a fall of its own; in
 S4M it is a training run of its own. In PL-DC the student simply goes on, so the run is
 one part (`--no-lr-restart`).
 
-Chain: 20 of 23. Read next: `ssis/distributed.py`, the same step on several processes.
+Chain: 21 of 24. Read next: `ssis/distributed.py`, the same step on several processes.
 """
 
 import torch

@@ -5,7 +5,7 @@ Plain dicts over the fields of `config.Config`, whose defaults are the preset `s
 Sources: GD = Guided Distillation (arXiv 2308.02668), S4M (arXiv 2504.05301), PL-DC
 (arXiv 2505.11075).
 
-Chain: 23 of 23. Read next: back to `train.py`.
+Chain: 24 of 24. Read next: back to `train.py`.
 """
 
 # The parts that a method switches on or off. Guided Distillation has none of them; what

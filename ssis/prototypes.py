@@ -15,7 +15,7 @@ the labeled images. If the student started afresh (`--burnin-init fresh`), the f
 teacher's instances are thrown away with it: the features of two networks cannot be
 compared.
 
-Chain: 13 of 23. Read next: `ssis/clip.py`, the paper's own category classifier.
+Chain: 14 of 24. Read next: `ssis/clip.py`, the paper's own category classifier.
 """
 
 import math
@@ -27,6 +27,7 @@ from torchvision.ops import roi_align
 
 from ssis import data, distributed, inference
 from ssis.correction import CategoryClassifier, among_seen
+from ssis.targets import boxes_of
 from ssis.teacher import PseudoLabels
 
 # Cells on a side of a silhouette, and nearest instances of each class.
@@ -80,7 +81,7 @@ class Prototypes(nn.Module, CategoryClassifier):
         # a star, the hole of a ring) says what the object is.
         appearance = F.normalize((features * inside).flatten(1))
         # The silhouette, in the mask's own box: a loose predicted box would move it.
-        tight = data.boxes_of(masks > 0.5) if len(masks) else boxes
+        tight = boxes_of(masks > 0.5) if len(masks) else boxes
         rois = torch.cat([number.to(boxes), tight], dim=1)
         cells = roi_align(masks[:, None], rois, SILHOUETTE, 1.0, 2, aligned=True)
         # Minus one half: inside positive, outside negative. Then the outside says as

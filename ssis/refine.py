@@ -46,7 +46,7 @@ $$m' = m \cdot \mathrm{IoU}(M_{SAM}, M_T)$$ ssis Eq. (calibration)
 SAM works in the original frame, on the one embedding of the image. The points are
 mapped to that frame, and the masks back to the view (`augment.Geometry`).
 
-Chain: 11 of 23. Read next: `ssis/correction.py`, which doubts the classes.
+Chain: 12 of 24. Read next: `ssis/correction.py`, which doubts the classes.
 """
 
 import dataclasses
@@ -54,10 +54,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ssis import data
 from ssis.sam import CHUNK
 from ssis.inference import paste
 from ssis.io.embeddings import Embeddings
+from ssis.targets import boxes_of, mask_iou
 from ssis.teacher import PseudoLabels, mask_quality
 
 
@@ -137,7 +137,7 @@ def choose(
     if rule not in ("iou", "agreement"):
         raise ValueError(f"no rule of choice {rule!r}: iou or agreement")
     # A logit above 0 is a probability above one half.
-    agreement = data.mask_iou(logits > 0, masks[:, None])  # (N, 3)
+    agreement = mask_iou(logits > 0, masks[:, None])  # (N, 3)
     # S4M Eq. (PR choice), or this project's instance-level matching.
     best = (predicted_iou if rule == "iou" else agreement).argmax(dim=1)
     rows = torch.arange(len(best), device=best.device)
@@ -223,7 +223,7 @@ def apply_gate(
         # ssis Eq. (calibration): for all instances. Where the teacher's mask was kept,
         # SAM saw something else, which is a reason for doubt too.
         quality = pseudo.mask_quality * agreement
-    boxes = torch.where(taken[:, None], data.boxes_of(masks), pseudo.boxes)
+    boxes = torch.where(taken[:, None], boxes_of(masks), pseudo.boxes)
     return dataclasses.replace(
         pseudo, boxes=boxes, masks=masks, mask_probs=soft, mask_quality=quality
     )

@@ -29,7 +29,7 @@ The models (`--sam`): `vit_b`, `vit_l`, `vit_h`, from Meta's files, by
 
     python -m ssis sam --out FILE        trains another tiny one (--help says more)
 
-Chain: 10 of 23. Read next: `ssis/refine.py`, the first of its two uses.
+Chain: 11 of 24. Read next: `ssis/refine.py`, the first of its two uses.
 """
 
 import numpy as np

@@ -40,7 +40,7 @@ on the image and the point alone. So each image gets its query points once, and 
 embeddings; other rows are computed again. The released code draws new points in every
 step (docs/differences.md).
 
-Chain: 19 of 23. Read next: `ssis/optimizer.py`, which follows the gradient.
+Chain: 20 of 24. Read next: `ssis/optimizer.py`, which follows the gradient.
 """
 
 import math

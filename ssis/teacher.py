@@ -25,7 +25,7 @@ alignment take one and return one.
 The EMA update is float32, also with `--amp`, like all weights: adding 0.0004 of a
 difference would change nothing in 16 bits.
 
-Chain: 8 of 23. Read next: `ssis/filters.py`, which decides what is kept.
+Chain: 9 of 24. Read next: `ssis/filters.py`, which decides what is kept.
 """
 
 import copy

@@ -48,6 +48,7 @@ from ssis import augment, data, inference
 from ssis.datasets import coco_json, parts, shapes
 from ssis.engine import resume
 from ssis.report import ap
+from ssis.targets import boxes_of
 
 # COCO's train2017: images, instances.
 IMAGES, INSTANCES = 118_287, 860_001
@@ -57,7 +58,7 @@ IMAGES, INSTANCES = 118_287, 860_001
 
 def pipeline(source: str, folder: str, size: int, items: int) -> None:
     """Weak and strong view of some images, with masks and boxes, in one process."""
-    view_size = data.ViewSize(size, size, 10 * size)
+    view_size = augment.ViewSize(size, size, 10 * size)
     dataset = coco_json.load_coco(source, folder)
     indices = [i for i in range(len(dataset)) if dataset.present_labels(i)]
     ours = data.Stream(dataset, indices, view_size, 0, with_target=True)
@@ -316,10 +317,10 @@ def measure_parts(rounds: int) -> None:
     masks = torch.zeros(12, 640, 960, dtype=torch.uint8)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes(12, 640, 960).int().tolist(), strict=True):
         mask[y1:y2, x1:x2] = 1
-    assert torch.equal(data.boxes_of(masks)[:, :2], masks_to_boxes(masks)[:, :2])
+    assert torch.equal(boxes_of(masks)[:, :2], masks_to_boxes(masks)[:, :2])
     medians(
         {
-            "data.boxes_of, 12 masks": lambda: data.boxes_of(masks),
+            "boxes_of, 12 masks": lambda: boxes_of(masks),
             "ops.masks_to_boxes": lambda: masks_to_boxes(masks),
         },
         rounds,

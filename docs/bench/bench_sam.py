@@ -20,10 +20,11 @@ from segment_anything import sam_model_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ssis import config, data, refine, sam, sam_distill
+from ssis import config, refine, sam, sam_distill
 from ssis.datasets import parts
 from ssis.io.embeddings import Embeddings, write_entry
 from ssis.io.images import read_image
+from ssis.targets import mask_iou
 from ssis.tools import train_tiny_sam
 
 
@@ -46,7 +47,7 @@ def measure_iou(flags: list[str], count: int = 128) -> None:
             prompts = train_tiny_sam.draw_points(masks, points, blurred=False) + 0.5
             logits, predicted = tiny.candidates(tiny.encode(image), prompts, size, size)
             ious["predicted IoU"] += refine.choose(logits, predicted, masks, "iou")[1].tolist()
-            every = data.mask_iou(logits > 0, masks[:, None])
+            every = mask_iou(logits > 0, masks[:, None])
             ious["best of three"] += every.amax(dim=1).tolist()
         for rule, values in ious.items():
             fraction = sum(v > 0.75 for v in values) / len(values)

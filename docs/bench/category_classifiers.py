@@ -32,6 +32,7 @@ from ssis import config, data, filters, imagenet, inference, networks, prototype
 from ssis.datasets import parts, split
 from ssis.engine import build
 from ssis.io import checkpoint
+from ssis.targets import match
 
 NEAREST = prototypes.NEAREST
 IMAGENET = "ImageNet features of the crop"
@@ -116,7 +117,7 @@ def collect(net, encoder, stream, count: int, labeled: bool) -> tuple[dict, Tens
             more, distribution = {}, torch.zeros(len(true), 0)
         else:
             pseudo = filters.keep(teacher.predict(net, [image], 0.7)[0], "score", 0.7, 0.0, 5)
-            partner = data.match(pseudo.boxes, target["boxes"])
+            partner = match(pseudo.boxes, target["boxes"])
             pseudo, true = pseudo[partner >= 0], target["labels"][partner[partner >= 0]]
             boxes, masks, distribution = pseudo.boxes, pseudo.mask_probs, pseudo.distribution
             more = other_views(net, image, boxes) if len(true) else {}

@@ -27,6 +27,7 @@ from torchvision.ops import nms
 from ssis import correction, data, filters, imagenet, teacher
 from ssis.datasets import parts
 from ssis.report import ap
+from ssis.targets import match
 
 FRACTIONS = (0.15, 0.25, 0.4, 0.6, 0.8)
 
@@ -72,7 +73,7 @@ def main() -> None:
             quality = filters.foreground(one) if name == "o" else one.class_quality
             order = quality.argsort(descending=True)
             one, quality = one[order], quality[order]
-            partner = data.match(one.boxes, target["boxes"])
+            partner = match(one.boxes, target["boxes"])
             found = partner >= 0
             true = torch.zeros(len(one), dtype=torch.int64)
             true[found] = target["labels"][partner[found]]

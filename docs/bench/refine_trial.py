@@ -19,6 +19,7 @@ from category_classifiers import first_teacher
 
 from ssis import correction, data, filters, prototypes, refine, sam, teacher
 from ssis.io.embeddings import Embeddings
+from ssis.targets import mask_iou, match
 
 TRIALS = {
     f"{rule}, gate {gate}, {count} points, {sampling}": (rule, count, sampling, gate, False, 5)
@@ -56,7 +57,7 @@ def main() -> None:
     for k in range(args.images):
         item = asked[k]
         pseudo = filters.keep(teacher.predict(net, [item["image"]], 0.7)[0], "score", 0.7, 0.0, 5)
-        partner = data.match(pseudo.boxes, item["target"]["boxes"])
+        partner = match(pseudo.boxes, item["target"]["boxes"])
         pseudo, partner = pseudo[partner >= 0], partner[partner >= 0]
         masks = item["target"]["masks"][partner].bool()
         true = item["target"]["labels"][partner] - 1
@@ -66,7 +67,7 @@ def main() -> None:
             refined = refine.refine(pseudo, embeddings, item, *trial) if trial else pseudo
             if not len(pseudo):
                 continue
-            sums[name, "iou"] += data.mask_iou(refined.masks, masks).sum().item()
+            sums[name, "iou"] += mask_iou(refined.masks, masks).sum().item()
             said = classifier(item["image"], refined)
             mixed = correction.fuse(refined, said, 0.5).labels - 1
             sums[name, "category"] += (said.argmax(1) == true).sum().item()

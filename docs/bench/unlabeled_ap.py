@@ -23,6 +23,7 @@ from ssis import correction, data, filters, teacher
 from ssis.datasets import coco_json
 from ssis.engine import resume
 from ssis.report import ap
+from ssis.targets import match
 
 
 def hidden(run: Path, folder: str) -> tuple[Path, dict]:
@@ -49,7 +50,7 @@ def names_by_weight(run: Path) -> list[float]:
     for item in (stream[k] for k in range(len(rest))):
         pseudo = filters.objects(teacher.predict(net, [item["image"]], 0.1)[0])
         pseudo = pseudo[filters.foreground(pseudo) >= 0.5]
-        partner = data.match(pseudo.boxes, item["target"]["boxes"])
+        partner = match(pseudo.boxes, item["target"]["boxes"])
         pseudo, true = pseudo[partner >= 0], item["target"]["labels"][partner[partner >= 0]]
         opinion = encoder(item["image"], pseudo)
         named = [correction.fuse(pseudo, opinion, w / 10).labels for w in range(11)]

@@ -59,6 +59,7 @@ from ssis.engine.build import build
 from ssis.engine.guard import Guard
 from ssis.io.embeddings import Embeddings
 from ssis.report import audit
+from ssis.targets import mask_iou, match, sanitize
 from ssis.teacher import ema_update
 
 # %% [markdown]
@@ -198,12 +199,12 @@ def differs(one, other) -> list[bool]:
 def truth_of(item: dict) -> dict:
     """The ground truth in the weak view; the stream does not give it, training never reads it."""
     image, target = train_set.image(item["index"]), train_set.target(item["index"])
-    return data.sanitize(augment.weak_view(image, target, settings.view_size, item["seed"])[1])
+    return sanitize(augment.weak_view(image, target, settings.view_size, item["seed"])[1])
 
 
 def right(final, truth: dict) -> torch.Tensor:
     """Which pseudo-labels lie on an instance and have its class, (N,) bool."""
-    partner = data.match(final.boxes, truth["boxes"])
+    partner = match(final.boxes, truth["boxes"])
     return (partner >= 0) & (truth["labels"][partner] == final.labels)
 
 
@@ -410,7 +411,7 @@ logits, predicted_iou = embeddings.sam.candidates(
     embedding, prompts, geometry.original, geometry.scaled
 )
 logits = geometry.to_view(logits)  # (N, 3, H, W), in the view again
-agreement = data.mask_iou(logits > 0, part.masks[:, None])  # (N, 3)
+agreement = mask_iou(logits > 0, part.masks[:, None])  # (N, 3)
 # By hand: IoU of the first instance and SAM's first candidate.
 a, b = logits[0, 0] > 0, part.masks[0]
 assert agreement[0, 0] == (a & b).sum() / (a | b).sum().clamp(min=1)
@@ -846,14 +847,14 @@ print(f"alpha = {alpha}: {alpha} * {rows[0][1]} + {1 - alpha:.2f} * {rows[0][2]}
 # %%
 ground_truth = truth_of(item)
 true_masks, rows = ground_truth["masks"].bool(), []
-for k, j in enumerate(data.match(predicted.boxes, ground_truth["boxes"]).tolist()):
+for k, j in enumerate(match(predicted.boxes, ground_truth["boxes"]).tolist()):
     says = train_set.names[predicted.labels[k] - 1]
     true = train_set.names[ground_truth["labels"][j] - 1] if j >= 0 else "nothing"
     now, overlaps = "dropped", ["", ""]
     if k in ids:
         now = train_set.names[final.labels[ids.index(k)] - 1]
         masks = (predicted.masks[k], final.masks[ids.index(k)])
-        overlaps = [data.mask_iou(mask, true_masks[j]).item() if j >= 0 else "" for mask in masks]
+        overlaps = [mask_iou(mask, true_masks[j]).item() if j >= 0 else "" for mask in masks]
     rows.append((f"#{k}", true, says, now, *overlaps))
 table("#  ground truth  teacher  taught  IoU teacher's mask  IoU mask taught", rows)
 

@@ -26,7 +26,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 from ssis import UserError
-from ssis.data import sanitize
+from ssis.targets import sanitize
 from ssis.datasets import rle
 from ssis.datasets.file_names import nearest
 from ssis.io import images

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ssis import data, distributed
+from ssis import distributed
+from ssis.targets import mask_iou, match
 from ssis.teacher import PseudoLabels
 
 # Below FEW times the labeled density a teacher has collapsed, above MANY times it
@@ -69,10 +70,10 @@ def tally(pseudo: PseudoLabels, target: dict, classes: int) -> Tensor:
     """
     sums = torch.zeros(classes + 1, 6, dtype=torch.float64)
     labels, true_labels = pseudo.labels.cpu(), target["labels"].cpu()
-    partner = data.match(pseudo.boxes, target["boxes"])
+    partner = match(pseudo.boxes, target["boxes"])
     hit = partner >= 0
     true_masks = target["masks"].cpu().bool()[partner[hit]]
-    overlap = data.mask_iou(pseudo.masks[hit].cpu(), true_masks)
+    overlap = mask_iou(pseudo.masks[hit].cpu(), true_masks)
     for label in labels:
         sums[label, KEPT] += 1
     for label, true, iou in zip(
@@ -127,7 +128,7 @@ def apply_oracle(pseudo: PseudoLabels, target: dict, what: str) -> PseudoLabels:
     """
     if what not in ("class", "mask", "both"):
         raise ValueError(f"unknown oracle {what!r}")
-    partner = data.match(pseudo.boxes, target["boxes"]).to(pseudo.boxes.device)
+    partner = match(pseudo.boxes, target["boxes"]).to(pseudo.boxes.device)
     hit = partner >= 0
     true = {key: t.to(partner.device)[partner[hit]] for key, t in target.items()}
     result = dataclasses.replace(pseudo)

@@ -19,9 +19,10 @@ from ssis import UserError, augment, data
 from ssis.datasets import coco_json, split
 from ssis.io import images
 from ssis.datasets.dataset import Dataset
+from ssis.targets import boxes_of, sanitize
 
 pytestmark = pytest.mark.fast
-SIZE = data.ViewSize(short_min=20, short_max=40, long_max=60)
+SIZE = augment.ViewSize(short_min=20, short_max=40, long_max=60)
 
 
 def load(folder) -> Dataset:
@@ -62,10 +63,10 @@ def test_boxes_are_those_of_the_masks_and_never_degenerate():
     masks[0, 2:5, 3:9] = 1
     masks[1, 7, 4] = 1
     masks[3, 0, :] = 1
-    target = data.sanitize(dict(masks=masks, labels=torch.arange(4)))
+    target = sanitize(dict(masks=masks, labels=torch.arange(4)))
     assert target["boxes"].tolist() == [[3, 2, 9, 5], [4, 7, 5, 8], [0, 0, 12, 1]]
     assert target["labels"].tolist() == [0, 1, 3]
-    empty = data.sanitize(dict(masks=masks[2:3], labels=torch.arange(1)))
+    empty = sanitize(dict(masks=masks[2:3], labels=torch.arange(1)))
     assert empty["boxes"].shape == (0, 4) and empty["boxes"].dtype == torch.float32
 
 
@@ -358,7 +359,7 @@ def test_a_cropped_item_has_its_target_in_the_frame_of_the_view(coco_folder):
         kept = masks.bool().flatten(1).any(dim=1)
         assert torch.equal(target["masks"], masks[kept])
         assert torch.equal(target["labels"], truth["labels"][kept])
-        assert torch.equal(target["boxes"], data.boxes_of(masks[kept]))
+        assert torch.equal(target["boxes"], boxes_of(masks[kept]))
         cut += not kept.all()
     # Some instances lie outside of their crops, and are gone.
     assert cut
@@ -416,16 +417,16 @@ def test_boxes_are_torchvisions_and_end_after_the_last_pixel():
     masks[torch.arange(20), torch.randint(13, (20,)), torch.randint(17, (20,))] = True
     expected = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
     for kind in (torch.bool, torch.uint8, torch.float32):
-        found = data.boxes_of(masks.to(kind))
+        found = boxes_of(masks.to(kind))
         assert found.dtype == torch.float32 and torch.equal(found, expected)
-    assert data.boxes_of(masks[:0]).shape == (0, 4)
+    assert boxes_of(masks[:0]).shape == (0, 4)
 
 
 def test_annotated_images_are_the_labeled_ones(coco_folder):
     """Image 3 has no annotation: unlabeled, and no image without instances for the audit."""
     dataset = load(coco_folder)
     assert split.draw_split(dataset, "annotated", 0)[0] == [0, 1, 2]
-    size = data.ViewSize(32, 32, 48)
+    size = augment.ViewSize(32, 32, 48)
     for audited in (True, False):
         streams = data.make_streams(dataset, [0, 1, 2], [3], size, 0, "none", audited=audited)
         assert (streams.audit is not None) == audited

@@ -122,7 +122,7 @@ def test_the_method_lies_flat_and_nothing_else_does():
     assert flat == set(
         "alignment augment calibration clip config copy_paste correction data distributed filters "
         "imagenet inference losses model networks optimizer presets prototypes refine sam "
-        "sam_distill teacher".split()
+        "sam_distill targets teacher".split()
     )
     folders = {path.name for path in (ROOT / "ssis").iterdir() if path.is_dir()}
     assert folders - {"__pycache__", ".ruff_cache"} == set(ALLOWED) - {""}

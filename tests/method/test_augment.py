@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from ssis import augment, data
+from ssis import augment
 
 pytestmark = pytest.mark.fast
 
-SIZE = data.ViewSize(short_min=24, short_max=64, long_max=80)
+SIZE = augment.ViewSize(short_min=24, short_max=64, long_max=80)
 
 
 def test_masks_follow_the_pixels_in_the_weak_view():
@@ -66,7 +66,7 @@ def test_a_weak_view_follows_its_seed_and_its_geometry_says_what_was_done():
     assert flips == {False, True}
 
 
-CROP = data.ViewSize(24, 64, 80, crop=(40, 60), scale=(0.4, 3.0))
+CROP = augment.ViewSize(24, 64, 80, crop=(40, 60), scale=(0.4, 3.0))
 
 
 def test_a_crop_is_cut_from_the_resized_image_and_its_geometry_leads_back():
@@ -155,7 +155,7 @@ def test_the_constants_are_the_released_ones():
 
 def test_cityscapes_short_sides_follow_from_the_crop():
     """1 to 4 times what fits of 1024 x 2048 into 512 x 1024 is a short side of 512 to 2048."""
-    size = data.ViewSize(1024, 1024, 2048, crop=(512, 1024), scale=(1.0, 4.0))
+    size = augment.ViewSize(1024, 1024, 2048, crop=(512, 1024), scale=(1.0, 4.0))
     made = [
         augment.draw_geometry((1024, 2048), size, torch.Generator().manual_seed(seed))
         for seed in range(200)
@@ -167,7 +167,7 @@ def test_cityscapes_short_sides_follow_from_the_crop():
 
 def test_distorted_colors_are_in_the_view_itself_and_follow_its_seed():
     image = (torch.rand(3, 40, 50) * 255).to(torch.uint8)
-    plain, colored = data.ViewSize(40, 40, 60), data.ViewSize(40, 40, 60, color=True)
+    plain, colored = augment.ViewSize(40, 40, 60), augment.ViewSize(40, 40, 60, color=True)
     state = torch.get_rng_state()
     differ = 0
     for seed in range(12):
@@ -185,7 +185,7 @@ def test_the_colors_of_the_two_views_are_drawn_apart(monkeypatch):
         first = augment.v2.Compose(getattr(augment, name).transforms[:1])
         monkeypatch.setattr(augment, name, first)
     image = (torch.rand(3, 16, 16) * 255).to(torch.uint8)
-    plain, colored = data.ViewSize(16, 16, 16), data.ViewSize(16, 16, 16, color=True)
+    plain, colored = augment.ViewSize(16, 16, 16), augment.ViewSize(16, 16, 16, color=True)
     both = []
     for seed in range(0, 3000, 10):
         view = augment.weak_view(image, None, colored, seed)[0]

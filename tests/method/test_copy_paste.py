@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ssis import copy_paste, data
+from ssis import copy_paste
+from ssis.targets import boxes_of, instances
 
 pytestmark = pytest.mark.fast
 
@@ -22,7 +23,7 @@ def scene(height: int, width: int, shade: float, n: int, seed: int) -> tuple:
         masks[k, y : y + height // 3, x : x + width // 3] = 1
         image[:, masks[k].bool()] = shade + 0.02 * (k + 1)
     labels = torch.arange(n) % 3 + 1
-    boxes = data.boxes_of(masks)
+    boxes = boxes_of(masks)
     weights = torch.full((n, height, width), 0.5)
     return image, dict(boxes=boxes, labels=labels, masks=masks, mask_weights=weights)
 
@@ -48,7 +49,7 @@ def test_pasted_images_are_consistent(seed, jitter):
         assert image.shape == images[k].shape
         assert target["masks"].shape[1:] == image.shape[1:]
         assert target["masks"].flatten(1).any(1).all()
-        assert torch.equal(target["boxes"], data.boxes_of(target["masks"]))
+        assert torch.equal(target["boxes"], boxes_of(target["masks"]))
         assert len(target["labels"]) == len(target["masks"]) == len(target["mask_weights"])
         # The shade tells where a pixel comes from: its tenth is the number of its image.
         source = (image[0, None] - shades[:, None, None] + 1e-4).clamp(min=-1)
@@ -74,7 +75,7 @@ def rectangles(height: int, width: int, *places) -> dict:
     return dict(
         masks=masks,
         labels=torch.arange(len(places)) + 1,
-        boxes=data.boxes_of(masks),
+        boxes=boxes_of(masks),
         mask_weights=torch.rand(masks.shape) * 0.9,
     )
 
@@ -197,11 +198,11 @@ def test_the_pixels_that_are_pasted_are_those_of_the_resized_box():
         moved = copy_paste.scatter(image, target, (50, 60), 0.2, generator)
         made, labels = copy_paste.paste(below, empty, *moved)
         assert torch.equal((made != 2).any(dim=0), labels["masks"].bool().any(dim=0))
-        assert torch.equal(labels["boxes"], data.boxes_of(labels["masks"]))
+        assert torch.equal(labels["boxes"], boxes_of(labels["masks"]))
         assert labels["masks"].sum(dim=0).max() == 1
         # The first instance is in front, so all of it is there. `scatter` places the last one
         # first: from the same seed the second alone gets the same place.
-        last = data.instances(target, torch.tensor([False, True]))
+        last = instances(target, torch.tensor([False, True]))
         generator = torch.Generator().manual_seed(seed)
         alone = copy_paste.scatter(image, last, (50, 60), 0.2, generator)[1]
         for k in range(2 if torch.equal(alone["masks"], labels["masks"][1:]) else 1):
@@ -232,7 +233,7 @@ def test_a_small_view_is_filled_up_to_the_crop_before_an_instance_is_scattered()
         # Gray where the view ended and nothing was pasted.
         free = ~made[0]["masks"].bool().any(dim=0)
         assert (images[0][:, 20:][:, free[20:]] == 0.5).all()
-        assert torch.equal(made[0]["boxes"], data.boxes_of(made[0]["masks"]))
+        assert torch.equal(made[0]["boxes"], boxes_of(made[0]["masks"]))
         assert made[0]["mask_weights"].shape == made[0]["masks"].shape
         survived += 1 in made[0]["labels"].tolist()
     assert survived > 5

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import made_labels
 
-from ssis import correction, inference, networks, prototypes, teacher
+from ssis import augment, correction, inference, networks, prototypes, teacher
 from ssis.datasets.coco_json import load_coco
 from ssis import data
 
@@ -52,7 +52,7 @@ def test_mixing_by_hand():
 def seen(shapes_folder):
     """Prototypes that an untrained network made of 24 images, and the other 16 images."""
     torch.manual_seed(0)
-    size = data.ViewSize(96, 96, 160)
+    size = augment.ViewSize(96, 96, 160)
     net = networks.build_small(7, 96, 160).eval()
     dataset = load_coco(f"{shapes_folder}/instances_train.json", f"{shapes_folder}/train")
     labeled = data.Stream(dataset, list(range(24)), size, 0, True)

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from ssis import augment, data, inference, refine, sam
-from ssis.data import boxes_of
+from ssis import augment, inference, refine, sam
+from ssis.targets import boxes_of, mask_iou
 from ssis.io.embeddings import Embeddings
 from ssis.teacher import PseudoLabels, mask_quality
 
@@ -161,13 +161,13 @@ def test_a_flipped_or_resized_view_gets_the_same_masks(embeddings):
         )
 
     plain = refined(1, False)
-    assert data.mask_iou(plain[0] > 0.5, embeddings.dataset.mask) > 0.8
+    assert mask_iou(plain[0] > 0.5, embeddings.dataset.mask) > 0.8
     assert torch.allclose(refined(1, True), plain, atol=1e-5)
     # Three times the size: the same, up to the resizing itself.
     for flip in (False, True):
         large = refined(3, flip)
         small = augment.F.resize(large, [64, 96], augment.NEAREST_EXACT)
-        assert data.mask_iou(small[0] > 0.5, plain[0] > 0.5) > 0.98
+        assert mask_iou(small[0] > 0.5, plain[0] > 0.5) > 0.98
     assert embeddings.encoded == 1
 
 
@@ -179,7 +179,7 @@ def test_refined_labels_are_consistent_and_classes_stay(embeddings):
     item = dict(index=0, geometry=frame(64, 96, False), seed=3)
     made = refine.refine(pseudo, embeddings, item, *how())
     truth = embeddings.dataset.mask
-    assert data.mask_iou(made.masks[0], truth) > data.mask_iou(before.masks[0], truth) + 0.05
+    assert mask_iou(made.masks[0], truth) > mask_iou(before.masks[0], truth) + 0.05
     assert torch.equal(made.masks, made.mask_probs > 0.5)
     assert torch.equal(made.boxes, boxes_of(made.masks))
     assert torch.equal(made.mask_quality, mask_quality(made.mask_probs))
@@ -198,9 +198,9 @@ def test_mask_iou_by_hand():
     masks[0, :3, :2], other[0, 2:, :2] = True, True
     masks[1, 1], other[1, 1] = True, True
     masks[2, 0], other[2, 3] = True, True
-    assert data.mask_iou(masks, other).tolist() == [0.25, 1.0, 0.0, 0.0]
+    assert mask_iou(masks, other).tolist() == [0.25, 1.0, 0.0, 0.0]
     # Each with each, by broadcasting.
-    table = data.mask_iou(masks[:3, None], other[None, :3])
+    table = mask_iou(masks[:3, None], other[None, :3])
     assert table.shape == (3, 3) and table.diagonal().tolist() == [0.25, 1.0, 0.0]
     assert table[0].tolist() == pytest.approx([0.25, 2 / 8, 0.0])
 
@@ -235,7 +235,7 @@ def test_the_gate_and_the_calibration_by_hand():
     logits = torch.full((3, 4, 4), -5.0)
     logits[0, :3] = 5
     logits[1, 0, :2] = 5
-    agreement = data.mask_iou(logits > 0, soft > 0.5)
+    agreement = mask_iou(logits > 0, soft > 0.5)
 
     def made(gate: float, calibrate: bool = False, min_area: int = 0):
         return refine.apply_gate(labels_of(soft), logits, agreement, gate, calibrate, min_area)

@@ -14,6 +14,7 @@ from ssis import UserError, config, data, distributed, refine, sam
 from ssis.datasets import coco_json, shapes
 from ssis.io import sam_weights
 from ssis.io.embeddings import Embeddings
+from ssis.targets import boxes_of
 from ssis.tools import train_tiny_sam
 
 fast = pytest.mark.fast
@@ -308,7 +309,7 @@ def test_the_whole_of_s4m_with_the_official_vit_b(tmp_path):
     stages = train.pseudo_labels(labeler, weak, items, settings, 1)
     for found in stages["final"]:
         assert found.masks.shape[1:] == (160, 256) and found.masks.flatten(1).any(1).all()
-        assert torch.equal(found.boxes, data.boxes_of(found.masks))
+        assert torch.equal(found.boxes, boxes_of(found.masks))
     row, kept = train.train_step(student, labeler, [labeled[1]], items, 1, *more)
     assert [len(labels) for labels in kept] == [2, 2]
     assert row["unlabeled/loss_mask"][0] > 0 and row["pseudo_per_image"][0] == 4

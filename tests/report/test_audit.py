@@ -10,8 +10,8 @@ import weakref
 import pytest
 import torch
 
-from ssis import data
 from ssis.report import audit
+from ssis.targets import boxes_of, match, sanitize
 from ssis.teacher import PseudoLabels
 
 pytestmark = pytest.mark.fast
@@ -26,7 +26,7 @@ def squares(places, size=40):
 
 def pseudo(places, labels):
     masks, n = squares(places), len(places)
-    boxes = data.boxes_of(masks) if n else torch.zeros(0, 4)
+    boxes = boxes_of(masks) if n else torch.zeros(0, 4)
     return PseudoLabels(
         boxes,
         torch.tensor(labels, dtype=torch.int64),
@@ -43,7 +43,7 @@ def pseudo(places, labels):
 
 def ground_truth(places, labels):
     masks = squares(places)
-    return data.sanitize(dict(masks=masks.to(torch.uint8), labels=torch.tensor(labels)))
+    return sanitize(dict(masks=masks.to(torch.uint8), labels=torch.tensor(labels)))
 
 
 def test_the_audit_counts_as_a_person_would():
@@ -79,9 +79,9 @@ def test_matching_by_hand():
             [30.0, 0.0, 35.0, 10.0],  # 0.50 of it
         ]
     )
-    assert data.match(boxes, instances).tolist() == [0, 1, -1, -1, 2]
-    assert data.match(boxes, instances[:0]).tolist() == [-1] * 5
-    assert data.match(boxes[:0], instances).shape == (0,)
+    assert match(boxes, instances).tolist() == [0, 1, -1, -1, 2]
+    assert match(boxes, instances[:0]).tolist() == [-1] * 5
+    assert match(boxes[:0], instances).shape == (0,)
 
 
 def test_a_fraction_of_nothing_is_none():

@@ -115,9 +115,9 @@ LEARNT = """## What was learned
   {ladder-one-size[oracle: masks]} with right masks. What `full` still gets wrong at its end, by
   the audit: {wrong_classes} % of the classes are wrong, masks have an IoU of {last_iou}, and
   {missed} % of the instances have no pseudo-label. Each part alone on top of Guided Distillation,
-  seed by seed: category correction {over_gd[+ category correction]}, refinement
-  {over_gd[+ refinement by SAM]}, copy-paste {over_gd[+ copy-paste]}. The two papers' gains add up,
-  for they mend different faults.
+  all without pasted labeled images, seed by seed: category correction {parts[+ category correction]},
+  refinement {parts[+ refinement by SAM]}, copy-paste {parts[+ copy-paste]}. The two papers' gains
+  add up, for they mend different faults.
 * **Refinement pays twice.** SAM's masks have an IoU with the ground truth that is {refine_burnin}
   above the teacher's at the end of the burn-in (`full`), and better silhouettes are easier to name:
   the category classifier is right more often after SAM than before it. The tiny SAM was never shown
@@ -471,6 +471,11 @@ def facts() -> dict:
         over_gd=Known(
             {row: above("ladder", row, "guided-distillation") for row in grouped("ladder")}
         ),
+        parts={
+            row.split(",")[0]: above("ladder", row, "guided-distillation, no pasting")
+            for row in grouped("ladder")
+            if row.startswith("+")
+        },
         gap_one_size=gap_one_size,
         signs_gap=signs_gap,
         signs_seeds=signs_seeds,

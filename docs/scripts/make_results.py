@@ -116,8 +116,8 @@ LEARNT = """## What was learned
   the audit: {wrong_classes} % of the classes are wrong, masks have an IoU of {last_iou}, and
   {missed} % of the instances have no pseudo-label. Each part alone on top of Guided Distillation,
   all without pasted labeled images, seed by seed: category correction
-  {parts[+ category correction]}, refinement {parts[+ refinement by SAM]}, copy-paste
-  {parts[+ copy-paste]}. The two papers' gains add up, for they mend different faults.
+  {parts[+ correction]}, refinement {parts[+ refinement]}, copy-paste
+  {parts[+ copy-paste of unlabeled]}. The two papers' gains add up, for they mend different faults.
 * **Refinement pays twice.** SAM's masks have an IoU with the ground truth that is {refine_burnin}
   above the teacher's at the end of the burn-in (`full`), and better silhouettes are easier to name:
   the category classifier is right more often after SAM than before it. The tiny SAM was never shown

@@ -106,9 +106,9 @@ LADDER = {
     "all labels": "--method supervised --labeled 100%",
     "supervised, no pasting": "--method supervised --arp none",
     "guided-distillation, no pasting": f"{GD} --arp none",
-    "+ category correction, no pasting": f"{GD} --arp none --correction prototypes",
-    "+ refinement by SAM, no pasting": f"{GD} --arp none --refine agreement",
-    "+ copy-paste, no pasting of labels": f"{GD} --arp unlabeled",
+    "+ correction, no pasting": f"{GD} --arp none --correction prototypes",
+    "+ refinement, no pasting": f"{GD} --arp none --refine agreement",
+    "+ copy-paste of unlabeled": f"{GD} --arp unlabeled",
     "full, no pasting of labels": "--method full --arp unlabeled",
     "all labels, no pasting": "--method supervised --labeled 100% --arp none",
 }

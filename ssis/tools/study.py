@@ -102,7 +102,6 @@ LADDER = {
     "pl-dc + s4m as published": BOTH,
     "full, adaptive filter": "--method full --filter adaptive",
     "full (both papers, own parts)": "--method full",
-    "oracle: both": f"{GD} --oracle both",
     "all labels": "--method supervised --labeled 100%",
     "supervised, no pasting": "--method supervised --arp none",
     "guided-distillation, no pasting": f"{GD} --arp none",
@@ -110,6 +109,7 @@ LADDER = {
     "+ refinement, no pasting": f"{GD} --arp none --refine agreement",
     "+ copy-paste of unlabeled": f"{GD} --arp unlabeled",
     "full, no pasting of labels": "--method full --arp unlabeled",
+    "oracle: both, no pasting": f"{GD} --arp none --oracle both",
     "all labels, no pasting": "--method supervised --labeled 100% --arp none",
 }
 

@@ -111,7 +111,8 @@ LEARNT = """## What was learned
   of them, seed 3, and no jitter, `full` ended at 65.7 instead of 65.9 (docs/log.md).
 * **Wrong classes cost more AP than imprecise masks.** With right classes and masks on Guided
   Distillation's pseudo-labels its AP would be {ladder[oracle: both, no pasting]}, no more than
-  `full` has without any (both without pasted labeled images). Without jitter it would be {ladder-one-size[oracle: classes]} with right classes and
+  `full` has without any (both without pasted labeled images). Without jitter it would be
+  {ladder-one-size[oracle: classes]} with right classes and
   {ladder-one-size[oracle: masks]} with right masks. What `full` still gets wrong at its end, by
   the audit: {wrong_classes} % of the classes are wrong, masks have an IoU of {last_iou}, and
   {missed} % of the instances have no pseudo-label. Each part alone on top of Guided Distillation,

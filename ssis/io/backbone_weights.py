@@ -1,6 +1,6 @@
 r"""Pretrained weights for torchvision models: fetched, or read from a file; checked.
 
-Read next: `ssis/model.py`, which asks for them.
+Read next: `ssis/networks.py`, which asks for them.
 """
 
 import torch

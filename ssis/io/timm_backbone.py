@@ -1,6 +1,6 @@
 r"""Backbones of the timm library: an optional package, its weights checked.
 
-Read next: `ssis/model.py`, which puts an FPN and heads on them.
+Read next: `ssis/networks.py`, which puts an FPN and heads on them.
 """
 
 import logging

@@ -69,17 +69,17 @@ LEARNT = """## What was learned
 
 * **Guided Distillation gains nothing here, each paper a little, both together more, and this
   project's parts most.** Supervised training with 64 labeled images reaches {ladder[supervised]},
-  Guided Distillation {ladder[guided-distillation]}, PL-DC {ladder[pl-dc (all three)]}, S4M as published {ladder[s4m (as published)]}, the two together
-  {ladder[pl-dc + s4m as published]}, with this project's parts
-  {ladder[full (both papers, own parts)]} (seeds {gap_seeds}); all with the same augmentation of the
-  labeled images, but that the first teachers of S4M's distillation are without pasting. With all
-  1,280 labels supervised training has {ladder[all labels]} (seed 0),
-  without pasting {ladder[all labels, no pasting]}, and
-  without scale jitter either {ladder-one-size[all labels]}. From the strongest training with few
-  labels to the strongest with all of them `full` closes {gap} % of the gap (aim: 70). Most of each
-  spread is that of the three draws of labeled images: seed by seed, PL-DC is
-  {over_gd[pl-dc (all three)]} above Guided Distillation, S4M {over_gd[s4m (as published)]}, the two
-  together {over_gd[pl-dc + s4m as published]}.
+  Guided Distillation {ladder[guided-distillation]}, PL-DC {ladder[pl-dc (all three)]}, S4M as
+  published {ladder[s4m (as published)]}, the two together {ladder[pl-dc + s4m as published]}, with
+  this project's parts {ladder[full (both papers, own parts)]} (seeds {gap_seeds}); all with the
+  same augmentation of the labeled images, but that the first teachers of S4M's distillation are
+  without pasting. With all 1,280 labels supervised training has {ladder[all labels]} (seed 0),
+  without pasting {ladder[all labels, no pasting]}, and without scale jitter either
+  {ladder-one-size[all labels]}. From the strongest training with few labels to the strongest with
+  all of them `full` closes {gap} % of the gap (aim: 70). Most of each spread is that of the three
+  draws of labeled images: seed by seed, PL-DC is {over_gd[pl-dc (all three)]} above Guided
+  Distillation, S4M {over_gd[s4m (as published)]}, the two together
+  {over_gd[pl-dc + s4m as published]}.
 * **Augmentation of the labeled images is worth as much as a paper, and a weak baseline flatters.**
   Without scale jitter and pasting, as until 2026-11-30, supervised training had
   {ladder-one-size[supervised]} and `full` {ladder-one-size[full (both papers, own parts)]}:

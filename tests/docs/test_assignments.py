@@ -27,8 +27,8 @@ sys.path.remove(str(HERE))
 
 TASKS = task_list.load()
 RAW = task_list.tomllib.loads((HERE / "tasks.toml").read_text("utf-8"))
-CONCEPTS = "model teacher filters correction losses augment copy_paste refine sam_distill data"
-CONCEPTS += " datasets/split io/checkpoint distributed"
+CONCEPTS = "model teacher inference filters correction prototypes losses augment copy_paste"
+CONCEPTS += " refine sam_distill targets datasets/split io/checkpoint distributed"
 
 
 def program(name: str, *arguments, status: int = 0) -> subprocess.CompletedProcess:

@@ -43,8 +43,8 @@ they have end {noise} AP apart, their first teachers {noise_first} (raw:
 [5](results/log-default-run-2026-11-26.json) and [6](results/log-default-run-2026-11-30.json),
 [7](results/log-default-run-jitter.json) and [8](results/default-run-jitter-2.json),
 [9](results/log-default-run-pasting.json) and [10](results/default-run-pasting-2.json)). 7 and 8,
-the default run until 2026-12-01, are the farthest apart; in two processes the batch norms see half of
-the batch. From the same first teacher, stirred by `--unsup-weight 1.0001`, it ends 0.2 from the
+the default run until 2026-12-01, are the farthest apart; in two processes the batch norms see half
+of the batch. From the same first teacher, stirred by `--unsup-weight 1.0001`, it ends 0.2 from the
 first ([11](results/log-default-run-jitter-again.json)).
 So a difference of a few AP between two single runs says nothing: what is called a gain here is one
 of several seeds, or larger. A table's spread is mostly that of different draws of the labeled

@@ -39,7 +39,6 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-
 NEAREST_EXACT = v2.InterpolationMode.NEAREST_EXACT
 
 
